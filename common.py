@@ -1,0 +1,114 @@
+"""What every part of PackRCNN shares: the user-facing error, atomic writes, logging, and facts about the machine."""
+
+import contextlib
+import json
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from termcolor import colored
+
+__all__ = ["UserError", "logger", "atomic_write", "write_json", "read_json", "visible_gpus", "git_revision"]
+
+
+class UserError(Exception):
+    """Something the user can fix: one line that names the file, image id, key or flag, and the fix. Exit code 2."""
+
+
+class _Formatter(logging.Formatter):
+    COLORS = {"WARNING": "yellow", "ERROR": "red", "CRITICAL": "red"}
+
+    def format(self, record: logging.LogRecord) -> str:
+        stamp = colored(self.formatTime(record, "%H:%M:%S"), "green")
+        level = record.levelname
+        text = record.getMessage()
+        if record.exc_info:
+            text += "\n" + self.formatException(record.exc_info)
+        return f"{stamp} {text}" if level == "INFO" else f"{stamp} {colored(level, self.COLORS.get(level))} {text}"
+
+
+def _make_logger() -> logging.Logger:
+    log = logging.getLogger("packrcnn")
+    if not log.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(_Formatter())
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
+        log.propagate = False
+    return log
+
+
+logger = _make_logger()
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO[Any]]:
+    """Opens a temporary file beside `path` and renames it over `path` when the block ends without an error.
+
+    A reader sees the old content or the new one, never a part; an error leaves the old file as it was.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, mode) as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_json(path: str | os.PathLike, content: Any, indent: int | None = None) -> None:
+    with atomic_write(path) as f:
+        json.dump(content, f, indent=indent)
+
+
+def read_json(path: str | os.PathLike, what: str) -> Any:
+    """The parsed file; `what` ("annotation file", "results file") is named in the error of a missing or broken one."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            return json.load(f)
+    except FileNotFoundError:
+        raise UserError(f"{what} {path} does not exist") from None
+    except OSError as e:
+        raise UserError(f"{what} {path} cannot be read: {e.strerror}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise UserError(f"{what} {path} is not valid JSON: {e}") from None
+
+
+def visible_gpus() -> int:
+    """How many NVIDIA GPUs this process may use, found without importing TensorFlow (which the answer configures)."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([d for d in visible.split(",") if d.strip() and d.strip() != "-1"])
+    devices = Path("/proc/driver/nvidia/gpus")
+    return len(list(devices.iterdir())) if devices.is_dir() else 0
+
+
+def git_revision() -> str:
+    """Commit of the source directory, with "+" for uncommitted changes; "unknown" outside a checkout."""
+    here = Path(__file__).resolve().parent
+    try:
+        sha = subprocess.run(
+            ["git", "-C", str(here), "describe", "--always", "--dirty=+", "--abbrev=12"],
+            capture_output=True, text=True, timeout=10, check=True,
+        ).stdout.strip()  # fmt: skip
+        return sha or "unknown"
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"

@@ -1,0 +1,395 @@
+"""Every setting of PackRCNN with its default and its reason, and the code that reads KEY=VAL and checks them.
+
+A `Config` is a tree of attributes (`cfg.RPN.BATCH_PER_IM`). Keys cannot be invented: an unknown key is an error that
+names the nearest known one, and a value must have the type of the default. Functions get the `cfg` they need as an
+argument; there is no module-global instance.
+"""
+
+import ast
+import copy
+import difflib
+import json
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from common import UserError
+
+__all__ = ["Config", "default_config", "finalize_config", "COCO_SCHEDULE_1X"]
+
+
+class Config:
+    """A node of the settings tree. Leaves are plain Python literals (bool, int, float, str, None, list, dict)."""
+
+    def __init__(self, entries: dict[str, Any] | None = None):
+        object.__setattr__(self, "_frozen", False)
+        for key, value in (entries or {}).items():
+            self.__dict__[key] = Config(value) if isinstance(value, dict) and value and key.isupper() else value
+
+    def __setattr__(self, key: str, value: Any) -> None:
+        if self._frozen:
+            raise AttributeError(f"settings are frozen: {key} cannot be set now")
+        if key not in self.__dict__:
+            raise UserError(f"unknown setting {key}")
+        self.__dict__[key] = value
+
+    def freeze(self, frozen: bool = True) -> "Config":
+        object.__setattr__(self, "_frozen", frozen)
+        for value in self.__dict__.values():
+            if isinstance(value, Config):
+                value.freeze(frozen)
+        return self
+
+    def copy(self) -> "Config":
+        return copy.deepcopy(self).freeze(False)
+
+    # ---------------------------------------------------------------- as flat KEY -> value
+    def items(self, prefix: str = "") -> Iterator[tuple[str, Any]]:
+        """Yields (dotted key, value) for every leaf, in declaration order."""
+        for key, value in self.__dict__.items():
+            if key == "_frozen":
+                continue
+            if isinstance(value, Config):
+                yield from value.items(prefix + key + ".")
+            else:
+                yield prefix + key, value
+
+    def to_dict(self) -> dict[str, Any]:
+        """Flat {dotted key: value}; JSON-serialisable. The inverse is `update_from_dict`."""
+        return dict(self.items())
+
+    def get(self, dotted_key: str) -> Any:
+        node = self
+        for part in _canonical(dotted_key).split("."):
+            node = node.__dict__[part]
+        return node
+
+    def set(self, dotted_key: str, value: Any, origin: str = "--config") -> None:
+        """Sets one leaf after checking the key's existence and the value's type."""
+        canonical = _canonical(dotted_key)
+        node, parts = self, canonical.split(".")
+        for part in parts[:-1]:
+            node = node.__dict__.get(part)
+            if not isinstance(node, Config):
+                raise UserError(_unknown_key_message(dotted_key, self, origin))
+        if parts[-1] not in node.__dict__ or parts[-1] == "_frozen":
+            raise UserError(_unknown_key_message(dotted_key, self, origin))
+        old = node.__dict__[parts[-1]]
+        if isinstance(old, Config):
+            inside = ", ".join(f"{canonical}.{k}" for k, _ in list(old.items())[:4])
+            raise UserError(f"{origin}: {dotted_key} is a group of settings; set one of its members, e.g. {inside}")
+        setattr(node, parts[-1], _coerce(canonical, old, value, origin))
+
+    def update_args(self, args: Iterable[str], origin: str = "--config") -> "Config":
+        """Applies `KEY=VAL` strings; VAL is parsed as a Python literal, otherwise taken as a string."""
+        for arg in args:
+            key, sep, text = arg.partition("=")
+            if not sep or not key:
+                raise UserError(f"{origin}: '{arg}' is not of the form KEY=VAL (e.g. MODE_FPN=True)")
+            self.set(key.strip(), _parse_literal(text), origin)
+        return self
+
+    def update_from_dict(self, flat: dict[str, Any], origin: str) -> "Config":
+        for key, value in flat.items():
+            self.set(key, value, origin)
+        return self
+
+    def __str__(self) -> str:
+        return "\n".join(f"{key}={value!r}" for key, value in self.items())
+
+
+# Spellings of newer versions of the systems this one replaces -> the canonical key.
+_ALIASES = {
+    "BACKBONE.RESNET_NUM_BLOCKS": "BACKBONE.RESNET_NUM_BLOCK",
+    "PREPROC.TRAIN_SHORT_EDGE_SIZE": "PREPROC.SHORT_EDGE_SIZE",
+    "RPN.TRAIN_FPN_NMS_TOPK": "RPN.TRAIN_POST_NMS_TOPK_FPN",
+    "RPN.TEST_FPN_NMS_TOPK": "RPN.TEST_POST_NMS_TOPK_FPN",
+    "TRAIN.NUM_EVALS": "TRAIN.EVAL_PERIOD_EPOCHS",
+}
+
+# Iterations of the "1x" schedule at a total batch of 8 images (Detectron: 90k iterations of 16 images).
+COCO_SCHEDULE_1X = [120000, 160000, 180000]
+
+_OPTIONAL_TYPES = {
+    # Settings whose default is None, or that take more than one type: the types they accept besides None.
+    "DATA.TRAIN": (list, str),
+    "DATA.VAL": (list, str),
+    "DATA.CLASS_NAMES": (list,),
+    "TRAIN.LR_SCHEDULE": (list, str),
+    "PREPROC.SHORT_EDGE_SIZE": (list, int),
+    "PREPROC.TEST_SHORT_EDGE_SIZE": (int,),
+    "TRAIN.GRADIENT_CLIP": (float,),
+    "TRAIN.MAX_STEPS": (int,),
+    "BACKBONE.NORM": (str,),
+    "FPN.NORM": (str,),
+    "TRAIN.SEED": (int,),
+    "TRAIN.FREEZE_PATTERN": (str,),
+}
+
+
+def default_config() -> Config:
+    """A fresh, unfrozen tree of the defaults below."""
+    return Config(
+        {
+            # "replicated" = this machine's GPUs (or the CPU); "horovod" = one process per GPU, any number of machines.
+            "TRAINER": "replicated",
+            "MODE_MASK": True,  # Mask R-CNN instead of Faster R-CNN
+            "MODE_FPN": False,  # feature pyramid instead of C4
+            "MODE_KEYPOINT": False,
+            "DATA": {
+                "BASEDIR": "data/coco",  # holds annotations/ and train2017/, val2017/ (or the 2014 names)
+                "TRAIN": ["coco_train2017"],  # names of one or more registered sets, concatenated
+                "VAL": ["coco_val2017"],  # each is scored on its own
+                # {name: [annotation json, image folder]}: any COCO-format data, paths relative to BASEDIR or absolute.
+                "DATASETS": {},
+                "NUM_CATEGORY": 0,  # foreground classes; filled from the annotations or the checkpoint
+                "CLASS_NAMES": [],  # foreground class names, class id 1 first; filled likewise
+                "NUM_WORKERS": 2,  # processes that decode, augment and batch; 0 = in the training process
+                "PREFETCH": 4,  # batches each worker may be ahead
+                "FILTER_EMPTY": True,  # leave images without a usable object out of training
+                "KEEP_MISSING_IMAGES": False,  # True: train without the images that are missing on disk
+            },
+            "PREPROC": {
+                "SHORT_EDGE_SIZE": [800, 800],  # training: uniform in [lo, hi], or one of a list of more than two
+                "MAX_SIZE": 1333,
+                "TEST_SHORT_EDGE_SIZE": 800,
+                "FLIP": True,  # horizontal, with probability 0.5
+                "PIXEL_MEAN": [123.675, 116.28, 103.53],  # R, G, B on the 0..255 scale (ImageNet)
+                "PIXEL_STD": [58.395, 57.12, 57.375],
+            },
+            "BACKBONE": {
+                "WEIGHTS": "",  # .npz of ImageNet weights (native or tensorpack names); "" = from scratch
+                "RESNET_NUM_BLOCK": [3, 4, 6, 3],  # ResNet-50; [3,4,23,3] = 101, [3,8,36,3] = 152
+                "NORM": "FreezeBN",  # FreezeBN | SyncBN | GN | None
+                "FREEZE_AFFINE": False,  # do not train gamma and beta of frozen batch norms
+                "FREEZE_AT": 2,  # 0 nothing, 1 the stem, 2 stem and first stage, … 5 everything
+                "TF_PAD_MODE": False,  # TensorFlow's SAME padding (asymmetric at stride 2) instead of Caffe's symmetric
+                "STRIDE_1X1": False,  # stride 2 in the first 1x1 of a bottleneck (Caffe) instead of its 3x3
+                "STEM_CHANNELS": 64,  # width of conv0; a stage's output is STEM_CHANNELS * 4 * 2^stage
+                "NUM_GROUPS": 1,  # ResNeXt: 32
+                "WIDTH_PER_GROUP": 64,  # ResNeXt-50 32x4d: 4; bottleneck width of stage 0 is groups * width
+                "BN_EPSILON": 1e-5,
+            },
+            "TRAIN": {
+                "BASE_LR": 0.01,  # at a total batch of 8 images
+                "WARMUP": 1000,  # steps of linear warm-up, in steps of this run, from WARMUP_INIT_LR
+                "WARMUP_INIT_LR": 0.01 * 0.33,  # at a total batch of 8 images
+                "WEIGHT_DECAY": 1e-4,
+                "MOMENTUM": 0.9,
+                # Iterations at a total batch of 8 at which the rate drops by 10; the last is the end. '1x' … '9x'.
+                "LR_SCHEDULE": "2x",
+                "LR_SCALING": "linear",  # linear: rate ~ total batch and steps ~ 1 / total batch; none: taken as written
+                "BATCH_SIZE_PER_GPU": 1,
+                "ACCUMULATION": 1,  # micro-batches whose gradients are averaged into one update
+                "PRECISION": "float32",  # float32 | bfloat16 | float16: compute type of convolutions and products
+                "SEED": 42,  # None: a new one each run
+                "GRADIENT_CLIP": None,  # global norm to clip at
+                "MAX_STEPS": None,  # stop after this many updates whatever the schedule says
+                "STEPS_PER_EPOCH": 500,  # updates between progress summaries, checkpoints being every EPOCH too
+                "EVAL_PERIOD_EPOCHS": 50,  # evaluate every so many epochs, and at the end; 0 = never
+                "CHECKPOINT_PERIOD_EPOCHS": 1,
+                "KEEP_CHECKPOINTS": 10,
+                "FREEZE_PATTERN": None,  # regular expression: variables whose names match are not trained
+            },
+            "RPN": {
+                "ANCHOR_STRIDE": 16,  # C4
+                "ANCHOR_SIZES": [32, 64, 128, 256, 512],
+                "ANCHOR_RATIOS": [0.5, 1.0, 2.0],  # height / width
+                "POSITIVE_ANCHOR_THRESH": 0.7,
+                "NEGATIVE_ANCHOR_THRESH": 0.3,
+                "FG_RATIO": 0.5,
+                "BATCH_PER_IM": 256,
+                "MIN_SIZE": 0.0,  # proposals with a side of this many pixels or less are dropped
+                "PROPOSAL_NMS_THRESH": 0.7,
+                "CROWD_OVERLAP_THRESH": 9.99,  # anchors that overlap a crowd region this much are ignored; > 1 = off
+                "TRAIN_ON_PADDING": False,  # True: anchors centred in the batch padding count as negatives (detectron2)
+                "HEAD_DIM": 1024,  # C4
+                "SMOOTH_L1_BETA": 1.0 / 9,  # 0 = L1
+                "TRAIN_PRE_NMS_TOPK": 12000,  # C4
+                "TRAIN_POST_NMS_TOPK": 2000,
+                "TEST_PRE_NMS_TOPK": 6000,
+                "TEST_POST_NMS_TOPK": 1000,
+                "TRAIN_PRE_NMS_TOPK_FPN": 2000,  # per level
+                "TRAIN_POST_NMS_TOPK_FPN": 2000,  # per image, over all levels
+                "TEST_PRE_NMS_TOPK_FPN": 1000,
+                "TEST_POST_NMS_TOPK_FPN": 1000,
+            },
+            "FRCNN": {
+                "BATCH_PER_IM": 512,
+                "FG_THRESH": 0.5,
+                "FG_RATIO": 0.25,
+                "BBOX_REG_WEIGHTS": [10.0, 10.0, 5.0, 5.0],
+                "SMOOTH_L1_BETA": 1.0,  # 0 = L1
+                "CLASS_AGNOSTIC": False,
+                "ROI_SAMPLES": 2,  # RoIAlign samples per bin and axis
+            },
+            "FPN": {
+                "ANCHOR_STRIDES": [4, 8, 16, 32, 64],
+                "NUM_CHANNEL": 256,
+                "NORM": None,  # None | GN
+                "FRCNN_HEAD_FUNC": "fastrcnn_2fc_head",
+                "FRCNN_CONV_HEAD_DIM": 256,
+                "FRCNN_FC_HEAD_DIM": 1024,
+                "MRCNN_HEAD_FUNC": "maskrcnn_up4conv_head",
+                "CASCADE": False,
+            },
+            "MRCNN": {
+                "HEAD_DIM": 256,
+                "LOSS_WEIGHT": 1.0,
+                "ACCURATE_PASTE": True,  # bilinear in the image frame; False: per-box resize (faster, coarser)
+            },
+            "CASCADE": {
+                "IOUS": [0.5, 0.6, 0.7],
+                "BBOX_REG_WEIGHTS": [[10.0, 10.0, 5.0, 5.0], [20.0, 20.0, 10.0, 10.0], [30.0, 30.0, 15.0, 15.0]],
+            },
+            "TEST": {
+                "BATCH_SIZE": 1,
+                "FRCNN_NMS_THRESH": 0.5,
+                "RESULT_SCORE_THRESH": 0.05,
+                "RESULT_SCORE_THRESH_VIS": 0.5,  # what pictures show
+                "RESULTS_PER_IM": 100,
+            },
+        }
+    )
+
+
+_CHOICES = {
+    "TRAINER": ["replicated", "horovod"],
+    "BACKBONE.NORM": ["FreezeBN", "SyncBN", "GN", None],
+    "FPN.NORM": ["GN", None],
+    "FPN.FRCNN_HEAD_FUNC": ["fastrcnn_2fc_head", "fastrcnn_4conv1fc_head", "fastrcnn_4conv1fc_gn_head"],
+    "FPN.MRCNN_HEAD_FUNC": ["maskrcnn_up4conv_head", "maskrcnn_up4conv_gn_head"],
+    "TRAIN.PRECISION": ["float32", "bfloat16", "float16"],
+    "TRAIN.LR_SCALING": ["linear", "none"],
+}
+
+
+def finalize_config(cfg: Config) -> Config:
+    """Checks the settings against each other, fills in derived forms, freezes and returns `cfg`.
+
+    After it: DATA.TRAIN and DATA.VAL are lists, PREPROC.SHORT_EDGE_SIZE is a list, TRAIN.LR_SCHEDULE is a list.
+    """
+
+    def check(good: bool, key: str, wants: str) -> None:
+        if not good:
+            raise UserError(f"setting {key}={cfg.get(key)!r}: {wants}")
+
+    cfg.freeze(False)
+    for key, choices in _CHOICES.items():
+        value = cfg.get(key)
+        if value not in choices:
+            near = difflib.get_close_matches(str(value), [str(c) for c in choices], 1, 0.4)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            raise UserError(f"setting {key}={value!r}: must be one of {', '.join(map(str, choices))}{hint}")
+    for key in ("DATA.TRAIN", "DATA.VAL"):
+        value = cfg.get(key)
+        cfg.set(key, [] if value is None or value == "" else [value] if isinstance(value, str) else value)
+    for name, entry in cfg.DATA.DATASETS.items():
+        if not (isinstance(entry, list) and len(entry) == 2 and all(isinstance(e, str) for e in entry)):
+            raise UserError(f"setting DATA.DATASETS: '{name}' must map to ['annotations.json', 'image folder']")
+    edges = cfg.PREPROC.SHORT_EDGE_SIZE
+    edges = [edges, edges] if isinstance(edges, int) else list(edges)
+    cfg.PREPROC.SHORT_EDGE_SIZE = [edges[0]] * 2 if len(edges) == 1 else edges
+    check(len(edges) > 0 and min(edges) >= 16, "PREPROC.SHORT_EDGE_SIZE", "sizes are pixels, 16 or more")
+    check(cfg.PREPROC.MAX_SIZE >= max(edges), "PREPROC.MAX_SIZE", "must be at least the largest short edge")
+    check(cfg.PREPROC.TEST_SHORT_EDGE_SIZE >= 16, "PREPROC.TEST_SHORT_EDGE_SIZE", "a number of pixels, 16 or more")
+    schedule = cfg.TRAIN.LR_SCHEDULE
+    if isinstance(schedule, str):
+        good = len(schedule) == 2 and schedule[0] in "123456789" and schedule[1] == "x"
+        check(good, "TRAIN.LR_SCHEDULE", "'1x' … '9x', or a list of iterations like [120000,160000,180000]")
+        factor = int(schedule[0])
+        last = COCO_SCHEDULE_1X[-1] * factor
+        # Long schedules spend the extra time at the first rate (He et al., Rethinking ImageNet Pre-training, 2018).
+        cfg.TRAIN.LR_SCHEDULE = (
+            [v * factor for v in COCO_SCHEDULE_1X] if factor <= 2 else [last - 120000, last - 40000, last]
+        )
+    milestones = cfg.TRAIN.LR_SCHEDULE
+    check(
+        len(milestones) > 0
+        and all(isinstance(m, int) and m > 0 for m in milestones)
+        and milestones == sorted(set(milestones)),
+        "TRAIN.LR_SCHEDULE",
+        "iterations must be positive and increasing",
+    )
+    for key in ("TRAIN.BATCH_SIZE_PER_GPU", "TRAIN.ACCUMULATION", "TEST.BATCH_SIZE", "TRAIN.STEPS_PER_EPOCH"):
+        check(cfg.get(key) >= 1, key, "must be 1 or more")
+    check(0 <= cfg.BACKBONE.FREEZE_AT <= 5, "BACKBONE.FREEZE_AT", "must be 0 to 5")
+    check(len(cfg.BACKBONE.RESNET_NUM_BLOCK) == 4, "BACKBONE.RESNET_NUM_BLOCK", "four numbers, e.g. [3,4,6,3]")
+    check(len(cfg.PREPROC.PIXEL_MEAN) == 3, "PREPROC.PIXEL_MEAN", "three numbers: R, G, B")
+    check(len(cfg.PREPROC.PIXEL_STD) == 3 and min(cfg.PREPROC.PIXEL_STD) > 0, "PREPROC.PIXEL_STD", "three numbers > 0")
+    if cfg.MODE_FPN:
+        sizes, strides = cfg.RPN.ANCHOR_SIZES, cfg.FPN.ANCHOR_STRIDES
+        check(len(sizes) == len(strides), "RPN.ANCHOR_SIZES", f"needs one size for each of the strides {strides}")
+    check(not cfg.FPN.CASCADE or cfg.MODE_FPN, "FPN.CASCADE", "needs MODE_FPN=True")
+    check(
+        len(cfg.CASCADE.IOUS) == len(cfg.CASCADE.BBOX_REG_WEIGHTS),
+        "CASCADE.BBOX_REG_WEIGHTS",
+        "needs one group of four per stage of CASCADE.IOUS",
+    )
+    return cfg.freeze()
+
+
+def _canonical(key: str) -> str:
+    return _ALIASES.get(key, key)
+
+
+def _unknown_key_message(key: str, root: Config, origin: str) -> str:
+    known = [k for k, _ in root.items()] + list(_ALIASES)
+    near = difflib.get_close_matches(key, known, 1, 0.5) or difflib.get_close_matches(
+        key.rsplit(".", 1)[-1], [k.rsplit(".", 1)[-1] for k in known], 1, 0.5
+    )
+    if near and near[0] not in known:
+        near = [k for k in known if k.rsplit(".", 1)[-1] == near[0]]
+    hint = f"; did you mean {near[0]}?" if near else "; --print-config lists them all"
+    return f"{origin}: unknown setting {key}{hint}"
+
+
+def _parse_literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _coerce(key: str, old: Any, value: Any, origin: str) -> Any:
+    """The value in the type of the default `old`; UserError when that is not possible."""
+    value = _plain(value)
+    accepted = _OPTIONAL_TYPES.get(key)
+    if accepted is not None:
+        if value is None or type(value) in accepted:
+            return value
+        if float in accepted and type(value) is int:
+            return float(value)
+        wants = " or ".join(["None"] + [t.__name__ for t in accepted])
+        raise UserError(f"{origin}: {key}={value!r} must be {wants}")
+    if isinstance(old, bool):
+        if isinstance(value, bool) or value in (0, 1):
+            return bool(value)
+    elif isinstance(old, int):
+        if type(value) is int:
+            return value
+        if type(value) is float and value.is_integer():
+            return int(value)
+    elif isinstance(old, float):
+        if type(value) in (int, float) and math.isfinite(value):
+            return float(value)
+    elif isinstance(old, str):
+        if isinstance(value, str):
+            return value
+    elif isinstance(old, (list, dict)):
+        if type(value) is type(old):
+            return value
+    raise UserError(f"{origin}: {key}={value!r} must be {type(old).__name__}, like the default {old!r}")
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, recursively, so that a setting survives JSON unchanged."""
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    return value
+
+
+def dump_json(cfg: Config) -> str:
+    return json.dumps(cfg.to_dict(), indent=1)
