@@ -102,9 +102,6 @@ class Config:
 _ALIASES = {
     "BACKBONE.RESNET_NUM_BLOCKS": "BACKBONE.RESNET_NUM_BLOCK",
     "PREPROC.TRAIN_SHORT_EDGE_SIZE": "PREPROC.SHORT_EDGE_SIZE",
-    "RPN.TRAIN_FPN_NMS_TOPK": "RPN.TRAIN_POST_NMS_TOPK_FPN",
-    "RPN.TEST_FPN_NMS_TOPK": "RPN.TEST_POST_NMS_TOPK_FPN",
-    "TRAIN.NUM_EVALS": "TRAIN.EVAL_PERIOD_EPOCHS",
 }
 
 # Iterations of the "1x" schedule at a total batch of 8 images (Detectron: 90k iterations of 16 images).
@@ -178,7 +175,7 @@ def default_config() -> Config:
                 "MOMENTUM": 0.9,
                 # Iterations at a total batch of 8 at which the rate drops by 10; the last is the end. '1x' … '9x'.
                 "LR_SCHEDULE": "2x",
-                "LR_SCALING": "linear",  # linear: rate ~ total batch and steps ~ 1 / total batch; none: taken as written
+                "LR_SCALING": "linear",  # linear: rate ~ total batch, steps ~ 1 / total batch; none: as written
                 "BATCH_SIZE_PER_GPU": 1,
                 "ACCUMULATION": 1,  # micro-batches whose gradients are averaged into one update
                 "PRECISION": "float32",  # float32 | bfloat16 | float16: compute type of convolutions and products
@@ -186,8 +183,8 @@ def default_config() -> Config:
                 "GRADIENT_CLIP": None,  # global norm to clip at
                 "MAX_STEPS": None,  # stop after this many updates whatever the schedule says
                 "STEPS_PER_EPOCH": 500,  # updates between progress summaries, checkpoints being every EPOCH too
-                "EVAL_PERIOD_EPOCHS": 50,  # evaluate every so many epochs, and at the end; 0 = never
-                "CHECKPOINT_PERIOD_EPOCHS": 1,
+                "EVAL_PERIOD": 50,  # evaluate every so many epochs, and at the end; 0 = never
+                "CHECKPOINT_PERIOD": 1,  # epochs
                 "KEEP_CHECKPOINTS": 10,
                 "FREEZE_PATTERN": None,  # regular expression: variables whose names match are not trained
             },
@@ -209,10 +206,10 @@ def default_config() -> Config:
                 "TRAIN_POST_NMS_TOPK": 2000,
                 "TEST_PRE_NMS_TOPK": 6000,
                 "TEST_POST_NMS_TOPK": 1000,
-                "TRAIN_PRE_NMS_TOPK_FPN": 2000,  # per level
-                "TRAIN_POST_NMS_TOPK_FPN": 2000,  # per image, over all levels
-                "TEST_PRE_NMS_TOPK_FPN": 1000,
-                "TEST_POST_NMS_TOPK_FPN": 1000,
+                "TRAIN_PER_LEVEL_NMS_TOPK": 2000,  # FPN: kept before NMS on each level
+                "TRAIN_FPN_NMS_TOPK": 2000,  # kept after NMS per image, over all levels
+                "TEST_PER_LEVEL_NMS_TOPK": 1000,
+                "TEST_FPN_NMS_TOPK": 1000,
             },
             "FRCNN": {
                 "BATCH_PER_IM": 512,
@@ -291,7 +288,7 @@ def finalize_config(cfg: Config) -> Config:
     edges = [edges, edges] if isinstance(edges, int) else list(edges)
     cfg.PREPROC.SHORT_EDGE_SIZE = [edges[0]] * 2 if len(edges) == 1 else edges
     check(len(edges) > 0 and min(edges) >= 16, "PREPROC.SHORT_EDGE_SIZE", "sizes are pixels, 16 or more")
-    check(cfg.PREPROC.MAX_SIZE >= max(edges), "PREPROC.MAX_SIZE", "must be at least the largest short edge")
+    check(max(edges) <= cfg.PREPROC.MAX_SIZE, "PREPROC.MAX_SIZE", "must be at least the largest short edge")
     check(cfg.PREPROC.TEST_SHORT_EDGE_SIZE >= 16, "PREPROC.TEST_SHORT_EDGE_SIZE", "a number of pixels, 16 or more")
     schedule = cfg.TRAIN.LR_SCHEDULE
     if isinstance(schedule, str):
@@ -376,9 +373,8 @@ def _coerce(key: str, old: Any, value: Any, origin: str) -> Any:
     elif isinstance(old, str):
         if isinstance(value, str):
             return value
-    elif isinstance(old, (list, dict)):
-        if type(value) is type(old):
-            return value
+    elif isinstance(old, (list, dict)) and type(value) is type(old):
+        return value
     raise UserError(f"{origin}: {key}={value!r} must be {type(old).__name__}, like the default {old!r}")
 
 

@@ -20,7 +20,7 @@ if visible_gpus() == 0:
     # to 10 % of the largest gradient) unless deterministic kernels are asked for. GPU kernels refuse to run under it.
     os.environ.setdefault("TF_DETERMINISTIC_OPS", "1")
 
-import tensorflow.compat.v1 as tf  # noqa: E402
+import tensorflow.compat.v1 as tf
 
 tf.disable_v2_behavior()
 if not os.environ.get("PACKRCNN_VERBOSE_TF"):
