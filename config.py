@@ -178,6 +178,9 @@ def default_config() -> Config:
                 "LR_SCALING": "linear",  # linear: rate ~ total batch, steps ~ 1 / total batch; none: as written
                 "BATCH_SIZE_PER_GPU": 1,
                 "ACCUMULATION": 1,  # micro-batches whose gradients are averaged into one update
+                # Losses of RoIs: mean of the images' means, so that spreading a batch over devices changes nothing;
+                # False: one mean over the RoIs of a device's batch (detectron2).
+                "LOSS_PER_IMAGE": True,
                 "PRECISION": "float32",  # float32 | bfloat16 | float16: compute type of convolutions and products
                 "SEED": 42,  # None: a new one each run
                 "GRADIENT_CLIP": None,  # global norm to clip at

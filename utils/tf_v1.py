@@ -1,17 +1,25 @@
 """The one place that imports TensorFlow: `from utils.tf_v1 import tf` gives tensorflow.compat.v1 in graph mode.
 
 The environment must be set before TensorFlow is first imported, so nothing else in the project imports it directly.
+PACKRCNN_VERBOSE_TF=1 in the environment (train.py --verbose-tf) brings TensorFlow's own start-up messages back.
 """
 
+import contextlib
 import logging
 import os
+import sys
 import warnings
+from collections.abc import Iterator
 
 from common import visible_gpus
 
+__all__ = ["tf"]
+
+_VERBOSE = bool(os.environ.get("PACKRCNN_VERBOSE_TF"))
+
 # tensorpack's layers need Keras 2, which TensorFlow now takes from the tf_keras package.
 os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")
-if not os.environ.get("PACKRCNN_VERBOSE_TF"):
+if not _VERBOSE:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     warnings.filterwarnings("ignore", module=r"(tensorflow|tensorpack|tf_keras|keras)(\.|$)")
@@ -20,11 +28,26 @@ if visible_gpus() == 0:
     # to 10 % of the largest gradient) unless deterministic kernels are asked for. GPU kernels refuse to run under it.
     os.environ.setdefault("TF_DETERMINISTIC_OPS", "1")
 
-import tensorflow.compat.v1 as tf
 
-tf.disable_v2_behavior()
-if not os.environ.get("PACKRCNN_VERBOSE_TF"):
+@contextlib.contextmanager
+def _stderr_to_nowhere() -> Iterator[None]:
+    """TensorFlow's C++ code writes to file descriptor 2 while it is imported, whatever the log level says."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    sink = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(sink, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(sink)
+
+
+with contextlib.nullcontext() if _VERBOSE else _stderr_to_nowhere():
+    import tensorflow.compat.v1 as tf
+
+if not _VERBOSE:
     tf.logging.set_verbosity(tf.logging.ERROR)
     logging.getLogger("tensorflow").setLevel(logging.ERROR)
-
-__all__ = ["tf"]
+tf.disable_v2_behavior()

@@ -1,0 +1,282 @@
+"""Layers and the ResNet family (He et al. 2015; ResNeXt, Xie et al. 2016), NHWC, with the variable names of
+tensorpack's public checkpoints.
+
+A layer computes in the type of its input; variables are float32 always. So mixed precision is a cast of the image
+and of the RoI features, nothing else.
+"""
+
+import zlib
+
+import numpy as np
+
+from utils.tf_v1 import tf
+
+__all__ = [
+    "batch_norm_frozen",
+    "c4_backbone",
+    "c5_on_rois",
+    "conv2d",
+    "deconv2d",
+    "fully_connected",
+    "group_norm",
+    "preprocess_image",
+    "resnet_stages",
+]
+
+GN_GROUPS = 32
+GN_EPSILON = 1e-5
+
+
+# ---------------------------------------------------------------------------------------------------- initialisation
+def normal_init(stddev):
+    """N(0, stddev^2)."""
+    return lambda shape, fan_in, fan_out: ("normal", stddev)
+
+
+def he_fan_out(shape, fan_in, fan_out):
+    """N(0, 2 / fan_out): He et al. 2015, what ResNets and mask heads use."""
+    return ("normal", np.sqrt(2.0 / fan_out))
+
+
+def xavier_uniform_fan_in(shape, fan_in, fan_out):
+    """U(-sqrt(3 / fan_in), sqrt(3 / fan_in)): Caffe2's XavierFill, what FPN and the box head use."""
+    return ("uniform", np.sqrt(3.0 / fan_in))
+
+
+def _weight(name, shape, rule, fan_in, fan_out, trainable):
+    """A float32 variable whose initial value depends on the graph's seed and the variable's name alone, so that
+    neither the order of construction nor the number of replicas changes it."""
+    kind, scale = rule(shape, fan_in, fan_out)
+    graph_seed = tf.get_default_graph().seed or 0
+    full_name = f"{tf.get_variable_scope().name}/{name}"
+    seed = [graph_seed & 0x7FFFFFFF, zlib.crc32(full_name.split("tower", 1)[0].encode()) & 0x7FFFFFFF]
+
+    def initial(shape, dtype=tf.float32, partition_info=None):
+        if kind == "normal":
+            return tf.random.stateless_normal(shape, seed, stddev=scale, dtype=dtype)
+        return tf.random.stateless_uniform(shape, seed, -scale, scale, dtype=dtype)
+
+    return tf.get_variable(name, shape, tf.float32, initial, trainable=trainable)
+
+
+# ------------------------------------------------------------------------------------------------------------- norms
+def _affine(channels, trainable):
+    gamma = tf.get_variable("gamma", [channels], tf.float32, tf.ones_initializer(), trainable=trainable)
+    beta = tf.get_variable("beta", [channels], tf.float32, tf.zeros_initializer(), trainable=trainable)
+    return gamma, beta
+
+
+def batch_norm_frozen(channels, epsilon, trainable):
+    """Scale and shift [channels] float32 that a frozen batch norm applies: γ/√(σ²+ε) and β − μγ/√(σ²+ε)."""
+    with tf.variable_scope("bn"):
+        gamma, beta = _affine(channels, trainable)
+        mean = tf.get_variable("mean/EMA", [channels], tf.float32, tf.zeros_initializer(), trainable=False)
+        variance = tf.get_variable("variance/EMA", [channels], tf.float32, tf.ones_initializer(), trainable=False)
+    scale = gamma * tf.rsqrt(variance + epsilon)
+    return scale, beta - mean * scale
+
+
+def group_norm(x, trainable=True):
+    """Group normalisation (Wu & He 2018, eq. 1-3) of x [N,H,W,C] over 32 groups of channels; statistics in float32."""
+    channels = int(x.shape[-1])
+    groups = GN_GROUPS
+    if channels % groups:
+        raise ValueError(f"group norm needs a multiple of {groups} channels, got {channels} in {x.name}")
+    with tf.variable_scope("gn"):
+        gamma, beta = _affine(channels, trainable)
+    shape = tf.shape(x)
+    # Per-channel moments first (a reduction over contiguous rows), then over the channels of a group: both reductions
+    # stay cheap on CPUs, and x is read twice only.
+    wide = tf.cast(x, tf.float32)
+    mean_c = tf.reduce_mean(wide, [1, 2])  # [N, C]
+    square_c = tf.reduce_mean(tf.square(wide), [1, 2])
+    mean = tf.reduce_mean(tf.reshape(mean_c, [-1, groups, channels // groups]), 2, keepdims=True)
+    square = tf.reduce_mean(tf.reshape(square_c, [-1, groups, channels // groups]), 2, keepdims=True)
+    inverse = tf.rsqrt(tf.maximum(square - tf.square(mean), 0.0) + GN_EPSILON)  # [N, groups, 1]
+    scale = tf.reshape(inverse * tf.reshape(gamma, [groups, -1]), [shape[0], 1, 1, channels])
+    shift = tf.reshape(beta, [1, 1, 1, channels]) - scale * tf.reshape(
+        tf.tile(mean, [1, 1, channels // groups]), [shape[0], 1, 1, channels]
+    )
+    return x * tf.cast(scale, x.dtype) + tf.cast(shift, x.dtype)
+
+
+# ------------------------------------------------------------------------------------------------------------ layers
+def conv2d(
+    name, x, channels, kernel, stride=1, *, groups=1, norm=None, bias=True, relu=False, init=he_fan_out,
+    tf_padding=True, epsilon=1e-5, trainable=True, affine_trainable=True,
+):  # fmt: skip
+    """Convolution [+ norm] [+ ReLU] of x [N,H,W,Ci] -> [N,H',W',channels], in x's type.
+
+    norm: None, "FreezeBN" (folded into kernel and bias, so that TensorFlow fuses conv + bias + ReLU), "SyncBN" or
+    "GN"; with a norm there is no bias variable. tf_padding=False pads k//2 on every side (Caffe, PyTorch) where
+    TensorFlow's SAME would pad stride-2 convolutions at the bottom and right only.
+    """
+    in_channels = int(x.shape[-1])
+    with tf.variable_scope(name):
+        shape = [kernel, kernel, in_channels // groups, channels]
+        fans = kernel * kernel * in_channels // groups, kernel * kernel * channels // groups
+        weight = _weight("W", shape, init, *fans, trainable)
+        shift = None
+        if norm == "FreezeBN":
+            scale, shift = batch_norm_frozen(channels, epsilon, trainable and affine_trainable)
+            weight = weight * scale
+        elif norm is None and bias:
+            shift = tf.get_variable("b", [channels], tf.float32, tf.zeros_initializer(), trainable=trainable)
+        if stride == 1 or tf_padding or kernel == 1:
+            padding = "SAME"
+        else:
+            padding = "VALID"
+            x = tf.pad(x, [[0, 0], [kernel // 2] * 2, [kernel // 2] * 2, [0, 0]])
+        y = _grouped_conv(x, tf.cast(weight, x.dtype), stride, padding, groups)
+        if shift is not None:
+            y = tf.nn.bias_add(y, tf.cast(shift, y.dtype))
+        if norm == "GN":
+            y = group_norm(y, trainable)
+        elif norm == "SyncBN":
+            y = batch_norm_synchronised(y, epsilon, trainable)
+        return tf.nn.relu(y) if relu else y
+
+
+def _grouped_conv(x, weight, stride, padding, groups):
+    if groups == 1:
+        return tf.nn.conv2d(x, weight, strides=stride, padding=padding)
+    if _on_gpu():
+        return tf.nn.conv2d(x, weight, strides=stride, padding=padding)  # the group count follows from the shapes
+    # CPU kernels have no gradient for grouped convolutions.
+    parts = zip(tf.split(x, groups, -1), tf.split(weight, groups, -1))
+    return tf.concat([tf.nn.conv2d(a, w, strides=stride, padding=padding) for a, w in parts], -1)
+
+
+def _on_gpu():
+    from common import visible_gpus
+
+    return visible_gpus() > 0
+
+
+def deconv2d(name, x, channels, kernel=2, stride=2, *, relu=False, bias=True, init=he_fan_out, trainable=True):
+    """Transposed convolution x [N,H,W,Ci] -> [N,H·stride,W·stride,channels]; W is [k,k,channels,Ci].
+
+    A kernel as large as its stride has outputs that do not overlap: then it is one matrix product and a reshuffle,
+    which CPUs run several times as fast as the general kernel.
+    """
+    in_channels = int(x.shape[-1])
+    with tf.variable_scope(name):
+        fans = kernel * kernel * in_channels, kernel * kernel * channels
+        weight = tf.cast(_weight("W", [kernel, kernel, channels, in_channels], init, *fans, trainable), x.dtype)
+        shape = tf.shape(x)
+        if kernel == stride:
+            product = tf.nn.conv2d(
+                x, tf.reshape(tf.transpose(weight, [3, 0, 1, 2]), [1, 1, in_channels, kernel * kernel * channels]), 1,
+                "VALID",
+            )  # fmt: skip
+            y = tf.nn.depth_to_space(product, kernel) if kernel > 1 else product
+        else:
+            out_shape = [shape[0], shape[1] * stride, shape[2] * stride, channels]
+            y = tf.nn.conv2d_transpose(x, weight, out_shape, stride, "SAME")
+        y.set_shape([None, None, None, channels])
+        if bias:
+            b = tf.get_variable("b", [channels], tf.float32, tf.zeros_initializer(), trainable=trainable)
+            y = tf.nn.bias_add(y, tf.cast(b, y.dtype))
+        return tf.nn.relu(y) if relu else y
+
+
+def fully_connected(name, x, channels, *, relu=False, init=xavier_uniform_fan_in, trainable=True):
+    """x [N,Ci] -> [N,channels] in x's type."""
+    in_channels = int(x.shape[-1])
+    with tf.variable_scope(name):
+        weight = _weight("W", [in_channels, channels], init, in_channels, channels, trainable)
+        bias = tf.get_variable("b", [channels], tf.float32, tf.zeros_initializer(), trainable=trainable)
+        y = tf.nn.bias_add(tf.matmul(x, tf.cast(weight, x.dtype)), tf.cast(bias, x.dtype))
+        return tf.nn.relu(y) if relu else y
+
+
+# ------------------------------------------------------------------------------------------------------------ ResNet
+def preprocess_image(image, image_shape, cfg):
+    """uint8 BGR image [N,H,W,3] and valid sizes [N,2] -> normalised [N,H,W,3] in the compute type, padding exactly 0."""
+    mean = np.asarray(cfg.PREPROC.PIXEL_MEAN[::-1], np.float32)
+    std = np.asarray(cfg.PREPROC.PIXEL_STD[::-1], np.float32)
+    x = (tf.cast(image, tf.float32) - mean) * (1.0 / std)
+    shape = tf.shape(image)
+    rows = tf.range(shape[1])[None, :] < image_shape[:, :1]  # [N, H]
+    columns = tf.range(shape[2])[None, :] < image_shape[:, 1:]  # [N, W]
+    inside = tf.logical_and(rows[:, :, None], columns[:, None, :])[..., None]  # [N, H, W, 1]
+    x = tf.where_v2(inside, x, tf.zeros([], tf.float32))
+    return tf.cast(x, tf.as_dtype(cfg.TRAIN.PRECISION))
+
+
+def _bottleneck(x, stage, index, cfg, trainable):
+    """x [N,H,W,C] -> [N,H/s,W/s,4·STEM·2^stage]; s = 2 in the first block of stages 1 to 3."""
+    backbone = cfg.BACKBONE
+    out_channels = backbone.STEM_CHANNELS * 4 * 2**stage
+    # The width of a plain ResNet's bottleneck follows the stem; ResNeXt states it as groups x width per group.
+    inner = backbone.NUM_GROUPS * backbone.WIDTH_PER_GROUP * 2**stage
+    if backbone.NUM_GROUPS == 1 and backbone.WIDTH_PER_GROUP == 64:
+        inner = backbone.STEM_CHANNELS * 2**stage
+    stride = 2 if index == 0 and stage > 0 else 1
+    stride1, stride3 = (stride, 1) if backbone.STRIDE_1X1 else (1, stride)
+    norm = {
+        "norm": backbone.NORM,
+        "bias": backbone.NORM is None,
+        "tf_padding": backbone.TF_PAD_MODE,
+        "epsilon": backbone.BN_EPSILON,
+        "trainable": trainable,
+        "affine_trainable": not backbone.FREEZE_AFFINE,
+    }
+    shortcut = x
+    if int(x.shape[-1]) != out_channels or stride != 1:
+        shortcut = conv2d("convshortcut", x, out_channels, 1, stride, **norm)
+    y = conv2d("conv1", x, inner, 1, stride1, relu=True, **norm)
+    y = conv2d("conv2", y, inner, 3, stride3, groups=backbone.NUM_GROUPS, relu=True, **norm)
+    y = conv2d("conv3", y, out_channels, 1, **norm)
+    return tf.nn.relu(y + shortcut)
+
+
+def _stage(x, stage, cfg, trainable):
+    with tf.variable_scope(f"group{stage}"):
+        for index in range(cfg.BACKBONE.RESNET_NUM_BLOCK[stage]):
+            with tf.variable_scope(f"block{index}"):
+                x = _bottleneck(x, stage, index, cfg, trainable)
+    return x
+
+
+def resnet_stages(image, cfg, num_stages):
+    """Normalised image [N,H,W,3] -> [C2, C3, …] of `num_stages` stages, of strides 4, 8, 16, 32.
+
+    BACKBONE.FREEZE_AT = f freezes the stem (f >= 1) and the first f - 1 stages.
+    """
+    backbone = cfg.BACKBONE
+    trainable = backbone.FREEZE_AT < 1
+    x = conv2d(
+        "conv0", image, backbone.STEM_CHANNELS, 7, 2, norm=backbone.NORM, bias=backbone.NORM is None, relu=True,
+        tf_padding=backbone.TF_PAD_MODE, epsilon=backbone.BN_EPSILON, trainable=trainable,
+        affine_trainable=not backbone.FREEZE_AFFINE,
+    )  # fmt: skip
+    if backbone.TF_PAD_MODE:
+        x = tf.nn.max_pool2d(x, 3, 2, "SAME")
+    else:  # after a ReLU, zeros are as good as the -inf that max pooling would pad with
+        x = tf.nn.max_pool2d(tf.pad(x, [[0, 0], [1, 1], [1, 1], [0, 0]]), 3, 2, "VALID")
+    features = []
+    for stage in range(num_stages):
+        if not trainable:
+            x = tf.stop_gradient(x)
+        trainable = stage + 2 > backbone.FREEZE_AT
+        x = _stage(x, stage, cfg, trainable)
+        features.append(x if trainable else tf.stop_gradient(x))
+    return features
+
+
+def c4_backbone(image, cfg):
+    """Normalised image [N,H,W,3] -> C4 [N,H/16,W/16,1024]."""
+    return resnet_stages(image, cfg, 3)[-1]
+
+
+def c5_on_rois(rois, cfg):
+    """Stage 5 as a head on RoI features [R,14,14,1024] -> [R,7,7,2048] (He et al. 2015, appendix A)."""
+    return _stage(rois, 3, cfg, cfg.BACKBONE.FREEZE_AT < 5)
+
+
+def batch_norm_synchronised(x, epsilon, trainable):
+    """Placeholder for the reduction over replicas; filled in by `model_syncbn`."""
+    from model_syncbn import batch_norm
+
+    return batch_norm(x, epsilon, trainable)

@@ -1,0 +1,194 @@
+"""All box mathematics of the graph: IoU, box coding, anchors, RoIAlign and mask rasterisation.
+
+Boxes are float32 x1 y1 x2 y2 in absolute, continuous image coordinates (a pixel i covers [i, i+1)), never +1.
+"""
+
+import math
+
+import numpy as np
+
+from utils.tf_v1 import tf
+
+__all__ = [
+    "BOX_SCALE_CLAMP", "anchors_of_level", "area", "clip_boxes", "decode_boxes", "encode_boxes", "multilevel_roi_align",
+    "pairwise_ioa", "pairwise_iou", "rasterize_edges", "roi_align",
+]  # fmt: skip
+
+BOX_SCALE_CLAMP = math.log(1000.0 / 16)  # largest dw, dh: a box grows 62.5-fold at most (Detectron)
+
+
+def area(boxes):
+    """[..., 4] -> [...]; a box with x2 < x1 or y2 < y1 has area 0."""
+    return tf.maximum(boxes[..., 2] - boxes[..., 0], 0.0) * tf.maximum(boxes[..., 3] - boxes[..., 1], 0.0)
+
+
+def _pairwise_intersection(a, b):
+    """[..., A, 4], [..., B, 4] -> [..., A, B]."""
+    a, b = a[..., :, None, :], b[..., None, :, :]
+    width = tf.minimum(a[..., 2], b[..., 2]) - tf.maximum(a[..., 0], b[..., 0])
+    height = tf.minimum(a[..., 3], b[..., 3]) - tf.maximum(a[..., 1], b[..., 1])
+    return tf.maximum(width, 0.0) * tf.maximum(height, 0.0)
+
+
+def pairwise_iou(a, b):
+    """Intersection over union: [..., A, 4], [..., B, 4] -> [..., A, B]; 0 where both areas are 0."""
+    intersection = _pairwise_intersection(a, b)
+    union = area(a)[..., :, None] + area(b)[..., None, :] - intersection
+    return tf.math.divide_no_nan(intersection, union)
+
+
+def pairwise_ioa(a, b):
+    """Intersection over the area of a (for crowd regions b): [..., A, 4], [..., B, 4] -> [..., A, B]."""
+    return tf.math.divide_no_nan(_pairwise_intersection(a, b), area(a)[..., :, None])
+
+
+def clip_boxes(boxes, image_shape):
+    """boxes [N, ..., 4] to the valid area; image_shape [N, 2] is height, width."""
+    limit = tf.cast(tf.stack([image_shape[:, 1], image_shape[:, 0]] * 2, axis=1), boxes.dtype)  # [N, 4]
+    limit = tf.reshape(limit, [-1] + [1] * (boxes.shape.ndims - 2) + [4])
+    return tf.minimum(tf.maximum(boxes, 0.0), limit)
+
+
+def encode_boxes(boxes, references, weights=(1.0, 1.0, 1.0, 1.0)):
+    """Deltas that turn `references` into `boxes` (Girshick et al. 2014, eq. 6-9), times `weights`: [..., 4] each.
+
+    Degenerate references or boxes must be masked by the caller; sizes are floored so that no NaN arises from them.
+    """
+    tiny = 1e-6
+    wh_r = tf.maximum(references[..., 2:] - references[..., :2], tiny)
+    wh_b = tf.maximum(boxes[..., 2:] - boxes[..., :2], tiny)
+    center_r = (references[..., 2:] + references[..., :2]) * 0.5
+    center_b = (boxes[..., 2:] + boxes[..., :2]) * 0.5
+    return tf.concat([(center_b - center_r) / wh_r, tf.math.log(wh_b / wh_r)], -1) * np.asarray(weights, np.float32)
+
+
+def decode_boxes(deltas, references, weights=(1.0, 1.0, 1.0, 1.0)):
+    """The inverse of `encode_boxes`; dw and dh are clamped from above at log(1000/16)."""
+    deltas = deltas / np.asarray(weights, np.float32)
+    wh = references[..., 2:] - references[..., :2]
+    center = references[..., :2] + 0.5 * wh
+    center = deltas[..., :2] * wh + center
+    half = 0.5 * tf.exp(tf.minimum(deltas[..., 2:], BOX_SCALE_CLAMP)) * wh
+    return tf.concat([center - half, center + half], -1)
+
+
+def cell_anchors(sizes, ratios):
+    """Anchors around the origin, float32 [len(sizes)·len(ratios), 4], sizes outermost; ratio = height / width."""
+    cells = []
+    for size in sizes:
+        for ratio in ratios:
+            w = math.sqrt(size * size / ratio)
+            h = ratio * w
+            cells.append([-w / 2, -h / 2, w / 2, h / 2])
+    return np.asarray(cells, np.float32)
+
+
+def anchors_of_level(feature_shape, stride, sizes, ratios):
+    """Anchors of a feature map of shape int32 [2] = (H, W) -> float32 [H·W·A, 4], centred at stride · (x, y)."""
+    cells = cell_anchors(sizes, ratios)  # [A, 4]
+    ys = tf.cast(tf.range(feature_shape[0]) * stride, tf.float32)
+    xs = tf.cast(tf.range(feature_shape[1]) * stride, tf.float32)
+    grid_x, grid_y = tf.meshgrid(xs, ys)  # [H, W]
+    shifts = tf.stack([grid_x, grid_y, grid_x, grid_y], -1)  # [H, W, 4]
+    return tf.reshape(shifts[:, :, None, :] + cells, [-1, 4])
+
+
+# ---------------------------------------------------------------------------------------------------------- RoIAlign
+def pad_for_roi_align(features):
+    """Replicates the border pixel once, so that samples up to one pixel outside see it and those beyond see zero."""
+    return tf.pad(features, [[0, 0], [1, 1], [1, 1], [0, 0]], "SYMMETRIC")
+
+
+def roi_align(padded, boxes, image_index, spatial_scale, resolution, samples=2):
+    """RoIAlign (He et al. 2017, with the half-pixel shift of later systems).
+
+    padded: features [N,H+2,W+2,C] of `pad_for_roi_align`; boxes [R,4] in image coordinates; image_index int32 [R].
+    Each of resolution^2 bins is the mean of samples^2 bilinear samples. No gradient to the boxes.
+    -> [R,resolution,resolution,C] in the features' type.
+    """
+    n = resolution * samples
+    boxes = tf.stop_gradient(boxes) * spatial_scale
+    size = tf.cast(tf.shape(padded)[1:3], tf.float32)  # [2]
+    spacing = (boxes[:, 2:] - boxes[:, :2]) / n  # [R, 2] x, y distance of samples
+    # Pixel i's centre lies at i + 0.5 in continuous coordinates and at index i + 1 of the padded map.
+    first = boxes[:, :2] + 0.5 * spacing + 0.5
+    last = first + spacing * (n - 1)
+    # crop_and_resize takes y1 x1 y2 x2, where 0 and 1 are the centres of the first and the last pixel.
+    corners = tf.concat([first[:, ::-1], last[:, ::-1]], 1) / (tf.concat([size, size], 0) - 1.0)
+    crops = tf.image.crop_and_resize(tf.cast(padded, tf.float32), corners, image_index, [n, n])
+    if samples > 1:
+        crops = tf.nn.avg_pool2d(crops, samples, samples, "VALID")
+    return tf.cast(crops, padded.dtype)
+
+
+def fpn_level_of(boxes, num_levels):
+    """Level index 0..num_levels-1 (0 = P2) int32 [R] of boxes [R,4]: FPN eq. 1, k0 = 4 at 224 pixels."""
+    level = tf.floor(4.0 + tf.math.log(tf.sqrt(area(boxes)) / 224.0 + 1e-8) * (1.0 / math.log(2.0)))
+    return tf.cast(tf.clip_by_value(level, 2.0, 1.0 + num_levels), tf.int32) - 2
+
+
+def multilevel_roi_align(padded_levels, strides, boxes, image_index, resolution, samples=2):
+    """RoIAlign on the pyramid level that FPN's eq. 1 assigns to each box.
+
+    padded_levels: P2… as [N,H+2,W+2,C] each; boxes [R,4]; image_index [R] -> [R,resolution,resolution,C].
+    """
+    if len(padded_levels) == 1:
+        return roi_align(padded_levels[0], boxes, image_index, 1.0 / strides[0], resolution, samples)
+    level = fpn_level_of(boxes, len(padded_levels))
+    rows, pooled = [], []
+    for index, (features, stride) in enumerate(zip(padded_levels, strides)):
+        row = tf.where(tf.equal(level, index))[:, 0]
+        rows.append(row)
+        pooled.append(
+            roi_align(
+                features, tf.gather(boxes, row), tf.gather(image_index, row), 1.0 / stride, resolution, samples
+            )
+        )  # fmt: skip
+    order = tf.math.invert_permutation(tf.cast(tf.concat(rows, 0), tf.int32))
+    return tf.gather(tf.concat(pooled, 0), order)
+
+
+# -------------------------------------------------------------------------------------------------------------- NMS
+def batched_nms(boxes, scores, iou_threshold, max_outputs):
+    """Greedy NMS of B independent problems in one op.
+
+    boxes [B,K,4]; scores [B,K], -inf marks absent boxes; a box is suppressed by a better one of IoU > iou_threshold.
+    -> boxes [B,T,4], scores [B,T] (decreasing), count int32 [B]; T = max_outputs.
+    """
+    boxes, scores = tf.stop_gradient(boxes), tf.stop_gradient(scores)
+    out_boxes, out_scores, _, count = tf.image.combined_non_max_suppression(
+        boxes[:, :, None, :], scores[:, :, None], max_outputs, max_outputs, iou_threshold,
+        score_threshold=np.finfo(np.float32).min, clip_boxes=False,
+    )  # fmt: skip
+    return out_boxes, out_scores, count
+
+
+# ------------------------------------------------------------------------------------------------------ mask targets
+def rasterize_edges(edges, boxes, resolution):
+    """Binary masks of polygons inside boxes, at the centres of a resolution x resolution grid.
+
+    edges [R,E,4]: directed outline edges x1 y1 x2 y2 of one instance each, zero-length ones pad; boxes [R,4].
+    A grid point is inside where the winding number is not zero, so overlapping parts unite and opposite rings cut
+    holes. -> float32 [R,resolution,resolution].
+    """
+    m = resolution
+    size = tf.maximum(boxes[:, 2:] - boxes[:, :2], 1e-6)
+    scale = tf.concat([size, size], 1)[:, None, :] / float(m)
+    corner = tf.concat([boxes[:, :2], boxes[:, :2]], 1)[:, None, :]
+    grid = (edges - corner) / scale  # [R, E, 4] in units of cells
+    x1, y1, x2, y2 = tf.unstack(grid[:, :, None, :], axis=-1)  # [R, E, 1] each
+    rows = tf.range(m, dtype=tf.float32) + 0.5  # [M]
+    # Half-open on y, so that a vertex on a row's centre is counted by exactly one of its two edges.
+    down = tf.logical_and(y1 <= rows, rows < y2)
+    up = tf.logical_and(y2 <= rows, rows < y1)
+    direction = tf.cast(down, tf.float32) - tf.cast(up, tf.float32)  # [R, E, M]
+    dy = y2 - y1
+    safe_dy = tf.where_v2(tf.abs(dy) < 1e-12, tf.ones_like(dy), dy)
+    crossing = x1 + (rows - y1) * (x2 - x1) / safe_dy  # [R, E, M]
+    # The edge takes effect from the first cell whose centre lies right of the crossing.
+    column = tf.cast(tf.clip_by_value(tf.math.ceil(crossing - 0.5), 0.0, float(m)), tf.int32)
+    shape = tf.shape(direction)
+    base = tf.range(shape[0])[:, None, None] * m + tf.range(m)[None, None, :]  # [R, 1, M]
+    steps = tf.math.unsorted_segment_sum(direction, base * (m + 1) + column, shape[0] * m * (m + 1))
+    winding = tf.cumsum(tf.reshape(steps, [-1, m, m + 1])[:, :, :m], axis=2)
+    return tf.cast(tf.abs(winding) > 0.5, tf.float32)

@@ -1,0 +1,29 @@
+"""Feature pyramid (Lin et al. 2017, Feature Pyramid Networks), NHWC."""
+
+from basemodel import conv2d, xavier_uniform_fan_in
+from utils.tf_v1 import tf
+
+__all__ = ["fpn"]
+
+
+def upsample_nearest_2x(x):
+    """[N,H,W,C] -> [N,2H,2W,C]."""
+    shape = tf.shape(x)
+    return tf.image.resize_nearest_neighbor(x, [shape[1] * 2, shape[2] * 2])
+
+
+def fpn(stages, cfg):
+    """[C2, C3, C4, C5] with strides 4..32, even but for C5 -> [P2, P3, P4, P5, P6] of FPN.NUM_CHANNEL channels.
+
+    P6 subsamples P5 by 2 and serves the RPN only.
+    """
+    channels, norm = cfg.FPN.NUM_CHANNEL, cfg.FPN.NORM
+    options = {"norm": norm, "init": xavier_uniform_fan_in}
+    with tf.variable_scope("fpn"):
+        laterals = [conv2d(f"lateral_1x1_c{i + 2}", c, channels, 1, **options) for i, c in enumerate(stages)]
+        merged = [laterals[-1]]
+        for lateral in laterals[-2::-1]:
+            merged.insert(0, lateral + upsample_nearest_2x(merged[0]))
+        pyramid = [conv2d(f"posthoc_3x3_p{i + 2}", m, channels, 3, **options) for i, m in enumerate(merged)]
+        pyramid.append(pyramid[-1][:, ::2, ::2, :])
+        return pyramid

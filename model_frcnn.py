@@ -1,0 +1,205 @@
+"""The second stage's box branch (Girshick 2015, Fast R-CNN): RoI sampling, heads, losses, decoding.
+
+RoIs are kept dense per image, [N,R,4] with a validity mask; the heads see them flattened, image outermost.
+"""
+
+import numpy as np
+
+from basemodel import conv2d, fully_connected, he_fan_out, normal_init
+from model_box import clip_boxes, decode_boxes, encode_boxes, pairwise_iou
+from model_rpn import sample_per_image, smooth_l1
+from utils.tf_v1 import tf
+
+__all__ = [
+    "SampledRois", "decode_detections", "fastrcnn_head", "fastrcnn_losses", "fastrcnn_outputs", "label_rois",
+    "loss_weights", "sample_rois",
+]  # fmt: skip
+
+_SALT_ROI = (21, 22)  # for foreground and background
+
+
+class SampledRois(dict):
+    """boxes [N,R,4], valid bool [N,R], labels int32 [N,R] (0 = background), match int32 [N,R]: index of the ground
+    truth a foreground RoI belongs to. Foreground RoIs come first, at most `fg_limit` (an int) of them."""
+
+
+def usable_gt(batch):
+    """bool [N,G]: real boxes that are not crowd regions."""
+    return tf.logical_and(batch["gt_labels"] > 0, tf.logical_not(batch["gt_is_crowd"]))
+
+
+def label_rois(boxes, valid, batch, fg_thresh):
+    """boxes [N,R,4], valid bool [N,R] -> labels int32 [N,R] (0 where IoU < fg_thresh or not valid), match int32 [N,R]
+    and the pairwise IoU [N,R,G] with usable ground truth."""
+    gt_boxes = tf.where_v2(usable_gt(batch)[..., None], batch["gt_boxes"], 0.0)
+    iou = pairwise_iou(boxes, gt_boxes)  # [N, R, G]
+    match = tf.argmax(iou, 2, output_type=tf.int32)
+    foreground = tf.logical_and(valid, tf.reduce_max(iou, 2) >= fg_thresh)
+    labels = tf.where_v2(foreground, tf.gather(batch["gt_labels"], match, batch_dims=1), 0)
+    return labels, match, iou
+
+
+def sample_rois(proposals, valid, batch, cfg):
+    """Adds the ground truth to the proposals and samples BATCH_PER_IM of them, FG_RATIO of which foreground at most.
+
+    proposals [N,P,4], valid bool [N,P] -> SampledRois and stats. No gradients.
+    """
+    frcnn = cfg.FRCNN
+    usable = usable_gt(batch)
+    gt_boxes = tf.where_v2(usable[..., None], batch["gt_boxes"], 0.0)
+    boxes = tf.stop_gradient(tf.concat([proposals, gt_boxes], 1))  # [N, P+G, 4]
+    valid = tf.concat([valid, usable], 1)
+    labels, match, iou = label_rois(boxes, valid, batch, cfg.CASCADE.IOUS[0] if cfg.FPN.CASCADE else frcnn.FG_THRESH)
+    foreground = labels > 0
+    background = tf.logical_and(valid, tf.logical_not(foreground))
+    fg_limit = int(frcnn.BATCH_PER_IM * frcnn.FG_RATIO)
+    fg_index, fg_valid = sample_per_image(foreground, fg_limit, batch["image_seed"], _SALT_ROI[0])
+    num_fg = tf.reduce_sum(tf.cast(fg_valid, tf.int32), 1, keepdims=True)
+    bg_index, bg_valid = sample_per_image(background, frcnn.BATCH_PER_IM, batch["image_seed"], _SALT_ROI[1])
+    bg_valid = tf.logical_and(bg_valid, tf.range(tf.shape(bg_index)[1])[None] < frcnn.BATCH_PER_IM - num_fg)
+    # Foreground first, then background, then what is not valid; a stable sort moves the gaps to the end.
+    index = tf.concat([fg_index, bg_index], 1)
+    kept = tf.concat([fg_valid, bg_valid], 1)
+    size = tf.minimum(frcnn.BATCH_PER_IM, tf.shape(index)[1])
+    order = tf.argsort(tf.cast(tf.logical_not(kept), tf.int32), axis=1, stable=True)[:, :size]
+    index = tf.gather(index, order, batch_dims=1)
+    kept = tf.gather(kept, order, batch_dims=1)
+
+    def pick(values):
+        return tf.gather(values, index, batch_dims=1)
+
+    rois = SampledRois(
+        boxes=pick(boxes), valid=kept, labels=tf.where_v2(kept, pick(labels), 0), match=pick(match), fg_limit=fg_limit
+    )
+    num_gt = tf.reduce_sum(tf.cast(usable, tf.float32))
+    num_proposals = tf.shape(proposals)[1]
+    best_of_gt = tf.reduce_max(
+        tf.where_v2(valid[:, :num_proposals, None], iou[:, :num_proposals], 0.0), 1
+    )  # [N, G] of proposals alone, so that it measures the RPN
+    stats = {
+        "frcnn/num_foreground": tf.reduce_mean(tf.cast(num_fg, tf.float32)),
+        "frcnn/num_background": tf.reduce_mean(tf.reduce_sum(tf.cast(bg_valid, tf.float32), 1)),
+    }
+    for threshold in (0.3, 0.5, 0.7):
+        found = tf.logical_and(best_of_gt >= threshold, usable)
+        stats[f"rpn/recall_iou{threshold}"] = tf.math.divide_no_nan(tf.reduce_sum(tf.cast(found, tf.float32)), num_gt)
+    return rois, stats
+
+
+# --------------------------------------------------------------------------------------------------------------- heads
+def fastrcnn_head(features, cfg):
+    """RoI features [R,7,7,C] -> [R,FRCNN_FC_HEAD_DIM] by the head that FPN.FRCNN_HEAD_FUNC names."""
+    name = cfg.FPN.FRCNN_HEAD_FUNC
+    dim = cfg.FPN.FRCNN_FC_HEAD_DIM
+    x = features
+    if name != "fastrcnn_2fc_head":
+        norm = "GN" if name.endswith("_gn_head") else None
+        for index in range(4):
+            x = conv2d(f"conv{index}", x, cfg.FPN.FRCNN_CONV_HEAD_DIM, 3, norm=norm, relu=True, init=he_fan_out)
+    # The public checkpoints flatten channels first.
+    size = int(np.prod(x.shape[1:].as_list()))
+    x = tf.reshape(tf.transpose(x, [0, 3, 1, 2]), [-1, size])
+    if name == "fastrcnn_2fc_head":
+        x = fully_connected("fc6", x, dim, relu=True)
+        return fully_connected("fc7", x, dim, relu=True)
+    return fully_connected("fc", x, dim, relu=True)
+
+
+def fastrcnn_outputs(feature, num_classes, class_agnostic):
+    """[R,D] -> class logits [R,num_classes+1] and deltas [R,B,4] float32; B = 1 if class-agnostic, else
+    num_classes + 1, background being 0."""
+    num_boxes = 1 if class_agnostic else num_classes + 1
+    logits = fully_connected("class", feature, num_classes + 1, init=normal_init(0.01))
+    deltas = fully_connected("box", feature, num_boxes * 4, init=normal_init(0.001))
+    deltas = tf.reshape(tf.cast(deltas, tf.float32), [-1, num_boxes, 4])
+    return tf.cast(logits, tf.float32), deltas
+
+
+# -------------------------------------------------------------------------------------------------------------- losses
+def loss_weights(members, per_image):
+    """Weights [N,R] that make a sum over RoIs the mean over `members` (bool [N,R]).
+
+    per_image: the mean of the images' means, which does not depend on how images are spread over devices; otherwise
+    one mean over the whole batch. Images without members weigh nothing.
+    """
+    weights = tf.cast(members, tf.float32)
+    if per_image:
+        count = tf.reduce_sum(weights, 1, keepdims=True)
+        return weights / (tf.maximum(count, 1.0) * tf.cast(tf.shape(members)[0], tf.float32))
+    return weights / tf.maximum(tf.reduce_sum(weights), 1.0)
+
+
+def fastrcnn_losses(logits, deltas, rois, batch, reg_weights, cfg, prefix="frcnn"):
+    """Cross entropy over the valid RoIs and smooth L1 over the foreground ones, both per valid RoI.
+
+    logits [N·R,C+1], deltas [N·R,B,4] -> losses {prefix/class_loss, prefix/box_loss}, stats.
+    """
+    labels, valid = rois["labels"], rois["valid"]  # [N, R]
+    shape = tf.shape(labels)
+    weights = loss_weights(valid, cfg.TRAIN.LOSS_PER_IMAGE)
+    flat_labels = tf.reshape(labels, [-1])
+    class_losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels=flat_labels, logits=logits)
+    class_losses = tf.where_v2(valid, tf.reshape(class_losses, shape), 0.0)
+
+    # Only foreground RoIs have a box target; they come first, so the background never enters the arithmetic.
+    num_fg = tf.minimum(rois["fg_limit"], shape[1]) if rois["fg_limit"] is not None else shape[1]
+    fg_labels = labels[:, :num_fg]
+    is_fg = fg_labels > 0  # [N, F]
+    targets = encode_boxes(
+        tf.gather(batch["gt_boxes"], rois["match"][:, :num_fg], batch_dims=1), rois["boxes"][:, :num_fg], reg_weights
+    )
+    num_boxes = int(deltas.shape[1])
+    fg_deltas = tf.reshape(deltas, [shape[0], shape[1], num_boxes, 4])[:, :num_fg]
+    if num_boxes == 1:
+        fg_deltas = fg_deltas[:, :, 0]
+    else:
+        fg_deltas = tf.gather(fg_deltas, fg_labels, batch_dims=2)
+    box_losses = tf.reduce_sum(smooth_l1(fg_deltas - targets, cfg.FRCNN.SMOOTH_L1_BETA), -1)
+    box_losses = tf.where_v2(is_fg, box_losses, 0.0)
+    losses = {
+        f"{prefix}/class_loss": tf.reduce_sum(class_losses * weights),
+        f"{prefix}/box_loss": tf.reduce_sum(box_losses * weights[:, :num_fg]),
+    }
+    correct = tf.equal(tf.argmax(logits, 1, output_type=tf.int32), flat_labels)
+    correct = tf.logical_and(tf.reshape(correct, shape), valid)
+
+    def share(hits, of):
+        return tf.math.divide_no_nan(tf.reduce_sum(tf.cast(hits, tf.float32)), tf.reduce_sum(tf.cast(of, tf.float32)))
+
+    foreground = labels > 0
+    stats = {
+        f"{prefix}/accuracy": share(correct, valid),
+        f"{prefix}/foreground_accuracy": share(tf.logical_and(correct, foreground), foreground),
+    }
+    return losses, stats
+
+
+# ----------------------------------------------------------------------------------------------------------- inference
+def decode_detections(boxes, scores, valid, image_shape, cfg):
+    """Score threshold, per-class NMS and the best RESULTS_PER_IM of each image, in one op.
+
+    boxes [N,R,B,4], B = 1 (shared by the classes) or C; scores [N,R,C] probabilities without background; valid [N,R]
+    -> boxes [N,D,4], scores [N,D] decreasing, labels int32 [N,D] (1..C), count int32 [N]; rows >= count are 0.
+    """
+    test = cfg.TEST
+    boxes = clip_boxes(boxes, image_shape)
+    # A row with a NaN would defeat the sort; it is worth as much as an absent one.
+    good = tf.logical_and(tf.reduce_all(tf.math.is_finite(boxes), [2, 3]), valid)
+    scores = tf.where_v2(tf.logical_and(good[..., None], tf.math.is_finite(scores)), scores, 0.0)
+    boxes = tf.where_v2(good[..., None, None], boxes, 0.0)
+    limit = test.RESULTS_PER_IM
+    boxes, scores, classes, count = tf.image.combined_non_max_suppression(
+        boxes, scores, limit, limit, test.FRCNN_NMS_THRESH, test.RESULT_SCORE_THRESH, clip_boxes=False
+    )
+    present = tf.range(limit)[None] < count[:, None]
+    labels = tf.where_v2(present, tf.cast(classes, tf.int32) + 1, 0)
+    return boxes, scores, labels, count
+
+
+def decode_class_boxes(deltas, proposals, reg_weights):
+    """deltas [N·R,B,4] (B = 1 or C+1), proposals [N,R,4] -> boxes [N,R,B',4], B' = 1 or C (background dropped)."""
+    shape = tf.shape(proposals)
+    deltas = tf.reshape(deltas, [shape[0], shape[1], int(deltas.shape[1]), 4])
+    if int(deltas.shape[2]) > 1:
+        deltas = deltas[:, :, 1:]
+    return decode_boxes(deltas, proposals[:, :, None, :], reg_weights)

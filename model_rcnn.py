@@ -1,0 +1,154 @@
+"""The whole detector, from a batch of images to losses or detections: backbone, RPN, box, mask (and cascade) branches.
+
+Both functions are pure: they see their tensors, the settings, and the variables of the current scope.
+"""
+
+from basemodel import c4_backbone, c5_on_rois, preprocess_image, resnet_stages
+from model_box import clip_boxes, multilevel_roi_align, pad_for_roi_align
+from model_cascade import cascade_inference, cascade_losses
+from model_fpn import fpn
+from model_frcnn import (
+    decode_class_boxes,
+    decode_detections,
+    fastrcnn_head,
+    fastrcnn_losses,
+    fastrcnn_outputs,
+    sample_rois,
+)  # fmt: skip
+from model_mrcnn import mask_head, mask_losses, mask_probabilities, mask_targets
+from model_rpn import rpn_anchors, rpn_head, rpn_losses, rpn_proposals
+from utils.tf_v1 import tf
+
+__all__ = ["build_inference", "build_training"]
+
+
+def backbone_features(image, image_shape, cfg):
+    """uint8 image [N,H,W,3] -> the maps the RPN works on, finest first: [P2..P6], or [C4]."""
+    x = preprocess_image(image, image_shape, cfg)
+    if cfg.MODE_FPN:
+        return fpn(resnet_stages(x, cfg, 4), cfg)
+    return [c4_backbone(x, cfg)]
+
+
+def make_roi_pooler(features, cfg):
+    """-> pool(boxes [R,4], image_index [R], resolution) -> [R,resolution,resolution,C]. Pads each level only once."""
+    if cfg.MODE_FPN:
+        levels, strides = features[:4], cfg.FPN.ANCHOR_STRIDES[:4]
+    else:
+        levels, strides = features, [cfg.RPN.ANCHOR_STRIDE]
+    padded = [pad_for_roi_align(f) for f in levels]
+
+    def pool(boxes, image_index, resolution):
+        return multilevel_roi_align(padded, strides, boxes, image_index, resolution, cfg.FRCNN.ROI_SAMPLES)
+
+    return pool
+
+
+def _image_index(boxes):
+    """boxes [N,R,4] -> int32 [N·R], the image of each row once flattened."""
+    shape = tf.shape(boxes)
+    return tf.reshape(tf.tile(tf.range(shape[0])[:, None], [1, shape[1]]), [-1])
+
+
+def _mean_over_pixels(x):
+    return tf.reduce_mean(x, [1, 2])
+
+
+def _box_branch(pool, boxes, cfg):
+    """RoIs [N,R,4] -> class logits [N·R,C+1], deltas [N·R,B,4]."""
+    flat, index = tf.reshape(boxes, [-1, 4]), _image_index(boxes)
+    if cfg.MODE_FPN:
+        with tf.variable_scope("fastrcnn"):
+            hidden = fastrcnn_head(pool(flat, index, 7), cfg)
+            with tf.variable_scope("outputs"):
+                return fastrcnn_outputs(hidden, cfg.DATA.NUM_CATEGORY, cfg.FRCNN.CLASS_AGNOSTIC)
+    hidden = _mean_over_pixels(c5_on_rois(pool(flat, index, 14), cfg))
+    with tf.variable_scope("fastrcnn"):
+        return fastrcnn_outputs(hidden, cfg.DATA.NUM_CATEGORY, cfg.FRCNN.CLASS_AGNOSTIC)
+
+
+def _mask_branch(pool, boxes, image_index, cfg):
+    """RoIs [F,4] -> mask logits [F,M,M,C]; M = 28 with FPN, 14 in C4."""
+    features = pool(boxes, image_index, 14)
+    if not cfg.MODE_FPN:
+        with tf.variable_scope("", reuse=True):
+            features = c5_on_rois(features, cfg)
+    with tf.variable_scope("maskrcnn"):
+        return mask_head(features, cfg.DATA.NUM_CATEGORY, cfg)
+
+
+def mask_resolution(cfg):
+    return 28 if cfg.MODE_FPN else 14
+
+
+def build_training(batch, cfg):
+    """Losses of a padded batch (the tensors of data.training_keys, N static) -> losses {name: scalar}, stats."""
+    features = backbone_features(batch["image"], batch["image_shape"], cfg)
+    anchors = rpn_anchors(features, cfg)
+    logits, deltas = rpn_head(features, cfg)
+    losses, stats = rpn_losses(tf.concat(logits, 1), tf.concat(deltas, 1), tf.concat(anchors, 0), batch, cfg)
+    proposals, _, valid = rpn_proposals(logits, deltas, anchors, batch["image_shape"], cfg, training=True)
+    rois, roi_stats = sample_rois(proposals, valid, batch, cfg)
+    stats.update(roi_stats)
+
+    pool = make_roi_pooler(features, cfg)
+    if cfg.FPN.CASCADE:
+
+        def pool_boxes(boxes):
+            return pool(tf.reshape(boxes, [-1, 4]), _image_index(boxes), 7)
+
+        box_losses, box_stats = cascade_losses(pool_boxes, rois, batch, cfg)
+    else:
+        class_logits, box_deltas = _box_branch(pool, rois["boxes"], cfg)
+        box_losses, box_stats = fastrcnn_losses(class_logits, box_deltas, rois, batch, cfg.FRCNN.BBOX_REG_WEIGHTS, cfg)
+    losses.update(box_losses)
+    stats.update(box_stats)
+
+    if cfg.MODE_MASK:
+        # Only real foreground RoIs go through the mask branch: most images have far fewer than the limit.
+        members = rois["labels"][:, : rois["fg_limit"]] > 0  # [N, F']
+        where = tf.where(members)  # [F, 2] image, row
+        boxes = tf.gather_nd(rois["boxes"], where)
+        labels = tf.gather_nd(rois["labels"], where)
+        image_index = tf.cast(where[:, 0], tf.int32)
+        gt_index = tf.stack([image_index, tf.gather_nd(rois["match"], where)], 1)
+        targets = mask_targets(boxes, tf.gather_nd(batch["gt_edges"], gt_index), mask_resolution(cfg))
+        mask_logits = _mask_branch(pool, boxes, image_index, cfg)
+        branch_losses, branch_stats = mask_losses(mask_logits, labels, targets, members, cfg)
+        losses.update(branch_losses)
+        stats.update(branch_stats)
+    return losses, stats
+
+
+def build_inference(image, image_shape, cfg):
+    """uint8 image [N,H,W,3], image_shape int32 [N,2] -> {boxes [N,D,4], scores [N,D], labels [N,D], count [N]}, plus
+    masks [N,D,M,M] in MODE_MASK, all in the frame of `image`; rows beyond count are zero."""
+    features = backbone_features(image, image_shape, cfg)
+    anchors = rpn_anchors(features, cfg)
+    logits, deltas = rpn_head(features, cfg)
+    proposals, _, valid = rpn_proposals(logits, deltas, anchors, image_shape, cfg, training=False)
+    # Rows of absent proposals are cut off where all images lack them.
+    most = tf.maximum(tf.reduce_max(tf.reduce_sum(tf.cast(valid, tf.int32), 1)), 1)
+    proposals, valid = proposals[:, :most], valid[:, :most]
+    pool = make_roi_pooler(features, cfg)
+    if cfg.FPN.CASCADE:
+
+        def pool_boxes(boxes):
+            return pool(tf.reshape(boxes, [-1, 4]), _image_index(boxes), 7)
+
+        boxes, scores = cascade_inference(pool_boxes, proposals, image_shape, cfg)
+    else:
+        class_logits, box_deltas = _box_branch(pool, proposals, cfg)
+        shape = tf.shape(proposals)
+        scores = tf.reshape(tf.nn.softmax(class_logits), [shape[0], shape[1], -1])[:, :, 1:]
+        boxes = decode_class_boxes(box_deltas, proposals, cfg.FRCNN.BBOX_REG_WEIGHTS)
+        boxes = clip_boxes(boxes, image_shape)
+    boxes, scores, labels, count = decode_detections(boxes, scores, valid, image_shape, cfg)
+    outputs = {"boxes": boxes, "scores": scores, "labels": labels, "count": count}
+    if cfg.MODE_MASK:
+        where = tf.where(labels > 0)  # [F, 2]
+        found_labels = tf.gather_nd(labels, where)
+        mask_logits = _mask_branch(pool, tf.gather_nd(boxes, where), tf.cast(where[:, 0], tf.int32), cfg)
+        shape = tf.cast(tf.concat([tf.shape(labels), [mask_resolution(cfg)] * 2], 0), tf.int64)
+        outputs["masks"] = tf.scatter_nd(where, mask_probabilities(mask_logits, found_labels), shape)
+    return outputs

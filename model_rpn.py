@@ -1,0 +1,186 @@
+"""Region proposal network (Ren et al. 2015): head, anchor matching and sampling, losses, proposals.
+
+Anchors of all levels are concatenated, A of them; a level of H x W cells contributes H·W·ratios·sizes of them, the
+cell's row and column outermost.
+"""
+
+from basemodel import conv2d, normal_init
+from model_box import (
+    anchors_of_level,
+    batched_nms,
+    clip_boxes,
+    decode_boxes,
+    encode_boxes,
+    pairwise_ioa,
+    pairwise_iou,
+)  # fmt: skip
+from utils.tf_v1 import tf
+
+__all__ = ["rpn_anchors", "rpn_head", "rpn_losses", "rpn_proposals", "sample_per_image", "smooth_l1"]
+
+_SALT_RPN = (11, 12)  # for foreground and background
+
+
+def rpn_head(features, cfg):
+    """[[N,H,W,C] per level] -> logits [[N,H·W·a]], deltas [[N,H·W·a,4]] float32, a anchors per cell, shared weights."""
+    fpn_mode = cfg.MODE_FPN
+    ratios = len(cfg.RPN.ANCHOR_RATIOS)
+    num_anchors = ratios if fpn_mode else ratios * len(cfg.RPN.ANCHOR_SIZES)
+    hidden = cfg.FPN.NUM_CHANNEL if fpn_mode else cfg.RPN.HEAD_DIM
+    init = normal_init(0.01)
+    logits, deltas = [], []
+    for index, feature in enumerate(features):
+        with tf.variable_scope("rpn", reuse=tf.AUTO_REUSE if index else None):
+            x = conv2d("conv0", feature, hidden, 3, relu=True, init=init)
+            batch = tf.shape(x)[0]
+            level_logits = conv2d("class", x, num_anchors, 1, init=init)
+            level_deltas = conv2d("box", x, num_anchors * 4, 1, init=init)
+        logits.append(tf.cast(tf.reshape(level_logits, [batch, -1]), tf.float32))
+        deltas.append(tf.cast(tf.reshape(level_deltas, [batch, -1, 4]), tf.float32))
+    return logits, deltas
+
+
+def rpn_anchors(features, cfg):
+    """[[N,H,W,C] per level] -> anchors [[H·W·a,4]] float32 of each level."""
+    if cfg.MODE_FPN:
+        levels = zip(features, cfg.FPN.ANCHOR_STRIDES, [[s] for s in cfg.RPN.ANCHOR_SIZES])
+    else:
+        levels = [(features[0], cfg.RPN.ANCHOR_STRIDE, cfg.RPN.ANCHOR_SIZES)]
+    return [anchors_of_level(tf.shape(f)[1:3], stride, sizes, cfg.RPN.ANCHOR_RATIOS) for f, stride, sizes in levels]
+
+
+def rpn_proposals(logits, deltas, anchors, image_shape, cfg, training):
+    """Per level top-k, decoding, clipping to the valid area, NMS; then the best of all levels of an image.
+
+    logits [[N,A_l]], deltas [[N,A_l,4]], anchors [[A_l,4]], image_shape int32 [N,2]
+    -> boxes [N,P,4], scores [N,P] (logits, decreasing, -inf where absent), valid bool [N,P]. No gradients.
+    """
+    rpn = cfg.RPN
+    phase = "TRAIN" if training else "TEST"
+    if cfg.MODE_FPN:
+        before, after = rpn.get(f"{phase}_PER_LEVEL_NMS_TOPK"), rpn.get(f"{phase}_FPN_NMS_TOPK")
+    else:
+        before, after = rpn.get(f"{phase}_PRE_NMS_TOPK"), rpn.get(f"{phase}_POST_NMS_TOPK")
+    absent = float("-inf")
+    all_boxes, all_scores = [], []
+    for level_logits, level_deltas, level_anchors in zip(logits, deltas, anchors):
+        level_logits, level_deltas = tf.stop_gradient(level_logits), tf.stop_gradient(level_deltas)
+        k = tf.minimum(before, tf.shape(level_logits)[1])
+        scores, order = tf.nn.top_k(level_logits, k)  # [N, k]
+        boxes = decode_boxes(tf.gather(level_deltas, order, batch_dims=1), tf.gather(level_anchors, order))  # [N, k, 4]
+        boxes = clip_boxes(boxes, image_shape)
+        sides = boxes[..., 2:] - boxes[..., :2]
+        good = tf.logical_and(
+            tf.reduce_all(sides > rpn.MIN_SIZE, -1),
+            tf.logical_and(tf.math.is_finite(scores), tf.reduce_all(tf.math.is_finite(boxes), -1)),
+        )
+        boxes = tf.where_v2(good[..., None], boxes, 0.0)
+        scores = tf.where_v2(good, scores, absent)
+        pad = [[0, 0], [0, before - k]]
+        all_boxes.append(tf.pad(boxes, [*pad, [0, 0]]))
+        all_scores.append(tf.pad(scores, pad, constant_values=absent))
+    levels = len(all_boxes)
+    boxes = tf.reshape(tf.stack(all_boxes, 1), [-1, before, 4])  # [N·L, K, 4]
+    scores = tf.reshape(tf.stack(all_scores, 1), [-1, before])
+    boxes, scores, count = batched_nms(boxes, scores, rpn.PROPOSAL_NMS_THRESH, after)  # [N·L, T, …]
+    scores = tf.where_v2(tf.range(after)[None] < count[:, None], scores, absent)
+    boxes = tf.reshape(boxes, [-1, levels * after, 4])
+    scores, order = tf.nn.top_k(tf.reshape(scores, [-1, levels * after]), after)  # [N, P]
+    return tf.gather(boxes, order, batch_dims=1), scores, tf.math.is_finite(scores)
+
+
+# ------------------------------------------------------------------------------------------------ matching, sampling
+def sample_per_image(candidates, count, image_seed, salt):
+    """Indices of up to `count` random true entries in each row, in random order.
+
+    candidates bool [N,A], N static; count int; image_seed int32 [N]: the choice depends on an image's own seed and
+    `salt` alone, not on its place in a batch or among replicas -> index int32 [N,k], valid bool [N,k], k <= count.
+    """
+    total = tf.shape(candidates)[1]
+    rows = [
+        tf.random.stateless_uniform([total], tf.stack([image_seed[i], salt])) for i in range(int(candidates.shape[0]))
+    ]
+    priority = tf.where_v2(candidates, tf.stack(rows), -1.0)  # [N, A]
+    best, index = tf.nn.top_k(priority, tf.minimum(count, total))
+    return index, best >= 0
+
+
+def match_anchors(anchors, gt_boxes, gt_usable, cfg):
+    """Which anchors are foreground, which background, and the ground truth each matches best.
+
+    anchors [A,4], gt_boxes [N,G,4], gt_usable bool [N,G] -> foreground, background bool [N,A], match int32 [N,A].
+    Foreground: IoU >= POSITIVE_ANCHOR_THRESH with some box, or the best anchor of a box (ties included) if it overlaps
+    it at all. Background: IoU < NEGATIVE_ANCHOR_THRESH with every box.
+    """
+    boxes = tf.where_v2(gt_usable[..., None], gt_boxes, 0.0)  # an empty box has IoU 0 with everything
+    iou = pairwise_iou(anchors[None], boxes)  # [N, A, G]
+    match = tf.argmax(iou, 2, output_type=tf.int32)
+    best_of_anchor = tf.reduce_max(iou, 2)  # [N, A]
+    best_of_gt = tf.reduce_max(iou, 1, keepdims=True)  # [N, 1, G]
+    best_of_gt = tf.where_v2(best_of_gt > 0, best_of_gt, 2.0)
+    is_best = tf.reduce_any(iou >= best_of_gt, 2)
+    foreground = tf.logical_or(best_of_anchor >= cfg.RPN.POSITIVE_ANCHOR_THRESH, is_best)
+    background = tf.logical_and(best_of_anchor < cfg.RPN.NEGATIVE_ANCHOR_THRESH, tf.logical_not(is_best))
+    return foreground, background, match
+
+
+def smooth_l1(error, beta):
+    """0.5 x²/β where |x| < β, |x| − β/2 beyond (Girshick 2015, eq. 3); β = 0 is L1. Same shape."""
+    absolute = tf.abs(error)
+    if beta < 1e-5:
+        return absolute
+    return tf.where_v2(absolute < beta, 0.5 / beta * tf.square(error), absolute - 0.5 * beta)
+
+
+def rpn_losses(logits, deltas, anchors, batch, cfg):
+    """Losses over the sampled anchors alone.
+
+    logits [N,A], deltas [N,A,4], anchors [A,4]; batch: image_shape, gt_boxes, gt_labels, gt_is_crowd, image_seed.
+    -> losses {rpn/class_loss, rpn/box_loss}: sums over samples / (BATCH_PER_IM · N), and stats for summaries.
+    """
+    rpn = cfg.RPN
+    crowd = tf.logical_and(batch["gt_is_crowd"], batch["gt_labels"] > 0)
+    usable = tf.logical_and(batch["gt_labels"] > 0, tf.logical_not(crowd))
+    foreground, background, match = match_anchors(anchors, batch["gt_boxes"], usable, cfg)
+    if not rpn.TRAIN_ON_PADDING:
+        center = 0.5 * (anchors[:, :2] + anchors[:, 2:])[None]  # [1, A, 2] as x, y
+        limit = tf.cast(batch["image_shape"], tf.float32)[:, None, ::-1]  # [N, 1, 2]
+        inside = tf.reduce_all(center < limit, -1)
+        # A ground truth keeps its best anchor wherever that is centred.
+        background = tf.logical_and(background, inside)
+    if rpn.CROWD_OVERLAP_THRESH < 1:
+        crowd_boxes = tf.where_v2(crowd[..., None], batch["gt_boxes"], 0.0)
+        in_crowd = tf.reduce_max(pairwise_ioa(anchors[None], crowd_boxes), 2) > rpn.CROWD_OVERLAP_THRESH
+        background = tf.logical_and(background, tf.logical_not(in_crowd))
+    fg_limit = int(rpn.BATCH_PER_IM * rpn.FG_RATIO)
+    fg_index, fg_valid = sample_per_image(foreground, fg_limit, batch["image_seed"], _SALT_RPN[0])
+    bg_index, bg_valid = sample_per_image(background, rpn.BATCH_PER_IM, batch["image_seed"], _SALT_RPN[1])
+    num_fg = tf.reduce_sum(tf.cast(fg_valid, tf.int32), 1, keepdims=True)  # [N, 1]
+    bg_valid = tf.logical_and(bg_valid, tf.range(tf.shape(bg_index)[1])[None] < rpn.BATCH_PER_IM - num_fg)
+
+    index = tf.concat([fg_index, bg_index], 1)  # [N, S]
+    valid = tf.concat([fg_valid, bg_valid], 1)
+    target = tf.concat([tf.ones_like(fg_index), tf.zeros_like(bg_index)], 1)
+    sampled_logits = tf.gather(logits, index, batch_dims=1)
+    class_losses = tf.nn.sigmoid_cross_entropy_with_logits(
+        labels=tf.cast(target, tf.float32), logits=sampled_logits
+    )  # [N, S]
+    matched = tf.gather(batch["gt_boxes"], tf.gather(match, fg_index, batch_dims=1), batch_dims=1)  # [N, F, 4]
+    target_deltas = encode_boxes(matched, tf.gather(anchors, fg_index))
+    error = tf.gather(deltas, fg_index, batch_dims=1) - target_deltas
+    # Rows that are not foreground may match an empty box: their targets are meaningless and must not reach the sum.
+    box_losses = tf.where_v2(fg_valid[..., None], smooth_l1(error, rpn.SMOOTH_L1_BETA), 0.0)
+    normalizer = 1.0 / tf.cast(rpn.BATCH_PER_IM * tf.shape(logits)[0], tf.float32)
+    losses = {
+        "rpn/class_loss": tf.reduce_sum(tf.where_v2(valid, class_losses, 0.0)) * normalizer,
+        "rpn/box_loss": tf.reduce_sum(box_losses) * normalizer,
+    }
+    predicted_fg = tf.logical_and(tf.gather(logits, fg_index, batch_dims=1) > 0, fg_valid)
+    stats = {
+        "rpn/num_positive": tf.reduce_mean(tf.cast(num_fg, tf.float32)),
+        "rpn/num_sampled": tf.reduce_mean(tf.reduce_sum(tf.cast(valid, tf.float32), 1)),
+        "rpn/positive_recall": tf.math.divide_no_nan(
+            tf.reduce_sum(tf.cast(predicted_fg, tf.float32)), tf.reduce_sum(tf.cast(num_fg, tf.float32))
+        ),
+    }
+    return losses, stats
