@@ -213,8 +213,8 @@ build() {
             --wheel-dir "$work/wheel" . >>"$log" 2>&1
     ) || {
         [ -z "${HOROVOD_BUILD_LOG:-}" ] || cp "$log" "$HOROVOD_BUILD_LOG"
-        grep -E ' error: |fatal error|CMake Error|Could NOT find|Killed' "$log" | head -n 5 >&2 || true
-        fail "horovod does not compile; HOROVOD_BUILD_LOG=FILE keeps the whole log"
+        reason=$(sed -nE '/(Could NOT find|fatal error|: error:|Killed)/{s/^ +//p;q}' "$log")
+        fail "horovod does not compile${reason:+: $reason} (HOROVOD_BUILD_LOG=FILE keeps the whole log)"
     }
 }
 
