@@ -1,0 +1,657 @@
+"""From the graph's outputs to scores: detections in the original image's frame, COCO results, COCO's protocol.
+
+Formats are those of https://cocodataset.org: boxes as x y width height, masks as compressed run-length encoding (RLE),
+scores by pycocotools' COCOeval. Masks are pasted as in Mask R-CNN (He et al., 2017): the M x M probabilities are
+resampled bilinearly over the box and thresholded.
+"""
+
+import contextlib
+import io
+import json
+import math
+import os
+import sys
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+import pycocotools.mask as coco_mask
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from tabulate import tabulate
+from tqdm import tqdm
+
+from common import UserError, atomic_write, logger, read_json
+
+__all__ = [
+    "Detections", "paste_masks", "to_original_frame", "decode_mask", "coco_results", "evaluate_split", "merge_shards",
+    "write_results", "read_results", "evaluate_coco", "format_scores", "format_class_table",
+]  # fmt: skip
+
+Rle = dict[str, Any]  # {"size": [height, width], "counts": str}
+ImageResults = tuple[int, list[dict[str, Any]]]  # index of the image in its split, its COCO results
+
+# Names of COCOeval's summary: 12 numbers for boxes and masks, 10 for keypoints (which have no small objects).
+SUMMARY = ["AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"]
+KEYPOINT_SUMMARY = ["AP", "AP50", "AP75", "APm", "APl", "AR", "AR50", "AR75", "ARm", "ARl"]
+TITLES = {"bbox": "box", "segm": "mask", "keypoints": "keypoints"}
+RESULT_KEY = {"bbox": "bbox", "segm": "segmentation", "keypoints": "keypoints"}
+
+
+class Detections(NamedTuple):
+    """What was found in one image, in the frame of the image file, by descending score."""
+
+    boxes: np.ndarray  # float32 [D, 4], x1 y1 x2 y2 inside the image
+    scores: np.ndarray  # float32 [D]
+    labels: np.ndarray  # int32 [D], 1..C
+    masks: list[Rle] | None = None  # D masks of the whole image
+    keypoints: np.ndarray | None = None  # float32 [D, K, 3], x y score
+
+
+# -------------------------------------------------------------------------------------------- masks
+def paste_masks(masks: np.ndarray, boxes: np.ndarray, height: int, width: int, threshold: float = 0.5) -> list[Rle]:
+    """RLEs of the pixels whose centre has a probability of at least `threshold`.
+
+    Args:
+        masks: [D, M, M] probabilities; cell (i, j) is the value at the centre of its cell of the box, values between
+            centres are bilinear, and outside of the box they fall to 0 within half a cell.
+        boxes: [D, 4] in the frame of the height x width image; they may reach beyond it.
+    """
+    return [encode_counts(c, height, width) for c in paste_counts(masks, boxes, height, width, threshold)]
+
+
+def paste_counts(
+    masks: np.ndarray, boxes: np.ndarray, height: int, width: int, threshold: float = 0.5
+) -> list[np.ndarray]:
+    """The first half of `paste_masks`: uncompressed RLE counts, uint32 [number of runs], of every mask.
+
+    No image-sized array is made. Down one pixel column a pasted mask is a piecewise linear function with a knot at
+    each of the M cell centres, so its runs end where a piece crosses the threshold: M + 1 pieces per column are looked
+    at instead of all pixels, and the result is that of evaluating every pixel.
+    """
+    cells = np.zeros((len(masks), masks.shape[2] + 2, masks.shape[1] + 2), np.float32)  # [D, x, y], a rim of zeros
+    cells[:, 1:-1, 1:-1] = np.swapaxes(masks, 1, 2)
+    return [_counts(c, b, height, width, threshold) for c, b in zip(cells, np.asarray(boxes, np.float64).tolist())]
+
+
+def _counts(cells: np.ndarray, box: list[float], height: int, width: int, threshold: float) -> np.ndarray:
+    x1, y1, x2, y2 = box
+    empty = np.array([height * width], np.uint32)
+    if not (x2 > x1 and y2 > y1):
+        return empty
+    cell_w, cell_h = (x2 - x1) / (cells.shape[0] - 2), (y2 - y1) / (cells.shape[1] - 2)
+    first = max(0, math.floor(x1 - 0.5 * cell_w - 0.5))
+    last = min(width, math.ceil(x2 + 0.5 * cell_w + 0.5))
+    if last <= first:
+        return empty
+    # Values at the knots of each pixel column: cells[i] is centred at x1 + (i - 0.5) * cell_w.
+    position = np.clip((np.arange(first, last) + (0.5 - x1)) / cell_w + 0.5, 0, cells.shape[0] - 1)
+    left = np.minimum(position.astype(np.int64), cells.shape[0] - 2)
+    values = np.diff(cells, axis=0)[left]
+    values *= (position - left).astype(np.float32)[:, None]
+    values += cells[left]  # [columns, M + 2]
+    inside = values >= threshold
+    # The pieces in which a run begins or ends; the rim is outside, so every column has an even number of them.
+    pieces = cells.shape[1] - 1
+    column, knot = np.divmod(np.flatnonzero(inside[:, 1:] != inside[:, :-1]), pieces)
+    before, after = values[column, knot].astype(np.float64), values[column, knot + 1].astype(np.float64)
+    crossing = y1 + cell_h * (knot - 0.5 + (threshold - before) / (after - before)) - 0.5  # in pixel centres
+    row = np.where(after > before, np.ceil(crossing), np.floor(crossing) + 1)
+    starts = (column + first) * height + np.clip(row, 0, height).astype(np.int64)
+    # Changes at the same pixel cancel in pairs: runs between two centres, and runs that go on in the next column.
+    groups = np.flatnonzero(np.diff(starts, prepend=-1))
+    odd = np.diff(groups, append=len(starts)) % 2 == 1
+    counts = np.diff(starts[groups[odd]], prepend=0, append=height * width)
+    return (counts if counts[-1] > 0 or len(counts) == 1 else counts[:-1]).astype(np.uint32)
+
+
+def encode_counts(counts: np.ndarray, height: int, width: int) -> Rle:
+    """The compressed RLE of uncompressed counts (column by column, zeros first)."""
+    rle = coco_mask.frPyObjects({"size": [height, width], "counts": counts}, height, width)
+    return {"size": [height, width], "counts": rle["counts"].decode()}
+
+
+def decode_mask(rle: Rle) -> np.ndarray:
+    """bool [height, width]."""
+    return coco_mask.decode(rle).astype(bool)
+
+
+def to_original_frame(
+    outputs: dict[str, np.ndarray], resized_hw: tuple[int, int], original_hw: tuple[int, int], threshold: float = 0.5
+) -> Detections:
+    """Moves the predictor's outputs for one image into the frame of its file.
+
+    Args:
+        outputs: boxes [D, 4], scores [D], labels [D] and, where the model has them, masks [D, M, M] and keypoints
+            [D, K, 3]; an entry `count` says that only the first rows are detections.
+        resized_hw: valid height and width of the image that the predictor saw, without padding.
+        original_hw: height and width of the image file.
+
+    Boxes are scaled along each axis and clipped to the image; those left without area are no detections. Masks are
+    sampled in the original frame, so their outline has the resolution of the file.
+    """
+    count = int(outputs.get("count", len(outputs["boxes"])))
+    height, width = int(original_hw[0]), int(original_hw[1])
+    scale = np.array([width / resized_hw[1], height / resized_hw[0]])
+    boxes = outputs["boxes"][:count].astype(np.float64) * np.tile(scale, 2)
+    scores = outputs["scores"][:count].astype(np.float32)
+    if not (np.isfinite(boxes).all() and np.isfinite(scores).all()):
+        raise UserError("the model predicts NaN or infinite boxes: its weights have diverged; load an older checkpoint")
+    boxes = np.clip(boxes, 0, [width, height, width, height])
+    keep = np.flatnonzero((boxes[:, 2:] > boxes[:, :2]).all(1))
+    boxes = boxes[keep]
+    masks = keypoints = None
+    if "masks" in outputs:
+        masks = paste_masks(outputs["masks"][:count][keep], boxes, height, width, threshold)
+    if "keypoints" in outputs:
+        keypoints = outputs["keypoints"][:count][keep].astype(np.float32)
+        keypoints[:, :, :2] *= scale
+    return Detections(
+        boxes.astype(np.float32), scores[keep], outputs["labels"][:count][keep].astype(np.int32), masks, keypoints
+    )
+
+
+# -------------------------------------------------------------------------------------------- results
+def coco_results(
+    detections: Detections, image_id: int | str, label_to_category_id: Callable[[int], int | str]
+) -> list[dict[str, Any]]:
+    """One image's detections as entries of a COCO results file.
+
+    Scores keep float32 precision, boxes 1e-4 pixel, so that scoring the written file equals scoring these entries.
+    """
+    boxes = detections.boxes.astype(np.float64)
+    boxes[:, 2:] -= boxes[:, :2]
+    entries = []
+    for i, (box, score, label) in enumerate(zip(boxes, detections.scores, detections.labels)):
+        entry = {
+            "image_id": image_id,
+            "category_id": label_to_category_id(int(label)),
+            "bbox": [round(v, 4) for v in box.tolist()],
+            "score": float(str(score)),
+        }
+        if detections.masks is not None:
+            entry["segmentation"] = detections.masks[i]
+        if detections.keypoints is not None:
+            entry["keypoints"] = [round(v, 4) for v in detections.keypoints[i].ravel().tolist()]
+        entries.append(entry)
+    return entries
+
+
+def evaluate_split(
+    predict: Callable | Sequence[Callable],
+    split: Any,
+    cfg: Any,
+    shard: tuple[int, int] = (0, 1),
+    gather: Callable[[list[list[ImageResults]]], list[list[list[ImageResults]]]] | None = None,
+    progress: bool = True,
+) -> list[dict[str, Any]]:
+    """COCO results of every image of a `DatasetSplit`, in the order of the split.
+
+    Args:
+        predict: the predictor, or one for each device of this process; the images are dealt to them in turn.
+        shard: (rank, number of processes) that evaluate together.
+        gather: given this process's parts, returns those of all processes; needed with more than one.
+    """
+    predictors = [predict] if callable(predict) else list(predict)
+    rank, size = shard
+    if size > 1 and gather is None:
+        raise ValueError("evaluation over several processes needs a way to gather their results")
+
+    def run(i: int) -> list[ImageResults]:
+        part = (rank * len(predictors) + i, size * len(predictors))
+        return _evaluate_shard(predictors[i], split, cfg, part, progress and rank == 0 and i == 0)
+
+    with ThreadPoolExecutor(len(predictors)) as pool:
+        parts = list(pool.map(run, range(len(predictors))))
+    if gather is not None:
+        parts = [part for process in gather(parts) for part in process]
+    return merge_shards(parts, len(split))
+
+
+def _evaluate_shard(
+    predict: Callable, split: Any, cfg: Any, shard: tuple[int, int], progress: bool
+) -> list[ImageResults]:
+    """Results of every `size`-th image; one thread pastes and encodes a batch while the next is predicted."""
+    from data import inference_batches
+
+    def convert(batch: dict, outputs: dict) -> list[ImageResults]:
+        results = []
+        for n, (index, original_hw) in enumerate(zip(batch["indices"], batch["original_shapes"])):
+            image_id = split.image_id(index)
+            try:
+                one = {key: value[n] for key, value in outputs.items()}
+                detections = to_original_frame(one, batch["image_shape"][n], original_hw)
+            except UserError as e:
+                raise UserError(f"image {image_id}: {e}") from None
+            results.append((index, coco_results(detections, image_id, split.label_to_category_id)))
+        return results
+
+    results: list[ImageResults] = []
+    waiting: deque = deque()
+    total = len(range(shard[0], len(split), shard[1]))
+    # In a log file a bar that redraws ten times a second is noise.
+    every = 0.1 if sys.stderr.isatty() else 30
+    with (
+        ThreadPoolExecutor(1) as pool,
+        tqdm(
+            total=total,
+            desc=f"evaluate {split.name}",
+            unit="image",
+            disable=not progress,
+            mininterval=every,
+            dynamic_ncols=True,
+        ) as bar,
+    ):
+        for batch in inference_batches(split, cfg, shard):
+            waiting.append(pool.submit(convert, batch, predict(batch["image"], batch["image_shape"])))
+            while len(waiting) > 2:
+                results += waiting.popleft().result()
+            bar.update(len(batch["indices"]))
+        for job in waiting:
+            results += job.result()
+    return results
+
+
+def merge_shards(shards: Iterable[Iterable[ImageResults]], num_images: int) -> list[dict[str, Any]]:
+    """The results of all shards in the order of the split, which does not depend on how it was divided.
+
+    Every image must be there exactly once, images without detections included.
+    """
+    by_image: list[list[dict[str, Any]] | None] = [None] * num_images
+    for part in shards:
+        for index, results in part:
+            if by_image[index] is not None:
+                raise ValueError(f"image number {index} was evaluated by two shards")
+            by_image[index] = results
+    missing = [i for i, results in enumerate(by_image) if results is None]
+    if missing:
+        raise ValueError(f"{len(missing)} of {num_images} images were evaluated by no shard, e.g. number {missing[0]}")
+    return [entry for results in by_image for entry in results or ()]
+
+
+def write_results(path: str | os.PathLike, results: Iterable[dict[str, Any]]) -> None:
+    """Writes a COCO results file, one entry a line, without ever holding its whole text."""
+    with atomic_write(path) as f:
+        separator = "[\n"
+        for entry in results:
+            f.write(separator + json.dumps(entry, ensure_ascii=False))
+            separator = ",\n"
+        f.write("\n]\n" if separator != "[\n" else "[]\n")
+
+
+def read_results(path: str | os.PathLike, ground_truth: Any) -> list[dict[str, Any]]:
+    """A COCO results file whose every entry was checked against the ground truth's images and classes."""
+    results = read_json(path, "results file")
+    content, _ = _read_ground_truth(ground_truth)
+    check_results(results, content, f"results file {path}")
+    return results
+
+
+def check_results(results: Any, ground_truth: dict[str, Any], origin: str) -> None:
+    """UserError naming `origin` and the first entry that is not a valid COCO result for the ground truth."""
+    if not isinstance(results, list):
+        raise UserError(f"{origin}: must hold a list of detections, not {type(results).__name__}")
+    sizes = {image["id"]: (image.get("height"), image.get("width")) for image in ground_truth["images"]}
+    categories = {category["id"] for category in ground_truth["categories"]}
+    for i, entry in enumerate(results):
+        problem = _entry_problem(entry, sizes, categories)
+        if problem:
+            raise UserError(f"{origin}: entry {i}: {problem}")
+
+
+def _entry_problem(entry: Any, sizes: dict, categories: set) -> str | None:
+    if not isinstance(entry, dict):
+        return f"must be an object, not {type(entry).__name__}"
+    for key in ("image_id", "category_id", "score"):
+        if key not in entry:
+            return f"has no {key}"
+    for key, known in (("image_id", sizes), ("category_id", categories)):
+        if isinstance(entry[key], (list, dict)) or entry[key] not in known:
+            return f"{key} {entry[key]!r} is not in the annotation file"
+    if not _numbers([entry["score"]]):
+        return f"score {entry['score']!r} is not a finite number"
+    if not any(key in entry for key in RESULT_KEY.values()):
+        return "has none of bbox, segmentation, keypoints"
+    if "bbox" in entry:
+        box = entry["bbox"]
+        if not (_numbers(box) and len(box) == 4 and box[2] >= 0 and box[3] >= 0):
+            return f"bbox {box!r} must be four finite numbers x, y, width, height"
+    if "keypoints" in entry:
+        points = entry["keypoints"]
+        if not (_numbers(points) and points and len(points) % 3 == 0):
+            return "keypoints must be finite numbers x, y, v for each point"
+    if "segmentation" in entry:
+        return _segmentation_problem(entry["segmentation"], sizes[entry["image_id"]])
+    return None
+
+
+def _numbers(values: Any) -> bool:
+    return isinstance(values, list) and all(
+        isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in values
+    )
+
+
+def _segmentation_problem(segmentation: Any, image_hw: tuple[int | None, int | None]) -> str | None:
+    """Why a user's mask is unusable; pycocotools itself would read or write out of bounds, or give IoU -1."""
+    if isinstance(segmentation, list):
+        good = segmentation and all(_numbers(part) and len(part) >= 6 and len(part) % 2 == 0 for part in segmentation)
+        return None if good else "segmentation: a polygon needs three or more points as a list x1, y1, x2, y2, …"
+    if not (isinstance(segmentation, dict) and _numbers(segmentation.get("size")) and len(segmentation["size"]) == 2):
+        return "segmentation must be an RLE object with size [height, width] and counts, or a list of polygons"
+    size = tuple(segmentation["size"])
+    if None not in image_hw and size != image_hw:
+        return f"segmentation has size {list(size)}, the image has height and width {list(image_hw)}"
+    counts = segmentation.get("counts")
+    counts = np.array(counts, np.float64) if _numbers(counts) else _decode_counts(counts)
+    if counts is None or (counts < 0).any() or (counts % 1).any() or counts.sum() != size[0] * size[1]:
+        return "segmentation: its RLE counts are broken or do not add up to height x width"
+    return None
+
+
+def _decode_counts(text: Any) -> np.ndarray | None:
+    """Uncompressed counts of a compressed RLE's string, None if it is malformed.
+
+    Each count is stored as the difference to the count two places before (from the fourth on), in groups of 5 bits,
+    lowest first, with bit 5 set when another group follows, as the character with code 48 + group; the highest bit of
+    the last group is the sign.
+    """
+    if not isinstance(text, str) or not text or not text.isascii():
+        return None
+    groups = np.frombuffer(text.encode(), np.uint8).astype(np.int64) - 48
+    ends = np.flatnonzero(groups & 32 == 0)
+    if groups.min() < 0 or groups.max() > 63 or len(ends) == 0 or ends[-1] != len(groups) - 1:
+        return None
+    begins = np.concatenate([[0], ends[:-1] + 1])
+    lengths = ends - begins + 1
+    if lengths.max() > 8:
+        return None
+    shift = 5 * (np.arange(len(groups)) - np.repeat(begins, lengths))
+    counts = np.add.reduceat((groups & 31) << shift, begins)
+    counts -= np.where(groups[ends] & 16, 1 << (5 * lengths), 0)
+    counts[1::2] = np.cumsum(counts[1::2])
+    counts[2::2] = np.cumsum(counts[2::2])
+    return counts
+
+
+# -------------------------------------------------------------------------------------------- scores
+def evaluate_coco(
+    ground_truth: Any,
+    results: list[dict[str, Any]],
+    iou_types: Sequence[str] | None = None,
+    image_ids: Sequence[int | str] | None = None,
+    verbose: bool = True,
+) -> dict[str, float]:
+    """Scores by COCO's protocol, as fractions (not percent).
+
+    Args:
+        ground_truth: a `DatasetSplit` (its images are scored), the path of a COCO annotation file, or its content.
+        results: entries of a COCO results file.
+        iou_types: of "bbox", "segm", "keypoints"; those that the results hold if not given.
+        image_ids: score these images alone.
+        verbose: log the summary and the per-class table.
+
+    Returns {"bbox/AP": …, "bbox/AP50": …, "bbox/AP_per_class/<class name>": …, "segm/AP": …, …}. A number that has no
+    ground truth to be computed from is nan; without any detection it is 0.
+
+    The ids in the file only need to tell things apart: categories and images are numbered anew, as are annotations,
+    whose ids are ignored (COCOeval takes a match with annotation 0 for no match, and merges annotations of one id).
+    Missing `area` (of the mask, else of the box), `iscrowd` and `bbox` are filled in.
+    """
+    content, split_ids = _read_ground_truth(ground_truth)
+    if image_ids is None:
+        image_ids = split_ids
+    if iou_types is None:
+        sources = results or content["annotations"]
+        keys = {key for key in RESULT_KEY.values() if any(entry.get(key) for entry in sources)}
+        iou_types = [t for t, key in RESULT_KEY.items() if t == "bbox" or key in keys]
+    classes, images = _number_anew(content, image_ids)
+    annotations = _prepare_annotations(content["annotations"], images, classes, iou_types)
+    detections = _prepare_results(results, images, classes, {a["id"] for a in content["images"]})
+    if not any(not a["iscrowd"] for a in annotations):
+        logger.warning(f"the {len(images)} images to score have no annotated object: their AP is undefined (nan)")
+    names = _distinct_names(content["categories"])
+    metrics: dict[str, float] = {}
+    for iou_type in iou_types:
+        metrics.update(_score(iou_type, annotations, detections, images, classes, names))
+    if verbose:
+        counts = Counter(a["category_id"] for a in annotations if not a["iscrowd"])
+        logger.info(
+            "scores by class\n" + format_class_table(metrics, {names[c]: counts[i] for c, i in classes.items()})
+        )
+        logger.info(f"COCO scores of {len(images)} images\n{format_scores(metrics)}")
+    return metrics
+
+
+def _read_ground_truth(ground_truth: Any) -> tuple[dict[str, Any], list | None]:
+    """The content of the annotation file and, for a split, the ids of its images."""
+    if isinstance(ground_truth, dict):
+        return {"annotations": [], **ground_truth}, None
+    if isinstance(ground_truth, (str, os.PathLike)):
+        path, ids = ground_truth, None
+    else:
+        path, ids = ground_truth.annotation_file, [ground_truth.image_id(i) for i in range(len(ground_truth))]
+    content = read_json(path, "annotation file")
+    for key in ("images", "categories"):
+        if not isinstance(content, dict) or not isinstance(content.get(key), list):
+            raise UserError(f"annotation file {path} has no list '{key}': it is not in COCO's format")
+    return {"annotations": [], **content}, ids
+
+
+def _number_anew(content: dict[str, Any], image_ids: Sequence | None) -> tuple[dict, dict]:
+    """{category id: 1..C} and {image id: {"id": 1..N, "height", "width"}}, both in the order of the old ids.
+
+    That order is COCOeval's own, which decides ties between equal scores.
+    """
+
+    def order(ids: Iterable) -> list:
+        return sorted(set(ids), key=lambda i: (isinstance(i, str), i))
+
+    classes = {c: n for n, c in enumerate(order(c["id"] for c in content["categories"]), 1)}
+    known = {image["id"]: image for image in content["images"]}
+    unknown = [i for i in image_ids or () if i not in known]
+    if unknown:
+        raise UserError(f"image id {unknown[0]!r} is not in the annotation file")
+    images = {}
+    for n, image_id in enumerate(order(known if image_ids is None else image_ids), 1):
+        image = known[image_id]
+        images[image_id] = {"id": n, "height": image.get("height"), "width": image.get("width")}
+    return classes, images
+
+
+def _distinct_names(categories: list[dict[str, Any]]) -> dict[Any, str]:
+    """{category id: name}, with the id added to names that occur more than once."""
+    names = {c["id"]: str(c.get("name", c["id"])) for c in categories}
+    often = Counter(names.values())
+    return {i: name if often[name] == 1 else f"{name} ({i})" for i, name in names.items()}
+
+
+def _to_rle(segmentation: Any, height: int | None, width: int | None) -> Rle | None:
+    """One RLE of polygons, uncompressed or compressed RLE; None for a mask without any usable part."""
+    if isinstance(segmentation, dict) and segmentation.get("counts"):
+        if isinstance(segmentation["counts"], list):
+            counts = {**segmentation, "counts": np.array(segmentation["counts"], np.uint32)}
+            return coco_mask.frPyObjects(counts, *segmentation["size"])
+        return segmentation
+    parts = [p for p in segmentation if len(p) >= 6] if isinstance(segmentation, list) else []
+    if not parts:
+        return None
+    if height is None or width is None:
+        raise UserError("annotation file: scoring masks given as polygons needs height and width of every image")
+    return coco_mask.merge(coco_mask.frPyObjects(parts, height, width))
+
+
+def _prepare_annotations(
+    annotations: list[dict[str, Any]], images: dict, classes: dict, iou_types: Sequence[str]
+) -> list[dict[str, Any]]:
+    """The annotations of `images` with new ids and every field that COCOeval reads; the given ones stay untouched."""
+    prepared = []
+    unplaced = maskless = 0
+    for a in annotations:
+        if a.get("category_id") not in classes:
+            unplaced += 1
+            continue
+        image = images.get(a.get("image_id"))
+        if image is None:
+            continue
+        rle = None
+        box, area = a.get("bbox"), a.get("area")
+        if "segm" in iou_types or box is None or area is None:
+            rle = _to_rle(a.get("segmentation"), image["height"], image["width"])
+        if box is None and rle is None:
+            unplaced += 1
+            continue
+        if box is None:
+            box = coco_mask.toBbox(rle).tolist()
+        if area is None:
+            area = float(coco_mask.area(rle)) if rle is not None else box[2] * box[3]
+        crowd = int(a.get("iscrowd") or 0)
+        maskless += "segm" in iou_types and rle is None and not crowd
+        points = a.get("keypoints") or []
+        prepared.append(
+            {
+                "id": len(prepared) + 1,
+                "image_id": image["id"],
+                "category_id": classes[a["category_id"]],
+                "bbox": box,
+                "area": area,
+                "iscrowd": crowd,
+                "segmentation": rle,
+                "keypoints": points,
+                "num_keypoints": a.get("num_keypoints", sum(v > 0 for v in points[2::3])) if points else 0,
+                "_image": image,
+            }
+        )
+    if unplaced:
+        logger.warning(f"{unplaced} annotations of an unknown category, or without box and mask, are not scored")
+    if maskless:
+        logger.warning(f"{maskless} annotations have no mask: mask scores ignore detections inside their boxes")
+    return prepared
+
+
+def _prepare_results(results: list[dict], images: dict, classes: dict, known_images: set) -> list[dict]:
+    prepared = []
+    for i, entry in enumerate(results):
+        if entry["image_id"] not in known_images or entry["category_id"] not in classes:
+            key = "category_id" if entry["image_id"] in known_images else "image_id"
+            raise UserError(f"results: entry {i}: {key} {entry[key]!r} is not in the annotation file")
+        image = images.get(entry["image_id"])
+        if image is not None:
+            category = classes[entry["category_id"]]
+            prepared.append({**entry, "image_id": image["id"], "category_id": category, "_image": image, "_entry": i})
+    return prepared
+
+
+def _score(
+    iou_type: str, annotations: list[dict], detections: list[dict], images: dict, classes: dict, names: dict
+) -> dict[str, float]:
+    """The summary and the AP of each class for one IoU type."""
+    truth = [_truth_entry(a, iou_type) for a in annotations]
+    found = [_found_entry(d, iou_type, n) for n, d in enumerate(detections, 1)]
+    categories = [{"id": n} for n in classes.values()]
+    with contextlib.redirect_stdout(io.StringIO()):
+        scorer = COCOeval(
+            _coco(truth, images.values(), categories), _coco(found, images.values(), categories), iou_type
+        )
+        if iou_type == "keypoints":
+            points = max((len(a["keypoints"]) // 3 for a in annotations), default=17)
+            if points != len(scorer.params.kpt_oks_sigmas):
+                # Falloffs are published for COCO's 17 body points alone; others get their mean for every point.
+                scorer.params.kpt_oks_sigmas = np.full(points, scorer.params.kpt_oks_sigmas.mean())
+        scorer.evaluate()
+        scorer.accumulate()
+    precision, recall = scorer.eval["precision"], scorer.eval["recall"]  # [T, R, K, A, M], [T, K, A, M]
+    metrics = {f"{iou_type}/{name}": value for name, value in _summary(iou_type, precision, recall, scorer.params)}
+    for category, k in classes.items():
+        one, found_share = precision[:, :, k - 1, 0, -1], recall[:, k - 1, 0, -1]
+        metrics[f"{iou_type}/AP_per_class/{names[category]}"] = _mean(one)
+        metrics[f"{iou_type}/AP50_per_class/{names[category]}"] = _mean(one[0])
+        metrics[f"{iou_type}/AR_per_class/{names[category]}"] = _mean(found_share)
+    return metrics
+
+
+def _truth_entry(annotation: dict, iou_type: str) -> dict:
+    if iou_type == "segm" and annotation["segmentation"] is None:
+        # Without a mask nothing can be right or wrong here: its box becomes a region to ignore, like a crowd.
+        x, y, w, h = annotation["bbox"]
+        image = annotation["_image"]
+        corners = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+        return {**annotation, "iscrowd": 1, "segmentation": _to_rle(corners, image["height"], image["width"])}
+    return dict(annotation)
+
+
+def _found_entry(detection: dict, iou_type: str, new_id: int) -> dict:
+    """A detection with the area that decides its size range: of what is scored, not of its box in any case."""
+    key = RESULT_KEY[iou_type]
+    if detection.get(key) is None:
+        raise UserError(f"results: entry {detection['_entry']} has no {key}, which {iou_type} scores need")
+    entry = {"id": new_id, "iscrowd": 0, **{k: detection[k] for k in ("image_id", "category_id", "score", key)}}
+    if iou_type == "bbox":
+        entry["area"] = detection["bbox"][2] * detection["bbox"][3]
+    elif iou_type == "segm":
+        image = detection["_image"]
+        entry["segmentation"] = _to_rle(detection["segmentation"], image["height"], image["width"])
+        entry["area"] = int(coco_mask.area(entry["segmentation"]))
+    else:
+        x, y = detection["keypoints"][0::3], detection["keypoints"][1::3]
+        entry["bbox"] = [min(x), min(y), max(x) - min(x), max(y) - min(y)]
+        entry["area"] = entry["bbox"][2] * entry["bbox"][3]
+    return entry
+
+
+def _coco(annotations: list[dict], images: Iterable[dict], categories: list[dict]) -> COCO:
+    coco = COCO()
+    coco.dataset = {"images": list(images), "annotations": annotations, "categories": categories}
+    coco.createIndex()
+    return coco
+
+
+def _mean(values: np.ndarray) -> float:
+    """Mean of the entries that exist: COCOeval marks with -1 those without ground truth."""
+    values = values[values > -1]
+    return float(np.mean(values)) if values.size else math.nan
+
+
+def _summary(iou_type: str, precision: np.ndarray, recall: np.ndarray, params: Any) -> list[tuple[str, float]]:
+    """COCOeval's summary numbers, as (name, value) in its order."""
+    areas = {label[0]: n for n, label in enumerate(params.areaRngLbl)}  # a(ll), s(mall), m(edium), l(arge)
+    thresholds = {"50": 0, "75": 5}
+    summary = []
+    for name in KEYPOINT_SUMMARY if iou_type == "keypoints" else SUMMARY:
+        table, what = (precision, name[2:]) if name.startswith("AP") else (recall, name[2:])
+        area = areas[what] if what in ("s", "m", "l") else areas["a"]
+        limit = -1
+        if what in thresholds:
+            table = table[thresholds[what]]
+        elif what.isdigit():
+            limit = params.maxDets.index(int(what))
+        summary.append((name, _mean(table[..., area, limit])))
+    return summary
+
+
+def format_scores(metrics: dict[str, float]) -> str:
+    """COCO's summary numbers as a table with a row for boxes, masks and keypoints each."""
+    lines = []
+    for names, iou_types in ((SUMMARY, ("bbox", "segm")), (KEYPOINT_SUMMARY, ("keypoints",))):
+        rows = [
+            [TITLES[t]] + [_number(metrics[f"{t}/{name}"]) for name in names] for t in iou_types if f"{t}/AP" in metrics
+        ]
+        if rows:
+            lines.append(tabulate(rows, ["", *names], disable_numparse=True, stralign="right"))
+    return "\n".join(lines)
+
+
+def format_class_table(metrics: dict[str, float], counts: dict[str, int]) -> str:
+    """AP, AP50 and AR of every class; `counts` maps the class names to their numbers of annotated objects."""
+    iou_types = [t for t in TITLES if f"{t}/AP" in metrics]
+    headers = ["class", "objects"] + [f"{TITLES[t]} {n}" for t in iou_types for n in ("AP", "AP50", "AR")]
+    rows = []
+    for name, count in counts.items():
+        numbers = [metrics[f"{t}/{n}_per_class/{name}"] for t in iou_types for n in ("AP", "AP50", "AR")]
+        rows.append([name, str(count), *map(_number, numbers)])
+    return tabulate(rows, headers, disable_numparse=True, colalign=["left"] + ["right"] * (len(headers) - 1))
+
+
+def _number(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.3f}"

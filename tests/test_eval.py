@@ -1,0 +1,643 @@
+"""Pasting against dense resampling and recorded vectors, results files, and scores against plain pycocotools."""
+
+import contextlib
+import copy
+import io
+import json
+import logging
+import math
+import os
+import threading
+from pathlib import Path
+
+import numpy as np
+import pycocotools.mask as coco_mask
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+import eval as scoring
+from common import UserError
+
+HERE = Path(__file__).parent
+SHARED = Path(os.environ.get("PACKRCNN_SHARED", HERE.parent.parent / "shared"))
+
+
+@pytest.fixture
+def logged():
+    """What the project's logger writes during the test."""
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    scoring.logger.addHandler(handler)
+    yield stream
+    scoring.logger.removeHandler(handler)
+
+
+# ------------------------------------------------------------------------------------------ pasting
+def dense_paste(mask, box, height, width, threshold=0.5):
+    """Every pixel's bilinear probability in float64; returns (inside, too close to the threshold to call)."""
+    rows, cols = mask.shape
+    x1, y1, x2, y2 = np.asarray(box, np.float64)
+
+    def weights(size, low, high, cells):
+        u = (np.arange(size) + 0.5 - low) / (high - low) * cells - 0.5
+        return np.maximum(0, 1 - np.abs(u[:, None] - np.arange(cells)))
+
+    soft = weights(height, y1, y2, rows) @ mask.astype(np.float64) @ weights(width, x1, x2, cols).T
+    return soft >= threshold, np.abs(soft - threshold) < 1e-5
+
+
+@pytest.mark.quick
+def test_pasted_masks_equal_the_recorded_reference():
+    golden = np.load(HERE / "data" / "golden_paste.npz")
+    height, width = golden["image_hw"].tolist()
+
+    def unpack(name):
+        return np.unpackbits(golden[name], axis=1)[:, : height * width].reshape(-1, height, width).astype(bool)
+
+    wanted, close = unpack("inside_packed"), unpack("close_packed")
+    rles = scoring.paste_masks(golden["masks"], golden["boxes"], height, width)
+    got = np.stack([scoring.decode_mask(r) for r in rles])
+    assert not ((got != wanted) & ~close).any()
+    iou = (got & wanted).sum((1, 2)) / np.maximum(1, (got | wanted).sum((1, 2)))
+    assert iou[wanted.any((1, 2))].min() >= 0.99
+
+
+@pytest.mark.quick
+@settings(max_examples=150, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    cells=st.sampled_from([1, 2, 7, 14, 28]),
+    height=st.integers(1, 60),
+    width=st.integers(1, 60),
+    box=st.tuples(*[st.floats(-30, 70, width=16)] * 2, *[st.floats(0.0625, 100, width=16)] * 2),
+    kind=st.sampled_from(["noise", "saturated", "smooth"]),
+)
+def test_pasting_equals_resampling_every_pixel(seed, cells, height, width, box, kind):
+    rng = np.random.default_rng(seed)
+    mask = rng.random((cells, cells)).astype(np.float32)
+    if kind == "saturated":
+        mask = np.round(mask)
+    elif kind == "smooth":
+        grid = np.arange(cells) / cells
+        mask = (0.5 + 0.5 * np.sin(5 * grid[:, None] + 3 * grid + mask[0, 0])).astype(np.float32)
+    x, y, w, h = box
+    box = np.array([x, y, x + w, y + h])
+    wanted, close = dense_paste(mask, box, height, width)
+    (rle,) = scoring.paste_masks(mask[None], box[None], height, width)
+    differs = (scoring.decode_mask(rle) != wanted) & ~close
+    assert not differs.any()
+
+
+@pytest.mark.quick
+def test_pasted_counts_are_canonical_run_lengths():
+    rng = np.random.default_rng(0)
+    masks = rng.random((30, 28, 28)).astype(np.float32)
+    corner = rng.uniform(-20, 80, (30, 2))
+    boxes = np.concatenate([corner, corner + rng.uniform(0.5, 100, (30, 2))], 1)
+    for rle in scoring.paste_masks(masks, boxes, 70, 90):
+        again = coco_mask.encode(np.asfortranarray(scoring.decode_mask(rle).astype(np.uint8)))
+        assert rle == {"size": [70, 90], "counts": again["counts"].decode()}
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("box", [[5, 5, 5, 9], [5, 9, 8, 5], [200, 5, 220, 9], [-50, -50, -10, -10], [0, 0, 0, 0]])
+def test_masks_of_degenerate_or_far_boxes_are_empty(box):
+    (rle,) = scoring.paste_masks(np.ones((1, 28, 28), np.float32), np.array([box]), 40, 30)
+    assert scoring.decode_mask(rle).shape == (40, 30)
+    assert coco_mask.area(rle) == 0
+
+
+@pytest.mark.quick
+def test_original_frame_scales_each_axis_clips_and_drops_empty_boxes():
+    outputs = {
+        "boxes": np.array([[10, 20, 50, 60], [-5, -5, 300, 300], [200, 10, 210, 20], [1, 1, 2, 2]], np.float32),
+        "scores": np.array([0.9, 0.8, 0.7, 0.6], np.float32),
+        "labels": np.array([1, 2, 3, 4], np.int32),
+        "masks": np.ones((4, 14, 14), np.float32),
+        "keypoints": np.tile(np.array([[[10, 20, 0.5]]], np.float32), (4, 3, 1)),
+        "count": np.int32(3),
+    }
+    found = scoring.to_original_frame(outputs, (100, 200), (50, 400))
+    np.testing.assert_allclose(found.boxes, [[20, 10, 100, 30], [0, 0, 400, 50]])
+    np.testing.assert_allclose(found.scores, [0.9, 0.8])
+    assert found.labels.tolist() == [1, 2]
+    assert found.boxes.dtype == found.scores.dtype == np.float32 and found.labels.dtype == np.int32
+    np.testing.assert_allclose(found.keypoints[1, 2], [20, 10, 0.5])
+    assert [coco_mask.toBbox(m).tolist() for m in found.masks] == [[20, 10, 80, 20], [0, 0, 400, 50]]
+    assert outputs["keypoints"][0, 0, 0] == 10
+
+
+@pytest.mark.quick
+def test_no_detection_gives_empty_arrays():
+    outputs = {
+        "boxes": np.zeros((0, 4), np.float32),
+        "scores": np.zeros(0, np.float32),
+        "labels": np.zeros(0, np.int32),
+        "masks": np.zeros((0, 28, 28), np.float32),
+        "keypoints": np.zeros((0, 17, 3), np.float32),
+    }
+    found = scoring.to_original_frame(outputs, (10, 10), (20, 20))
+    assert found.boxes.shape == (0, 4) and found.masks == [] and found.keypoints.shape == (0, 17, 3)
+    assert scoring.coco_results(found, 1, lambda label: label) == []
+
+
+@pytest.mark.quick
+def test_diverged_weights_are_named_as_the_cause():
+    outputs = {
+        "boxes": np.full((1, 4), np.nan, np.float32),
+        "scores": np.ones(1, np.float32),
+        "labels": np.ones(1, np.int32),
+    }
+    with pytest.raises(UserError, match="diverged"):
+        scoring.to_original_frame(outputs, (10, 10), (20, 20))
+
+
+@pytest.mark.parametrize("model", ["mask_r50_fpn", "mask_r50_c4", "cascade_mask_r50_fpn", "keypoint_r50_fpn"])
+def test_recorded_predictions_become_the_recorded_boxes_and_masks(model):
+    path = SHARED / "golden" / f"{model}.golden.npz"
+    if not path.exists():
+        pytest.skip(f"no recorded vectors at {path} (PACKRCNN_SHARED names their folder)")
+    golden = np.load(path)
+    for image in ("inf/b0/img0/", "inf/b1/img0/"):
+        size = golden[f"data/{image[5]}/image_bgr"].shape[:2]
+        outputs = {"boxes": golden[image + "det_boxes"], "scores": golden[image + "det_scores"]}
+        outputs["labels"] = golden[image + "det_classes"].astype(np.int32) + 1
+        if image + "det_mask_probs" in golden.files:
+            outputs["masks"] = golden[image + "det_mask_probs"]
+        if image + "det_keypoints" in golden.files:
+            outputs["keypoints"] = golden[image + "det_keypoints"]
+        found = scoring.to_original_frame(outputs, size, size)
+        np.testing.assert_allclose(found.boxes, golden[image + "post_boxes"], atol=1e-3)
+        np.testing.assert_array_equal(found.labels - 1, golden[image + "post_classes"])
+        if found.keypoints is not None:
+            np.testing.assert_allclose(found.keypoints, golden[image + "post_keypoints"], atol=1e-3, rtol=1e-5)
+        if found.masks is not None:
+            wanted = np.unpackbits(golden[image + "post_masks_packed"], axis=1)[:, : size[0] * size[1]].astype(bool)
+            for rle, mask in zip(found.masks, wanted.reshape(-1, *size)):
+                got = scoring.decode_mask(rle)
+                # The probabilities are recorded as float16, so a few pixels on the outline may differ.
+                assert (got & mask).sum() >= 0.99 * (got | mask).sum()
+
+
+# ------------------------------------------------------------------------------------------ splits and files
+class FakeSplit:
+    """Images of known sizes with an annotation dictionary in memory."""
+
+    name = "fake"
+
+    def __init__(self, images):
+        self.images = images
+
+    def __len__(self):
+        return len(self.images)
+
+    def image_id(self, i):
+        return self.images[i]["id"]
+
+    def label_to_category_id(self, label):
+        return label * 10
+
+
+def fake_batches(split, cfg, shard):
+    """Batches of up to two images at half size, as data.inference_batches would give them."""
+    indices = list(range(shard[0], len(split), shard[1]))
+    for start in range(0, len(indices), 2):
+        batch = indices[start : start + 2]
+        shapes = [(split.images[i]["height"], split.images[i]["width"]) for i in batch]
+        yield {
+            # The image number travels in the pixels, so that the fake predictor knows what to answer.
+            "image": np.stack([np.full((8, 8, 3), i, np.uint8) for i in batch]),
+            "image_shape": np.array([(h // 2, w // 2) for h, w in shapes], np.int32),
+            "indices": batch,
+            "original_shapes": shapes,
+        }
+
+
+def fake_predict(image, image_shape):
+    """Image i has i % 3 detections."""
+    n = len(image)
+    masks = np.random.default_rng(0).random((2, 28, 28)).astype(np.float32)
+    boxes = np.tile(np.array([[1, 2, 11, 8], [0, 0, 4, 4]], np.float32), (n, 1, 1))
+    return {
+        "boxes": boxes + image[:, 0, 0, :1, None] / 100,
+        "scores": np.tile(np.array([0.9, 0.4], np.float32), (n, 1)),
+        "labels": np.tile(np.array([2, 1], np.int32), (n, 1)),
+        "masks": np.tile(masks, (n, 1, 1, 1)),
+        "count": image[:, 0, 0, 0].astype(np.int32) % 3,
+    }
+
+
+@pytest.fixture
+def fake_split(monkeypatch):
+    import sys
+    import types
+
+    monkeypatch.setitem(sys.modules, "data", types.SimpleNamespace(inference_batches=fake_batches))
+    return FakeSplit([{"id": f"image {i}" if i % 2 else i, "height": 40 + i, "width": 50} for i in range(11)])
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("devices", [1, 2, 3])
+def test_results_do_not_depend_on_the_number_of_devices(fake_split, devices):
+    results = scoring.evaluate_split([fake_predict] * devices, fake_split, None, progress=False)
+    alone = scoring.evaluate_split(fake_predict, fake_split, None, progress=False)
+    assert results == alone
+    assert list(dict.fromkeys(r["image_id"] for r in alone)) == ["image 1", 2, 4, "image 5", "image 7", 8, 10]
+    assert len(alone) == sum(i % 3 for i in range(11))
+    assert json.loads(json.dumps(alone)) == alone
+
+
+@pytest.mark.quick
+def test_processes_gather_the_results_of_all(fake_split):
+    size, barrier, parts = 3, threading.Barrier(3), {}
+    outcome = {}
+
+    def process(rank):
+        def gather(mine):
+            parts[rank] = mine
+            barrier.wait(10)
+            return [parts[r] for r in range(size)]
+
+        outcome[rank] = scoring.evaluate_split([fake_predict] * 2, fake_split, None, (rank, size), gather, False)
+
+    threads = [threading.Thread(target=process, args=(r,)) for r in range(size)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join(20)
+    alone = scoring.evaluate_split(fake_predict, fake_split, None, progress=False)
+    assert outcome == {0: alone, 1: alone, 2: alone}
+    with pytest.raises(ValueError, match="gather"):
+        scoring.evaluate_split(fake_predict, fake_split, None, (0, 2), progress=False)
+
+
+@pytest.mark.quick
+def test_merging_refuses_duplicates_and_losses():
+    part = [(0, [{"score": 1}]), (2, [])]
+    assert scoring.merge_shards([part, [(1, [{"score": 2}])]], 3) == [{"score": 1}, {"score": 2}]
+    with pytest.raises(ValueError, match="1 of 3 images were evaluated by no shard, e.g. number 1"):
+        scoring.merge_shards([part], 3)
+    with pytest.raises(ValueError, match="image number 2 was evaluated by two"):
+        scoring.merge_shards([part, [(1, []), (2, [])]], 3)
+
+
+@pytest.mark.quick
+def test_an_error_of_the_predictor_or_of_pasting_reaches_the_caller(fake_split):
+    def broken(image, image_shape):
+        return {**fake_predict(image, image_shape), "boxes": np.full((len(image), 2, 4), np.nan, np.float32)}
+
+    with pytest.raises(UserError, match="image image 1: .*diverged"):
+        scoring.evaluate_split(broken, fake_split, None, progress=False)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("count", [0, 1, 5])
+def test_a_written_results_file_reads_back_equal(tmp_path, fake_split, count):
+    results = scoring.evaluate_split(fake_predict, fake_split, None, progress=False)[:count]
+    path = tmp_path / "new" / "results.json"
+    scoring.write_results(path, iter(results))
+    truth = {"images": fake_split.images, "categories": [{"id": 10}, {"id": 20}]}
+    assert scoring.read_results(path, truth) == results
+    assert os.listdir(path.parent) == ["results.json"]
+
+
+GOOD_RLE = {"size": [10, 12], "counts": [50, 20, 50]}
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"image_id": 7}, "image_id 7 is not in the annotation file"),
+        ({"image_id": [1]}, "image_id"),
+        ({"category_id": "cat"}, "category_id 'cat'"),
+        ({"score": None}, "score None is not a finite number"),
+        ({"score": float("nan")}, "score nan"),
+        ({"bbox": [1, 2, 3]}, "bbox"),
+        ({"bbox": [1, 2, -3, 4]}, "bbox"),
+        ({"bbox": [1, 2, "3", 4]}, "bbox"),
+        ({"bbox": None}, "bbox"),
+        ({"keypoints": [1, 2]}, "keypoints"),
+        ({"segmentation": [[1, 2, 3, 4]]}, "polygon"),
+        ({"segmentation": {"size": [12, 10], "counts": [50, 20, 50]}}, "size"),
+        ({"segmentation": {"size": [10, 12], "counts": [50, 20, 51]}}, "do not add up"),
+        ({"segmentation": {"size": [10, 12], "counts": [50, 90, -20]}}, "counts"),
+        ({"segmentation": {"size": [10, 12], "counts": "b1d0"}}, "do not add up"),
+        ({"segmentation": {"size": [10, 12], "counts": "b1d0P"}}, "broken"),
+        ({"segmentation": {"size": [10, 12], "counts": "\u00e9"}}, "broken"),
+        ({"segmentation": {"size": [10, 12]}}, "broken"),
+        ({"segmentation": "b1d0"}, "segmentation must be"),
+    ],
+)
+def test_an_invalid_results_entry_is_named(tmp_path, change, message):
+    good = {"image_id": 1, "category_id": 3, "score": 0.5, "bbox": [1, 2, 3, 4], "segmentation": GOOD_RLE}
+    truth = {"images": [{"id": 1, "height": 10, "width": 12}], "categories": [{"id": 3}]}
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps([good, {**good, **change}]))
+    with pytest.raises(UserError, match="mine.json: entry 1: ") as error:
+        scoring.read_results(path, truth)
+    assert message in str(error.value) and "\n" not in str(error.value)
+    path.write_text(json.dumps([good]))
+    assert scoring.read_results(path, truth) == [good]
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    "content, message", [("{}", "list"), ("[1]", "entry 0"), ("[{}]", "no image_id"), ("[", "JSON")]
+)
+def test_a_file_that_holds_no_results_is_named(tmp_path, content, message):
+    path = tmp_path / "mine.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match=f"mine.json.*{message}"):
+        scoring.read_results(path, {"images": [], "categories": []})
+
+
+@pytest.mark.quick
+@settings(max_examples=100, deadline=None)
+@given(runs=st.lists(st.integers(1, 3000), min_size=1, max_size=40), first=st.sampled_from([0, 1]))
+def test_compressed_counts_are_decoded_exactly(runs, first):
+    counts = np.array([0] * first + runs, np.uint32)
+    rle = scoring.encode_counts(counts, 1, int(counts.sum()))
+    assert scoring._decode_counts(rle["counts"]).tolist() == counts.tolist()
+
+
+# ------------------------------------------------------------------------------------------ scores
+def polygon(rng, cx, cy, radius):
+    angles = np.sort(rng.uniform(0, 2 * np.pi, 9))
+    r = radius * rng.uniform(0.6, 1, 9)
+    return np.stack([cx + r * np.cos(angles), cy + r * np.sin(angles)], 1).clip(0, 200).ravel().round(2).tolist()
+
+
+def make_dataset(seed=0, category_ids=(1, 2, 3, 5, 8), images=12):
+    """Random polygons of all sizes, some crowds, and noisy detections of most of them with class confusion."""
+    rng = np.random.default_rng(seed)
+    truth = {
+        "images": [{"id": 100 + i, "height": 200, "width": 200} for i in range(images)],
+        "categories": [{"id": c, "name": f"class {c}"} for c in category_ids],
+        "annotations": [],
+    }
+    results = []
+    for image in truth["images"]:
+        for _ in range(rng.integers(1, 12)):
+            cx, cy, radius = *rng.uniform(20, 180, 2), np.exp(rng.uniform(np.log(6), np.log(100)))
+            parts = [polygon(rng, cx, cy, radius)] + [polygon(rng, cx + 9, cy, radius / 2)] * int(rng.integers(2))
+            rle = coco_mask.merge(coco_mask.frPyObjects(parts, 200, 200))
+            crowd = int(rng.random() < 0.1)
+            if crowd:
+                runs = scoring._decode_counts(rle["counts"].decode())
+                parts = {"size": [200, 200], "counts": runs.tolist()}
+            truth["annotations"].append(
+                {
+                    "id": len(truth["annotations"]) + 1,
+                    "image_id": image["id"],
+                    "category_id": int(rng.choice(category_ids)),
+                    "segmentation": parts,
+                    "bbox": coco_mask.toBbox(rle).tolist(),
+                    "area": float(coco_mask.area(rle)),
+                    "iscrowd": crowd,
+                }
+            )
+            for _ in range(int(rng.integers(0, 4))):
+                shift, grow = rng.normal(0, radius / 8, 2), np.exp(rng.normal(0, 0.1))
+                found = coco_mask.frPyObjects([polygon(rng, *(np.array([cx, cy]) + shift), radius * grow)], 200, 200)[0]
+                found["counts"] = found["counts"].decode()
+                category = truth["annotations"][-1]["category_id"]
+                results.append(
+                    {
+                        "image_id": image["id"],
+                        "category_id": category if rng.random() < 0.8 else int(rng.choice(category_ids)),
+                        "bbox": coco_mask.toBbox(found).tolist(),
+                        "segmentation": found,
+                        "score": round(rng.random(), 2),  # ties on purpose
+                    }
+                )
+    return truth, results
+
+
+def plain_scores(truth, results, iou_type):
+    """pycocotools as its own demo uses it."""
+    results = copy.deepcopy(results)
+    if iou_type == "segm":
+        for entry in results:
+            del entry["bbox"]
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco = COCO()
+        coco.dataset = copy.deepcopy(truth)
+        coco.createIndex()
+        scorer = COCOeval(coco, coco.loadRes(results), iou_type)
+        scorer.evaluate()
+        scorer.accumulate()
+        scorer.summarize()
+    return scorer
+
+
+def same(metrics, plain, iou_type, names=scoring.SUMMARY):
+    got = np.array([metrics[f"{iou_type}/{name}"] for name in names])
+    np.testing.assert_array_equal(np.where(np.isnan(got), -1, got), plain.stats)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("seed", [0, 1])
+def test_scores_equal_plain_pycocotools_to_the_digit(seed, capfd):
+    truth, results = make_dataset(seed)
+    untouched = copy.deepcopy((truth, results))
+    metrics = scoring.evaluate_coco(truth, results, verbose=False)
+    assert (truth, results) == untouched
+    for iou_type in ("bbox", "segm"):
+        plain = plain_scores(truth, results, iou_type)
+        same(metrics, plain, iou_type)
+        for k, category in enumerate(truth["categories"]):
+            precision = plain.eval["precision"][:, :, k, 0, -1]
+            assert metrics[f"{iou_type}/AP_per_class/{category['name']}"] == np.mean(precision)
+            assert metrics[f"{iou_type}/AP50_per_class/{category['name']}"] == np.mean(precision[0])
+    assert 0.05 < metrics["segm/AP"] < metrics["bbox/AP50"] < 1
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("category_ids", [range(13), range(30), range(1, 81), range(80), [0, 7, 90, 3000]])
+def test_any_category_ids_give_the_same_scores_under_their_own_names(category_ids):
+    category_ids = list(category_ids)
+    truth, results = make_dataset(3, category_ids, images=8)
+    for category in truth["categories"]:
+        category["name"] = f"kind {category['id']} of {len(category_ids)}"
+    metrics = scoring.evaluate_coco(truth, results, ["bbox"], verbose=False)
+    plain = plain_scores(truth, results, "bbox")
+    same(metrics, plain, "bbox")
+    for k, category in enumerate(category_ids):
+        precision = plain.eval["precision"][:, :, k, 0, -1]
+        got = metrics[f"bbox/AP_per_class/kind {category} of {len(category_ids)}"]
+        assert got == np.mean(precision) if (precision > -1).all() else math.isnan(got)
+
+
+@pytest.mark.quick
+def test_ids_of_any_kind_give_the_same_scores():
+    truth, results = make_dataset(4)
+    wanted = scoring.evaluate_coco(truth, results, verbose=False)
+    for rename in (lambda i: i - 100, str, lambda i: f"{i}.jpg"):
+        renamed, found = copy.deepcopy((truth, results))
+        for n, annotation in enumerate(renamed["annotations"]):
+            annotation["id"] = n // 2  # from 0, and every id twice
+        for entry in renamed["annotations"] + found:
+            entry["image_id"] = rename(entry["image_id"])
+        for image in renamed["images"]:
+            image["id"] = rename(image["id"])
+        assert scoring.evaluate_coco(renamed, found, verbose=False) == wanted
+
+
+@pytest.mark.quick
+def test_area_crowd_flag_and_box_are_filled_in():
+    truth, results = make_dataset(5)
+    truth["annotations"] = [a for a in truth["annotations"] if not a["iscrowd"]]
+    wanted = scoring.evaluate_coco(truth, results, verbose=False)
+    for key in ("area", "iscrowd", "bbox"):
+        for annotation in truth["annotations"]:
+            del annotation[key]
+        assert scoring.evaluate_coco(truth, results, verbose=False) == wanted
+
+
+@pytest.mark.quick
+def test_boxes_alone_are_scored_by_their_own_area():
+    truth, results = make_dataset(6)
+    for annotation in truth["annotations"]:
+        annotation["area"] = annotation["bbox"][2] * annotation["bbox"][3]
+    wanted = plain_scores(truth, results, "bbox")
+    for entry in truth["annotations"] + results:
+        entry.pop("segmentation")
+        entry.pop("area", None)
+    metrics = scoring.evaluate_coco(truth, results, verbose=False)
+    same(metrics, wanted, "bbox")
+    assert not any(key.startswith("segm") for key in metrics)
+
+
+@pytest.mark.quick
+def test_uncompressed_masks_score_like_compressed_ones():
+    truth, results = make_dataset(7)
+    wanted = scoring.evaluate_coco(truth, results, ["segm"], verbose=False)
+    for entry in results:
+        entry["segmentation"]["counts"] = scoring._decode_counts(entry["segmentation"]["counts"]).tolist()
+    for entry in truth["annotations"]:
+        if isinstance(entry["segmentation"], list):
+            entry["segmentation"] = coco_mask.merge(coco_mask.frPyObjects(entry["segmentation"], 200, 200))
+            entry["segmentation"]["counts"] = entry["segmentation"]["counts"].decode()
+    assert scoring.evaluate_coco(truth, results, ["segm"], verbose=False) == wanted
+
+
+@pytest.mark.quick
+def test_no_detection_scores_zero_and_a_class_without_objects_is_undefined():
+    truth, _ = make_dataset(8)
+    truth["categories"].append({"id": 77, "name": "absent"})
+    metrics = scoring.evaluate_coco(truth, [], verbose=False)
+    for iou_type in ("bbox", "segm"):
+        assert [metrics[f"{iou_type}/{name}"] for name in scoring.SUMMARY] == [0.0] * 12
+        assert metrics[f"{iou_type}/AP_per_class/class 1"] == 0
+        assert math.isnan(metrics[f"{iou_type}/AP_per_class/absent"])
+
+
+@pytest.mark.quick
+def test_without_ground_truth_scores_are_undefined_and_said_to_be(logged):
+    truth, results = make_dataset(9)
+    del truth["annotations"]
+    metrics = scoring.evaluate_coco(truth, results, verbose=False)
+    assert all(math.isnan(v) for v in metrics.values())
+    assert "no annotated object" in logged.getvalue()
+
+
+@pytest.mark.quick
+def test_a_perfect_result_scores_one():
+    truth, _ = make_dataset(10)
+    truth["annotations"] = [a for a in truth["annotations"] if not a["iscrowd"]]
+    results = []
+    for a in truth["annotations"]:
+        entry = {key: a[key] for key in ("image_id", "category_id", "bbox", "segmentation")}
+        results.append({**entry, "score": 0.5})
+    metrics = scoring.evaluate_coco(truth, results, verbose=False)
+    assert metrics["bbox/AP"] == metrics["segm/AP"] == pytest.approx(1)
+
+
+@pytest.mark.quick
+def test_scoring_some_images_equals_a_file_of_these_images():
+    truth, results = make_dataset(11)
+    ids = [image["id"] for image in truth["images"]][2:7]
+    metrics = scoring.evaluate_coco(truth, results, image_ids=ids, verbose=False)
+    smaller = {**truth, "images": [i for i in truth["images"] if i["id"] in ids]}
+    kept = [r for r in results if r["image_id"] in ids]
+    smaller["annotations"] = [a for a in truth["annotations"] if a["image_id"] in ids]
+    same(metrics, plain_scores(smaller, kept, "bbox"), "bbox")
+
+
+@pytest.mark.quick
+def test_detections_at_objects_without_mask_are_ignored():
+    truth, results = make_dataset(12)
+    truth["annotations"] = [a for a in truth["annotations"] if not a["iscrowd"]]
+    wanted = copy.deepcopy(truth)
+    for n in range(0, len(truth["annotations"]), 3):
+        truth["annotations"][n]["segmentation"] = []
+        x, y, w, h = wanted["annotations"][n]["bbox"]
+        wanted["annotations"][n].update(iscrowd=1, segmentation=[[x, y, x + w, y, x + w, y + h, x, y + h]])
+    metrics = scoring.evaluate_coco(truth, results, ["segm"], verbose=False)
+    assert metrics == scoring.evaluate_coco(wanted, results, ["segm"], verbose=False)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("points", [17, 5])
+def test_keypoint_scores_equal_plain_pycocotools(points):
+    rng = np.random.default_rng(0)
+    truth, _ = make_dataset(13, category_ids=(1,))
+    results = []
+    for a in truth["annotations"]:
+        x, y, w, h = a["bbox"]
+        xy = rng.uniform([x, y], [x + w, y + h], (points, 2))
+        seen = rng.integers(0, 3, (points, 1)) * (rng.random() > 0.2)
+        a["keypoints"] = np.concatenate([xy * (seen > 0), seen], 1).ravel().round(2).tolist()
+        a["num_keypoints"] = int((seen > 0).sum())
+        for _ in range(2):
+            moved = xy + rng.normal(0, 0.06, (points, 2)) * [w, h]
+            row = np.concatenate([moved, np.ones((points, 1))], 1).ravel().round(2).tolist()
+            results.append({"image_id": a["image_id"], "category_id": 1, "score": rng.random(), "keypoints": row})
+    metrics = scoring.evaluate_coco(truth, results, ["keypoints"], verbose=False)
+    assert 0 < metrics["keypoints/AP"] < 1
+    if points == 17:
+        same(metrics, plain_scores(truth, results, "keypoints"), "keypoints", scoring.KEYPOINT_SUMMARY)
+    for a in truth["annotations"]:
+        del a["num_keypoints"]
+    assert scoring.evaluate_coco(truth, results, ["keypoints"], verbose=False) == metrics
+
+
+@pytest.mark.quick
+def test_results_of_unknown_images_or_classes_are_errors():
+    truth, results = make_dataset(14)
+    with pytest.raises(UserError, match="entry 2: image_id 7 "):
+        scoring.evaluate_coco(truth, results[:2] + [{**results[0], "image_id": 7}])
+    with pytest.raises(UserError, match="entry 0: category_id 99 "):
+        scoring.evaluate_coco(truth, [{**results[0], "category_id": 99}])
+    with pytest.raises(UserError, match="entry 1 has no segmentation"):
+        scoring.evaluate_coco(truth, [results[0], {k: v for k, v in results[1].items() if k != "segmentation"}])
+
+
+@pytest.mark.quick
+def test_the_summary_is_logged_once_and_shows_every_class(logged):
+    truth, results = make_dataset(15)
+    truth["categories"] += [{"id": 70, "name": "class 1"}, {"id": 71, "name": "caf\u00e9"}]
+    metrics = scoring.evaluate_coco(truth, results)
+    assert logged.getvalue().count("AR100") == 1
+    for name in ("class 1 (1)", "class 1 (70)", "class 2", "caf\u00e9"):
+        assert name in logged.getvalue()
+    assert f"{metrics['segm/AP75']:.3f}" in scoring.format_scores(metrics)
+    row = next(line for line in logged.getvalue().splitlines() if line.startswith("caf\u00e9"))
+    assert row.split()[1:] == ["0"] + ["-"] * 6
+
+
+@pytest.mark.quick
+def test_an_annotation_file_is_read_by_path(tmp_path):
+    truth, results = make_dataset(16)
+    path = tmp_path / "truth.json"
+    path.write_text(json.dumps(truth))
+    wanted = scoring.evaluate_coco(truth, results, verbose=False)
+    assert scoring.evaluate_coco(path, results, verbose=False) == wanted
+    path.write_text("[]")
+    with pytest.raises(UserError, match="truth.json has no list 'images'"):
+        scoring.evaluate_coco(path, results)
