@@ -1,0 +1,472 @@
+"""Reading, matching, restoring and writing weights: this project's .npz files and TensorFlow checkpoints.
+
+A set of variables is a dict {name without ":0": array}; names are those of tensorpack's R-CNN models. Beside the
+variables a file carries its `meta`: {settings: {dotted key: value}, class_names, step, versions, git_revision}.
+"""
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shutil
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tabulate import tabulate
+from termcolor import colored
+
+from common import UserError, atomic_write, git_revision, logger, read_json, write_json
+
+__all__ = [
+    "load_weights", "save_npz", "make_meta", "write_checkpoint_meta", "read_checkpoint_meta", "newest_checkpoint",
+    "save_tf_checkpoint", "assign_weights", "match_weights", "fit_weights", "LoadReport", "is_training_state",
+]  # fmt: skip
+
+META_KEY = "__meta__"
+_FOREIGN_SUFFIXES = (".pkl", ".pth", ".pt", ".h5", ".hdf5", ".keras", ".caffemodel", ".safetensors", ".onnx")
+
+# Variables that belong to a run, not to a model: steps, rates, optimizer slots, moving averages of summaries.
+_TRAINING_STATE = re.compile(
+    r"(^|/)(global_step|learning_rate|local_step|loss_scale\w*|good_steps)$"
+    r"|/(Momentum|Adam|RMSProp|Adagrad|AccGrad|AccumGrad)(_\d+)?$"
+    r"|^(EMA|AccumGrad\w*|beta[12]_power)(/|$)"
+)
+# Tensors whose shape follows the number of classes or of keypoints: what `fit_weights` may re-initialise.
+_CLASS_TENSOR = re.compile(
+    r"^(fastrcnn(/outputs)?/(class|box)|cascade_rcnn_stage\d+/outputs/(class|box)|maskrcnn/conv|keypointrcnn/deconv)/[Wb]$"
+)
+_BACKBONE = re.compile(r"^(conv0|group\d+)/")
+
+# tensorpack's group-norm heads and pyramid name the normalisation beside its convolution, this project inside it.
+_RENAMES = [
+    (re.compile(r"^fpn/gn_c(\d)/"), r"fpn/lateral_1x1_c\1/gn/"),
+    (re.compile(r"^fpn/gn_p(\d)/"), r"fpn/posthoc_3x3_p\1/gn/"),
+    (re.compile(r"^(fastrcnn|cascade_rcnn_stage\d+/head)/gn(\d)/"), r"\1/conv\2/gn/"),
+    (re.compile(r"^maskrcnn/gn(\d)/"), r"maskrcnn/fcn\1/gn/"),
+]
+
+
+# ---------------------------------------------------------------------------------------------------------- reading
+def load_weights(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, Any] | None]:
+    """All variables stored at `path`, optimizer slots included, and the meta stored with them (None if there is none).
+
+    `path` is a native or tensorpack .npz, a TensorFlow checkpoint (its prefix `…/model-500`, .index or .data file), or
+    a run directory: then its newest checkpoint, or, with a warning, the newest one before it that reads completely.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _load_newest(path)
+    if path.suffix == ".npz":
+        return _load_npz(path)
+    prefix = _checkpoint_prefix(path)
+    if Path(f"{prefix}.index").exists():
+        return _load_tf(prefix)
+    if not path.exists():
+        raise UserError(f"weights {path} do not exist{_what_is_there(path)}")
+    if path.suffix.lower() in _FOREIGN_SUFFIXES:
+        raise UserError(
+            f"{path} is another system's file: run tools/convert.py {path} weights.npz, then load that .npz"
+        )
+    raise UserError(f"{path} is neither an .npz, a TensorFlow checkpoint nor a run directory; see tools/convert.py")
+
+
+def newest_checkpoint(directory: str | os.PathLike) -> str | None:
+    """Prefix of the checkpoint that the state file of a run directory names, else of the highest step; None if none."""
+    candidates = _candidates(Path(directory))
+    return candidates[0] if candidates else None
+
+
+def _candidates(directory: Path) -> list[str]:
+    """Prefixes with an .index: the state file's, those of lower steps from the highest down, then those of higher."""
+    found = [str(p)[: -len(".index")] for p in directory.glob("*.index")]
+    found.sort(key=lambda p: (_step_of(p), p), reverse=True)
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        state = re.search(r'^model_checkpoint_path: "(.*)"', (directory / "checkpoint").read_text(), re.M)
+        # A moved run keeps absolute paths of its old place: only the last part is looked for.
+        named = str(directory / Path(state.group(1)).name) if state else ""
+        if named in found:
+            at = found.index(named)
+            found = found[at:] + found[:at]
+    return found
+
+
+def _load_newest(directory: Path) -> tuple[dict[str, np.ndarray], dict[str, Any] | None]:
+    candidates = _candidates(directory)
+    if not candidates:
+        raise UserError(f"run directory {directory} holds no checkpoint (no *.index file){_what_is_there(directory)}")
+    for prefix in candidates:
+        try:
+            return _load_tf(prefix)
+        except UserError as e:
+            logger.warning(f"{e}; trying the one before it")
+    raise UserError(f"none of the {len(candidates)} checkpoints in {directory} can be read; start again or use a copy")
+
+
+def _load_tf(prefix: str) -> tuple[dict[str, np.ndarray], dict[str, Any] | None]:
+    # Not at the top of the file: the converter and the .npz paths do without TensorFlow.
+    from utils.tf_v1 import tf
+
+    try:
+        reader = tf.train.load_checkpoint(prefix)
+        # Reading verifies each tensor's checksum, so a truncated or overwritten data file is found here.
+        values = {name: reader.get_tensor(name) for name in sorted(reader.get_variable_to_shape_map())}
+    except (tf.errors.OpError, ValueError, RuntimeError, LookupError, OSError) as e:
+        reason = str(getattr(e, "message", None) or e).splitlines()[0]
+        raise UserError(f"checkpoint {prefix} is damaged or incomplete ({reason[:160]})") from None
+    return _native_names(values, prefix), read_checkpoint_meta(prefix)
+
+
+def _load_npz(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any] | None]:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            values = {name: archive[name] for name in archive.files}
+    except FileNotFoundError:
+        raise UserError(f"weights {path} do not exist{_what_is_there(path)}") from None
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, AttributeError) as e:
+        raise UserError(f"weights {path} cannot be read ({e}); copy the file again") from None
+    meta = values.pop(META_KEY, None)
+    if meta is not None:
+        try:
+            meta = json.loads(str(meta))
+        except json.JSONDecodeError as e:
+            raise UserError(f"weights {path}: the entry {META_KEY} is not JSON ({e}); save the file again") from None
+    return _native_names(values, path), meta
+
+
+def _native_names(values: dict[str, np.ndarray], origin: str | os.PathLike) -> dict[str, np.ndarray]:
+    named: dict[str, np.ndarray] = {}
+    for old, value in values.items():
+        name = old[:-2] if old.endswith(":0") else old
+        for pattern, replacement in _RENAMES:
+            name = pattern.sub(replacement, name)
+        if name in named:
+            raise UserError(f"{origin} holds the variable {name} twice; remove one of them")
+        named[name] = value
+    return named
+
+
+def _checkpoint_prefix(path: Path) -> str:
+    return re.sub(r"\.(index|meta|meta\.json|data-\d{5}-of-\d{5})$", "", str(path))
+
+
+def _step_of(prefix: str) -> int:
+    match = re.search(r"-(\d+)$", prefix)
+    return int(match.group(1)) if match else -1
+
+
+def _what_is_there(path: Path) -> str:
+    """'; found …' naming checkpoints or .npz files near a path that does not exist, or nothing."""
+    directory = path if path.is_dir() else path.parent
+    near = [Path(p).name for p in _candidates(directory)] + sorted(p.name for p in directory.glob("*.npz"))
+    return f"; {directory} has {', '.join(near[:5])}{' …' if len(near) > 5 else ''}" if near else ""
+
+
+# ---------------------------------------------------------------------------------------------------------- writing
+def make_meta(settings: Mapping[str, Any], class_names: Iterable[str], step: int) -> dict[str, Any]:
+    """The meta of a file written now: `settings` is the flat form of a Config (`cfg.to_dict()`)."""
+    return {
+        "settings": dict(settings),
+        "class_names": list(class_names),
+        "step": int(step),
+        "versions": {
+            "packrcnn": _project_version(),
+            "tensorflow": _package_version("tensorflow"),
+            "numpy": np.__version__,
+            "python": platform.python_version(),
+        },
+        "git_revision": git_revision(),
+    }
+
+
+def _package_version(*names: str) -> str:
+    for name in names:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(name)
+    return "unknown"
+
+
+def _project_version() -> str:
+    with contextlib.suppress(OSError):
+        text = (Path(__file__).resolve().parent.parent / "pyproject.toml").read_text()
+        match = re.search(r'^version = "(.*)"', text, re.M)
+        if match:
+            return match.group(1)
+    return _package_version("packrcnn")
+
+
+def save_npz(path: str | os.PathLike, variables: Mapping[str, np.ndarray], meta: Mapping[str, Any] | None) -> None:
+    """Writes the native .npz: one array per variable, the meta as a JSON string under `__meta__`."""
+    entries = {name: np.asarray(value) for name, value in variables.items()}
+    if meta is not None:
+        entries[META_KEY] = np.array(json.dumps(meta))
+    with atomic_write(path, "wb") as f:
+        np.savez(f, **entries)
+
+
+def write_checkpoint_meta(prefix: str, meta: Mapping[str, Any]) -> None:
+    write_json(f"{prefix}.meta.json", meta, indent=1)
+
+
+def read_checkpoint_meta(prefix: str) -> dict[str, Any] | None:
+    path = f"{prefix}.meta.json"
+    return read_json(path, "checkpoint description") if os.path.exists(path) else None
+
+
+def save_tf_checkpoint(
+    saver: Any, sess: Any, logdir: str | os.PathLike, step: int, meta: Mapping[str, Any], keep: int = 10
+) -> str:
+    """Saves `logdir/model-<step>` with `saver` (a tf.train.Saver), keeps the newest `keep`, returns the prefix.
+
+    A process killed at any moment leaves the previous checkpoint complete and named by the state file: TensorFlow
+    writes into the hidden folder `.saving`, the finished files are flushed to disk and renamed (data before index, so
+    that an index never precedes its data), then the state file `checkpoint` is replaced, and only then are old
+    checkpoints deleted. A .saving folder of a killed process is removed by the next save.
+    """
+    logdir = Path(logdir)
+    staging = logdir / ".saving"
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    prefix = logdir / f"model-{int(step)}"
+    saver.save(sess, str(staging / prefix.name), write_meta_graph=False, write_state=False)
+    # The saver must not remember staged names, which it would try to delete later.
+    saver.set_last_checkpoints_with_time([])
+    write_checkpoint_meta(str(prefix), meta)
+    # ".data-…" sorts before ".index".
+    for staged in sorted(staging.iterdir()):
+        with open(staged, "rb") as f:
+            os.fsync(f.fileno())
+        os.replace(staged, logdir / staged.name)
+    staging.rmdir()
+
+    own = sorted((str(p)[: -len(".index")] for p in logdir.glob("model-*.index")), key=_step_of)
+    # Checkpoints of later steps are left from a run that was rolled back: not this run's history, never deleted here.
+    history = [p for p in own if _step_of(p) <= step]
+    kept = history[-keep:] if keep > 0 else history
+    with atomic_write(logdir / "checkpoint") as f:
+        f.write(f'model_checkpoint_path: "{prefix.name}"\n')
+        f.writelines(f'all_model_checkpoint_paths: "{Path(p).name}"\n' for p in kept)
+    for old in history[: len(history) - len(kept)]:
+        _delete_checkpoint(old)
+    return str(prefix)
+
+
+def _delete_checkpoint(prefix: str) -> None:
+    """Index first: without it the rest is not taken for a checkpoint."""
+    directory, name = os.path.split(prefix)
+    data = [str(p) for p in Path(directory or ".").glob(f"{name}.data-*-of-*")]
+    for path in [f"{prefix}.index", *data, f"{prefix}.meta", f"{prefix}.meta.json"]:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+
+
+# --------------------------------------------------------------------------------------------------------- matching
+def is_training_state(name: str) -> bool:
+    """True for the variables of a run (step, rates, optimizer slots, averages) as opposed to those of a model."""
+    return _TRAINING_STATE.search(name) is not None
+
+
+def match_weights(
+    variables: Mapping[str, tuple[int, ...]], weights: Mapping[str, Any], expect: str = "all", origin: str = "weights"
+) -> "LoadReport":
+    """Compares the graph's `variables` {name: shape} with `weights` {name: array or shape}.
+
+    expect: "all" (a trained detector), or "backbone": only conv0 and group* are looked for, everything else of the
+    graph starts from its initialiser. `origin` names the file in messages.
+    """
+    if expect not in ("all", "backbone"):
+        raise ValueError(f"expect={expect!r}")
+    report = LoadReport(expect=expect, origin=str(origin))
+    for name, shape in variables.items():
+        want = tuple(int(d) for d in shape)
+        if expect == "backbone" and not _BACKBONE.match(name):
+            continue
+        if name not in weights:
+            (report.missing_state if is_training_state(name) else report.missing).append(name)
+            continue
+        got = tuple(np.shape(weights[name])) if not isinstance(weights[name], tuple) else weights[name]
+        if got == want:
+            report.loaded.append(name)
+        elif is_training_state(name):
+            report.missing_state.append(name)
+        else:
+            report.mismatched.append((name, want, got))
+    used = {*report.loaded, *(name for name, _, _ in report.mismatched)}
+    for name in weights:
+        if name not in used:
+            (report.unused_state if is_training_state(name) else report.unused).append(name)
+    return report
+
+
+def fit_weights(
+    weights: Mapping[str, np.ndarray],
+    variables: Mapping[str, tuple[int, ...]],
+    trim: bool = True,
+    expect: str = "all",
+    origin: str = "weights",
+) -> tuple[dict[str, np.ndarray], "LoadReport"]:
+    """The weights that fit the graph, and the report, for fine-tuning on a data set with other classes.
+
+    With `trim`, a tensor whose shape depends on the number of classes (or keypoints) and differs, or that the file
+    lacks because its head was of the other kind of box regression, keeps the graph's initial value and is listed in
+    `report.reinitialised`; its optimizer slots are left out too. Any other mismatch stays one.
+    """
+    report = match_weights(variables, weights, expect, origin)
+    if trim:
+        report.reinitialised = [entry for entry in report.mismatched if _CLASS_TENSOR.match(entry[0])]
+        report.mismatched = [entry for entry in report.mismatched if not _CLASS_TENSOR.match(entry[0])]
+    return {name: np.asarray(weights[name]) for name in report.loaded}, report
+
+
+@dataclass
+class LoadReport:
+    """What became of each tensor. Shapes are (want: the graph's, got: the file's)."""
+
+    expect: str = "all"
+    origin: str = "weights"
+    loaded: list[str] = field(default_factory=list)
+    mismatched: list[tuple[str, tuple, tuple]] = field(default_factory=list)
+    reinitialised: list[tuple[str, tuple, tuple]] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)  # in the graph, not in the file
+    unused: list[str] = field(default_factory=list)  # in the file, not in the graph
+    missing_state: list[str] = field(default_factory=list)  # optimizer slots and the like: never a problem
+    unused_state: list[str] = field(default_factory=list)
+
+    def table(self) -> str:
+        """A table of the groups of tensors by fate, then one line per tensor whose shape differs."""
+        rows = []
+        for label, color, names in (
+            ("loaded", "green", self.loaded),
+            ("re-initialised", "yellow", [n for n, _, _ in self.reinitialised]),
+            ("shape differs", "red", [n for n, _, _ in self.mismatched]),
+            ("missing in the file", "red", self.missing),
+            ("unused", "yellow", self._notable_unused()),
+        ):
+            rows += [[colored(label, color), group, count] for group, count in _grouped(names)]
+        state = len(self.unused_state)
+        if state:
+            rows.append(["not a model's", "steps, rates, optimizer slots", state])
+        text = tabulate(rows, headers=["", "tensors", "count"], tablefmt="simple")
+        lines = [
+            f"  {colored(verb, color)} {name}: the graph wants {list(want)}, the file has {list(got)}"
+            for verb, color, entries in (
+                ("re-initialised", "yellow", self.reinitialised), ("differs", "red", self.mismatched)
+            )
+            for name, want, got in entries
+        ]  # fmt: skip
+        return "\n".join([text, *lines])
+
+    def check(self, allow_partial: bool = False) -> "LoadReport":
+        """Raises UserError when a tensor is missing or has another shape, or part of the file's backbone has no place.
+
+        With `allow_partial` only a file of which nothing fits is an error. Returns the report.
+        """
+        if not self.loaded:
+            raise UserError(
+                f"{self.origin}: none of its {len(self.unused) + len(self.mismatched)} tensors fits this model; "
+                "if another system wrote it, run tools/convert.py on it first"
+            )
+        if allow_partial:
+            return self
+        way_out = "or ask for partial loading"
+        if self.mismatched:
+            name, want, got = self.mismatched[0]
+            more = f" and {len(self.mismatched) - 1} more differ" if len(self.mismatched) > 1 else ""
+            raise UserError(
+                f"{self.origin}: {name} has shape {list(got)}, this model wants {list(want)}{more}; "
+                f"{self._hint() or 'use the settings the weights were trained with'} {way_out}"
+            )
+        stray = [name for name in self.unused if _BACKBONE.match(name)]
+        for problem, names in (("lacks", self.missing), ("has, unused by this model,", stray)):
+            if names:
+                more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+                raise UserError(
+                    f"{self.origin} {problem} {names[0]}{more}; "
+                    f"{self._hint() or 'use the settings the weights were trained with'} {way_out}"
+                )
+        return self
+
+    def _notable_unused(self) -> list[str]:
+        return self.unused if self.expect == "all" else [n for n in self.unused if _BACKBONE.match(n)]
+
+    def _hint(self) -> str:
+        """The setting that most likely explains the difference, or ''."""
+
+        def any_of(names: Iterable[str], test: Callable[[str], Any]) -> bool:
+            return any(test(n) for n in names)
+
+        mismatched = [n for n, _, _ in self.mismatched]
+        norms = {"/gn/": "GN", "/bn/": "FreezeBN"}
+        for part, value in norms.items():
+            if any_of(self.unused, lambda n, p=part: _BACKBONE.match(n) and p in n) and any_of(
+                self.missing, lambda n, p=part: _BACKBONE.match(n) and p not in n
+            ):
+                return f"set BACKBONE.NORM={value}"
+        if any_of(mismatched, _CLASS_TENSOR.match) and not any_of(mismatched, lambda n: not _CLASS_TENSOR.match(n)):
+            return "the number of classes differs: trim the heads to re-initialise them"
+        if any_of(self.missing + self.unused, re.compile(r"^group\d/block\d+/").match):
+            blocks: dict[int, int] = {}
+            for name in [*self.loaded, *self.unused, *mismatched]:
+                match = re.match(r"group(\d)/block(\d+)/", name)
+                if match:
+                    group = int(match.group(1))
+                    blocks[group] = max(blocks.get(group, 0), int(match.group(2)) + 1)
+            if sorted(blocks) == [0, 1, 2, 3]:
+                return f"set BACKBONE.RESNET_NUM_BLOCK={[blocks[g] for g in range(4)]}".replace(" ", "")
+        for prefix, setting in (
+            ("fpn/", "MODE_FPN"), ("maskrcnn/", "MODE_MASK"), ("cascade_", "FPN.CASCADE"), ("keypoint", "MODE_KEYPOINT")
+        ):  # fmt: skip
+            if any_of(self.missing, lambda n, p=prefix: n.startswith(p)):
+                return f"set {setting}=False"
+            if any_of(self.unused, lambda n, p=prefix: n.startswith(p)):
+                return f"set {setting}=True"
+        return ""
+
+
+def _grouped(names: Iterable[str]) -> list[tuple[str, int]]:
+    """[(group of names, count)] by the first part of the name (group0, fpn, rpn), in order of appearance."""
+    counts: dict[str, list[str]] = {}
+    for name in names:
+        counts.setdefault(name.split("/", 1)[0], []).append(name)
+    return [(g if len(members) > 3 else ", ".join(members), len(members)) for g, members in counts.items()]
+
+
+# -------------------------------------------------------------------------------------------------------- restoring
+def assign_weights(sess: Any, values: Mapping[str, np.ndarray], variables: Iterable[Any] | None = None) -> int:
+    """Sets the variables named in `values` (default: among all of the session's graph); returns how many were set.
+
+    It feeds the variables' own initialisers, so it adds nothing to the graph (which may be finalized) and sets all of
+    them in one run. Values are cast to the variable's type; another shape is an error.
+    """
+    from utils.tf_v1 import tf
+
+    if variables is None:
+        with sess.graph.as_default():
+            variables = tf.global_variables()
+    rounds: list[dict] = []  # each {tensor of an initial value: (initialiser, value)}
+    count = 0
+    for variable in variables:
+        name = variable.op.name
+        if name not in values:
+            continue
+        value = np.asarray(values[name])
+        if value.shape != tuple(variable.shape.as_list()):
+            raise UserError(f"{name} has shape {list(value.shape)}, the graph wants {variable.shape.as_list()}")
+        value = value.astype(variable.dtype.base_dtype.as_numpy_dtype, copy=False)
+        source = variable.initializer.inputs[1].ref()
+        # Two variables may share the tensor of their initial value: they need separate runs.
+        free = next((r for r in rounds if source not in r), None)
+        if free is None:
+            free = {}
+            rounds.append(free)
+        free[source] = (variable.initializer, value)
+        count += 1
+    for entries in rounds:
+        sess.run([op for op, _ in entries.values()], {source.deref(): value for source, (_, value) in entries.items()})
+    return count
