@@ -145,8 +145,8 @@ if [ -n "$gpu" ]; then
     command -v "$nvcc" >/dev/null || die "nvcc is missing: install the CUDA toolkit, put its bin on PATH or set HOROVOD_CUDA_HOME"
     platform=$platform-cuda$("$nvcc" --version | sed -n 's/.*release \([0-9.]*\).*/\1/p')
 fi
-# The 2 counts the versions of the recipe below; raise it when a change must not reuse older wheels.
-cache=${XDG_CACHE_HOME:-$HOME/.cache}/packrcnn/horovod-$wanted-$platform-r2
+# The 3 counts the versions of the recipe below; raise it when a change must not reuse older wheels.
+cache=${XDG_CACHE_HOME:-$HOME/.cache}/packrcnn/horovod-$wanted-$platform-r3
 mkdir -p "$cache"
 if command -v flock >/dev/null; then
     exec 9>"$cache/.lock"
@@ -192,6 +192,9 @@ build() {
     # distutils left Python with 3.12.
     sed -i 's/^from distutils\.spawn import find_executable$/from shutil import which as find_executable/' \
         "$source/horovod/runner/js_run.py"
+    # horovodrun lets a stopped process live for 5 s, which no checkpoint is written in: let the environment say more.
+    sed -i 's/^\(GRACEFUL_TERMINATION_TIME_S\) = 5$/\1 = int(os.environ.get("HOROVOD_\1", "5"))/' \
+        "$source/horovod/runner/common/util/safe_shell_exec.py"
 
     echo "building horovod $wanted with cmake $release (minutes) ..."
     (

@@ -1,0 +1,354 @@
+#!/usr/bin/env python3
+"""Starts this machine's Horovod ranks, where a scheduler and not ssh starts one process per machine.
+
+Slurm, Kubernetes and SageMaker start the same command on every machine; `horovodrun` instead wants to log in to each.
+So run this once per machine with the command to train with, all of them naming the same first machine:
+
+    scripts/horovod_node.py --nodes 2 --master HOST0 --slots 8 -- ./train.py --config TRAINER=horovod MODE_FPN=True
+
+Machine 0 holds the key-value store through which Horovod's gloo connects, and numbers the ranks machine by machine;
+machines may differ in their number of slots. A rank that fails ends the ranks of every machine and gives this command
+a non-zero exit code; so does a machine that falls silent. SIGTERM or SIGINT to any of them (preemption, a drained
+machine) reaches every rank as SIGTERM, which saves a checkpoint, and the exit code is 143. The store trusts its
+network, as the one of horovodrun does: keep the port inside the cluster.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import Callable, Sequence
+from typing import Any
+
+# Exit codes: of a wrong command line; of a job that ended by no fault of its ranks here; of a stopped job (128 + 15).
+USAGE, LOST, STOPPED = 2, 3, 143
+POLL_SECONDS = 1.0
+# A machine that does not report for this long is lost. Kept under a minute: its ranks hold up all others.
+SILENT_SECONDS = 45.0
+# Environment variables in which schedulers number their machines.
+NODE_RANK_VARIABLES = ("JOB_COMPLETION_INDEX", "SLURM_NODEID")
+
+
+def say(text: str) -> None:
+    print(f"horovod_node: {text}", file=sys.stderr, flush=True)
+
+
+class Failure(Exception):
+    """One line for the user, and the exit code."""
+
+    def __init__(self, text: str, code: int = LOST):
+        super().__init__(text)
+        self.code = code
+
+
+class Store:
+    """Client of the key-value store of machine 0, which ranks use as well; values are JSON."""
+
+    def __init__(self, host: str, port: int):
+        self.url = f"http://{host}:{port}"
+        # A proxy of the environment must not see requests within the cluster.
+        self.opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+    def get(self, key: str) -> Any:
+        """The value; None when it is not set. ConnectionError when machine 0 does not answer."""
+        return self._send(urllib.request.Request(f"{self.url}/launch/{key}"))
+
+    def put(self, key: str, value: Any) -> None:
+        data = json.dumps(value).encode()
+        self._send(urllib.request.Request(f"{self.url}/launch/{key}", data=data, method="PUT"))
+
+    def _send(self, request: urllib.request.Request) -> Any:
+        try:
+            with self.opener.open(request, timeout=5) as response:
+                body = response.read()
+                return json.loads(body) if body else None
+        except urllib.error.HTTPError as e:
+            if e.code == 404:
+                return None
+            raise ConnectionError(str(e)) from e
+        except OSError as e:  # URLError and timeouts are OSErrors
+            raise ConnectionError(str(e)) from e
+
+
+def serve(port: int) -> None:
+    """Starts the store in a thread of this process; it ends with the process."""
+    from horovod.runner.http.http_server import RendezvousHandler, RendezvousHTTPServer
+
+    try:
+        server = RendezvousHTTPServer(("", port), RendezvousHandler, 0)
+    except OSError as e:
+        raise Failure(f"port {port} cannot be opened ({e.strerror}): choose another with --port", USAGE) from None
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+
+
+def interface_towards(host: str, port: int) -> str:
+    """Name of the network interface whose address this machine uses to reach `host`."""
+    import psutil
+
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, port))  # of a datagram socket: chooses the route, sends nothing
+        address = probe.getsockname()[0]
+    for name, entries in psutil.net_if_addrs().items():
+        if any(entry.address == address for entry in entries):
+            return name
+    raise Failure(f"no network interface has the address {address}: name one with --interface", USAGE)
+
+
+def rank_environments(node: int, slots: Sequence[int], master: str, port: int, interface: str) -> list[dict[str, str]]:
+    """What Horovod reads from the environment, for each rank of machine `node`; `slots` is the ranks of each machine.
+
+    Ranks count up machine by machine. "cross" is the group of the ranks with the same number on their machines.
+    """
+    environments = []
+    for local in range(slots[node]):
+        peers = [i for i, count in enumerate(slots) if count > local]
+        environments.append(
+            {
+                "HOROVOD_HOSTNAME": f"node{node}",
+                "HOROVOD_RANK": str(sum(slots[:node]) + local),
+                "HOROVOD_SIZE": str(sum(slots)),
+                "HOROVOD_LOCAL_RANK": str(local),
+                "HOROVOD_LOCAL_SIZE": str(slots[node]),
+                "HOROVOD_CROSS_RANK": str(peers.index(node)),
+                "HOROVOD_CROSS_SIZE": str(len(peers)),
+                "HOROVOD_GLOO_RENDEZVOUS_ADDR": master,
+                "HOROVOD_GLOO_RENDEZVOUS_PORT": str(port),
+                "HOROVOD_GLOO_IFACE": interface,
+                "HOROVOD_CONTROLLER": "gloo",
+                "HOROVOD_CPU_OPERATIONS": "gloo",
+                "PYTHONUNBUFFERED": "1",
+            }
+        )
+    return environments
+
+
+def join(store: Store, node: int, nodes: int, slots: int, seconds: float, stopped: Callable[[], bool]) -> list[int]:
+    """Waits until every machine is there; returns the number of ranks of each.
+
+    A machine that was restarted may still find the store of the job that is just ending: it registers again and again
+    until a plan includes this very process.
+    """
+    me = uuid.uuid4().hex
+    deadline = time.monotonic() + seconds
+    present: set[int] = set()
+    while time.monotonic() < deadline:
+        if stopped():
+            raise Failure("stopped before the start", STOPPED)
+        with contextlib.suppress(ConnectionError):
+            plan = store.get("plan")
+            if plan is None:
+                store.put(f"node{node}", [me, slots])
+            elif plan["ids"][node] == me:
+                return plan["slots"]
+            if node == 0 and plan is None:
+                entries = [store.get(f"node{i}") for i in range(nodes)]
+                present = {i for i, entry in enumerate(entries) if entry}
+                if len(present) == nodes:
+                    store.put("plan", {"ids": [e[0] for e in entries], "slots": [e[1] for e in entries]})
+                    continue
+        time.sleep(POLL_SECONDS / 2)
+    if node == 0:
+        missing = ", ".join(str(i) for i in range(nodes) if i not in present)
+        raise Failure(f"machine {missing} of {nodes} did not join within {seconds:.0f} s: is port open, did it start?")
+    raise Failure(f"the job did not start within {seconds:.0f} s at {store.url}: is machine 0 up and the port open?")
+
+
+class Ranks:
+    """The rank processes of this machine, each the head of its own process group (with its data workers)."""
+
+    def __init__(self, command: Sequence[str], environments: Sequence[dict[str, str]]):
+        self.numbers = [int(e["HOROVOD_RANK"]) for e in environments]
+        self.processes = [
+            subprocess.Popen(command, env={**os.environ, **environment}, start_new_session=True)
+            for environment in environments
+        ]
+
+    def codes(self) -> list[int | None]:
+        return [process.poll() for process in self.processes]
+
+    def failed(self) -> str | None:
+        """Names the first rank that ended badly."""
+        for number, code in zip(self.numbers, self.codes()):
+            if code:
+                return f"rank {number} " + (f"was killed by {signal_name(-code)}" if code < 0 else f"ended with {code}")
+        return None
+
+    def signal(self, number: int) -> None:
+        for process in self.processes:
+            with contextlib.suppress(ProcessLookupError):
+                if process.poll() is None:
+                    # SIGTERM is for the rank, which then ends its workers; SIGKILL is for all that is left.
+                    (os.killpg if number == signal.SIGKILL else os.kill)(process.pid, number)
+
+    def end(self, seconds: float) -> None:
+        """SIGTERM, `seconds` to react, SIGKILL to what is left, workers included."""
+        self.signal(signal.SIGTERM)
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and None in self.codes():
+            time.sleep(0.1)
+        for process in self.processes:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def supervise(ranks: Ranks, store: Store, node: int, nodes: int, grace: float, stopped: Callable[[], bool]) -> int:
+    """Waits for the ranks of all machines; the exit code. Machines tell each other their state through the store."""
+    answered = time.monotonic()
+    heard = {i: (time.monotonic(), None) for i in range(nodes)}
+    stopping_since = None
+    while True:
+        codes = ranks.codes()
+        problem = ranks.failed()
+        done = all(code == 0 for code in codes)
+        if problem and stopping_since is None:
+            # A rank whose peers on another machine have ended fails as well: let that machine say first why.
+            time.sleep(POLL_SECONDS)
+            earlier = stop = None
+            with contextlib.suppress(ConnectionError):
+                earlier, stop = store.get("failure"), store.get("stop") or stopped()
+                if not earlier and not stop:
+                    store.put("failure", f"{problem} on machine {node}")
+            say("stopped" if stop else f"{earlier or problem}; ending the job")
+            # The others may be inside a reduction with the rank that is gone: there is nothing to wait long for.
+            ranks.end(min(grace, 10.0))
+            time.sleep(3 * POLL_SECONDS if node == 0 and nodes > 1 else 0)
+            return STOPPED if stop else next(code if code > 0 else 128 - code for code in codes if code)
+        try:
+            # [a counter that moves while this machine lives, whether its ranks are done]
+            store.put(f"state{node}", [time.time(), done])
+            states = [store.get(f"state{i}") for i in range(nodes)] if node == 0 else []
+            all_done = all(s and s[1] for s in states) if node == 0 else bool(store.get("done"))
+            if node == 0 and all_done:
+                store.put("done", True)
+            failure = store.get("failure")
+            stop = store.get("stop")
+            if stopped() and not stop:
+                store.put("stop", True)
+                stop = True
+            answered = time.monotonic()
+        except ConnectionError:
+            states, failure, stop, all_done = [], None, stopped(), done
+            if not done and time.monotonic() - answered > SILENT_SECONDS / 3:
+                failure = "machine 0 does not answer any more"
+        for i, state in enumerate(states):
+            if state and state != heard[i][1]:
+                heard[i] = (time.monotonic(), state)
+            elif time.monotonic() - heard[i][0] > SILENT_SECONDS and not (state and state[1]):
+                failure = f"machine {i} has been silent for {SILENT_SECONDS:.0f} s"
+                with contextlib.suppress(ConnectionError):
+                    store.put("failure", failure)
+        if failure:
+            say(f"{failure}; ending the ranks here")
+            ranks.end(min(grace, 10.0))
+            # Time for the other machines to read why.
+            time.sleep(3 * POLL_SECONDS if node == 0 else 0)
+            return LOST
+        if stop and stopping_since is None:
+            stopping_since = time.monotonic()
+            say(f"stopping: SIGTERM to the ranks, {grace:.0f} s to save")
+            ranks.signal(signal.SIGTERM)
+        if stopping_since is not None and (None not in codes or time.monotonic() - stopping_since > grace):
+            ranks.end(0)
+            time.sleep(3 * POLL_SECONDS if node == 0 and nodes > 1 else 0)
+            return STOPPED
+        if done and all_done:
+            # Machine 0 holds the store: it leaves last.
+            time.sleep(3 * POLL_SECONDS if node == 0 and nodes > 1 else 0)
+            return 0
+        time.sleep(POLL_SECONDS)
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="number of machines")
+    parser.add_argument(
+        "--node-rank", type=int, metavar="R",
+        help="number of this machine, 0 first; default: $" + " or $".join(NODE_RANK_VARIABLES),
+    )  # fmt: skip
+    parser.add_argument("--master", default="127.0.0.1", metavar="HOST", help="name or address of machine 0")
+    parser.add_argument("--port", type=int, default=23456, help="port of machine 0 (default %(default)s)")
+    parser.add_argument("--slots", type=int, default=1, metavar="N", help="ranks on this machine: its number of GPUs")
+    parser.add_argument("--interface", metavar="NAME", help="network interface; default: the one that reaches HOST")
+    parser.add_argument("--wait", type=float, default=900, metavar="S", help="seconds for all machines to join")
+    parser.add_argument(
+        "--grace", type=float, default=100, metavar="S", help="seconds to save a checkpoint when stopped"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print what each rank here would run, and end")
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="-- and the command of a rank")
+    args = parser.parse_args(argv)
+    args.command = args.command[1:] if args.command[:1] == ["--"] else args.command
+    if args.node_rank is None:
+        args.node_rank = next((int(os.environ[v]) for v in NODE_RANK_VARIABLES if os.environ.get(v, "").isdigit()), 0)
+    if not args.command:
+        parser.error("the command to run is missing: put it behind --")
+    if args.nodes < 1 or args.slots < 1:
+        parser.error("--nodes and --slots must be 1 or more")
+    if not 0 <= args.node_rank < args.nodes:
+        parser.error(f"--node-rank {args.node_rank} is not one of the {args.nodes} machines 0 … {args.nodes - 1}")
+    return args
+
+
+def main(argv: Sequence[str]) -> int:
+    args = parse(argv)
+    if args.dry_run:
+        interface = args.interface or "IFACE"
+        for environment in rank_environments(
+            args.node_rank, [args.slots] * args.nodes, args.master, args.port, interface
+        ):
+            print(shlex.join(["env"] + [f"{k}={v}" for k, v in environment.items()] + args.command))
+        return 0
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    try:
+        import horovod.runner  # noqa: F401
+    except ImportError:
+        raise Failure(f"horovod is missing in {sys.executable}: run `make horovod`", USAGE) from None
+    if args.node_rank == 0:
+        serve(args.port)
+    # Machine 0 may not find itself under the name that the others know it by.
+    store = Store("127.0.0.1" if args.node_rank == 0 else args.master, args.port)
+    slots = join(store, args.node_rank, args.nodes, args.slots, args.wait, stop.is_set)
+    try:
+        address = socket.gethostbyname(args.master)
+    except OSError:
+        raise Failure(f"--master {args.master}: no such machine", USAGE) from None
+    interface = args.interface or interface_towards(address, args.port)
+    # NCCL, too, must take the network that connects the machines.
+    os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
+    # Ranks that start while others still read their annotations must not give up after Horovod's 30 s.
+    os.environ.setdefault("HOROVOD_GLOO_TIMEOUT_SECONDS", "300")
+    if args.node_rank == 0:
+        say(f"{sum(slots)} ranks on {len(slots)} machine(s), interface {interface}")
+    ranks = Ranks(args.command, rank_environments(args.node_rank, slots, address, args.port, interface))
+    try:
+        return supervise(ranks, store, args.node_rank, args.nodes, args.grace, stop.is_set)
+    finally:
+        ranks.end(0)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except Failure as failure:
+        say(str(failure))
+        sys.exit(failure.code)
