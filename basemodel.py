@@ -5,6 +5,7 @@ A layer computes in the type of its input; variables are float32 always. So mixe
 and of the RoI features, nothing else.
 """
 
+import re
 import zlib
 
 import numpy as np
@@ -48,8 +49,8 @@ def _weight(name, shape, rule, fan_in, fan_out, trainable):
     neither the order of construction nor the number of replicas changes it."""
     kind, scale = rule(shape, fan_in, fan_out)
     graph_seed = tf.get_default_graph().seed or 0
-    full_name = f"{tf.get_variable_scope().name}/{name}"
-    seed = [graph_seed & 0x7FFFFFFF, zlib.crc32(full_name.split("tower", 1)[0].encode()) & 0x7FFFFFFF]
+    full_name = re.sub(r"^tower\d+/", "", f"{tf.get_variable_scope().name}/{name}")
+    seed = [graph_seed & 0x7FFFFFFF, zlib.crc32(full_name.encode()) & 0x7FFFFFFF]
 
     def initial(shape, dtype=tf.float32, partition_info=None):
         if kind == "normal":
@@ -192,7 +193,7 @@ def fully_connected(name, x, channels, *, relu=False, init=xavier_uniform_fan_in
 
 # ------------------------------------------------------------------------------------------------------------ ResNet
 def preprocess_image(image, image_shape, cfg):
-    """uint8 BGR image [N,H,W,3] and valid sizes [N,2] -> normalised [N,H,W,3] in the compute type, padding exactly 0."""
+    """uint8 BGR image [N,H,W,3], valid sizes [N,2] -> normalised [N,H,W,3] in the compute type, padding exactly 0."""
     mean = np.asarray(cfg.PREPROC.PIXEL_MEAN[::-1], np.float32)
     std = np.asarray(cfg.PREPROC.PIXEL_STD[::-1], np.float32)
     x = (tf.cast(image, tf.float32) - mean) * (1.0 / std)

@@ -177,6 +177,7 @@ def default_config() -> Config:
                 "LR_SCHEDULE": "2x",
                 "LR_SCALING": "linear",  # linear: rate ~ total batch, steps ~ 1 / total batch; none: as written
                 "BATCH_SIZE_PER_GPU": 1,
+                "CPU_REPLICAS": 1,  # replicas on logical CPU devices when there is no GPU: to try data parallelism
                 "ACCUMULATION": 1,  # micro-batches whose gradients are averaged into one update
                 # Losses of RoIs: mean of the images' means, so that spreading a batch over devices changes nothing;
                 # False: one mean over the RoIs of a device's batch (detectron2).
@@ -311,7 +312,13 @@ def finalize_config(cfg: Config) -> Config:
         "TRAIN.LR_SCHEDULE",
         "iterations must be positive and increasing",
     )
-    for key in ("TRAIN.BATCH_SIZE_PER_GPU", "TRAIN.ACCUMULATION", "TEST.BATCH_SIZE", "TRAIN.STEPS_PER_EPOCH"):
+    for key in (
+        "TRAIN.BATCH_SIZE_PER_GPU",
+        "TRAIN.CPU_REPLICAS",
+        "TRAIN.ACCUMULATION",
+        "TEST.BATCH_SIZE",
+        "TRAIN.STEPS_PER_EPOCH",
+    ):
         check(cfg.get(key) >= 1, key, "must be 1 or more")
     check(0 <= cfg.BACKBONE.FREEZE_AT <= 5, "BACKBONE.FREEZE_AT", "must be 0 to 5")
     check(len(cfg.BACKBONE.RESNET_NUM_BLOCK) == 4, "BACKBONE.RESNET_NUM_BLOCK", "four numbers, e.g. [3,4,6,3]")

@@ -1,0 +1,49 @@
+"""The predictor: a graph and a session that turn batches of images into detections."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+
+from config import Config
+from model_rcnn import build_inference
+from utils.tf_v1 import tf
+
+__all__ = ["Predictor", "inference_callable"]
+
+
+def inference_callable(cfg: Config, device: str | None = None, scope: str = "", reuse: bool = False) -> Callable:
+    """Adds the inference graph to the current one; returns attach(sess) -> predict(image, image_shape) -> outputs.
+
+    image uint8 [N,H,W,3], image_shape int32 [N,2]; the outputs are those of `build_inference` as arrays.
+    """
+    with tf.name_scope("inference"):
+        image = tf.placeholder(tf.uint8, [None, None, None, 3], "image")
+        image_shape = tf.placeholder(tf.int32, [None, 2], "image_shape")
+    with tf.device(device) if device else nullcontext(), tf.variable_scope(scope, reuse=reuse):
+        outputs = {k: tf.identity(v, f"output/{k}") for k, v in build_inference(image, image_shape, cfg).items()}
+
+    def attach(sess: Any) -> Callable[[np.ndarray, np.ndarray], dict[str, np.ndarray]]:
+        call = sess.make_callable([outputs, []], feed_list=[image, image_shape])
+        return lambda images, shapes: call(images, shapes)[0]
+
+    return attach
+
+
+class Predictor:
+    """predict(image, image_shape) -> outputs, over a graph and a session of its own."""
+
+    def __init__(self, cfg: Config, load: Callable[[Any], None]):
+        """load(sess) puts the weights into the session, in whose graph all variables exist."""
+        self.cfg = cfg
+        with tf.Graph().as_default() as graph:
+            attach = inference_callable(cfg)
+            config = tf.ConfigProto(allow_soft_placement=True)
+            config.gpu_options.allow_growth = True
+            self._session = tf.Session(graph=graph, config=config)
+            load(self._session)
+            self._predict = attach(self._session)
+
+    def __call__(self, image: np.ndarray, image_shape: np.ndarray) -> dict[str, np.ndarray]:
+        return self._predict(image, image_shape)

@@ -1,0 +1,34 @@
+"""common.py: atomic writes and the count of GPUs."""
+
+import json
+
+import pytest
+
+from common import UserError, atomic_write, read_json, visible_gpus, write_json
+
+pytestmark = pytest.mark.quick
+
+
+def test_an_error_while_writing_leaves_the_old_file_and_no_other(tmp_path):
+    path = tmp_path / "a.json"
+    write_json(path, {"old": 1})
+    with pytest.raises(RuntimeError), atomic_write(path) as f:
+        f.write("half")
+        raise RuntimeError
+    assert json.loads(path.read_text()) == {"old": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("content", [None, "{", b"\xff\xfe"])
+def test_a_missing_or_broken_json_is_named_with_its_role(tmp_path, content):
+    path = tmp_path / "a.json"
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=f"annotation file {path}"):
+        read_json(path, "annotation file")
+
+
+@pytest.mark.parametrize(("visible", "count"), [("", 0), ("-1", 0), ("0", 1), ("0,1,3", 3)])
+def test_visible_gpus_follow_the_environment(monkeypatch, visible, count):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert visible_gpus() == count

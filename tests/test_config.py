@@ -1,0 +1,100 @@
+"""config.py: keys, types, literals, aliases, schedules."""
+
+import json
+
+import pytest
+
+from common import UserError
+from config import default_config, finalize_config
+
+pytestmark = pytest.mark.quick
+
+
+def make(*args):
+    return finalize_config(default_config().update_args(args))
+
+
+def test_values_parse_as_literals_and_else_as_strings():
+    cfg = make("MODE_FPN=True", "DATA.BASEDIR=~/data/coco", "RPN.ANCHOR_RATIOS=(0.5,1.0)", "TRAIN.BASE_LR=1e-3")
+    assert cfg.MODE_FPN is True
+    assert cfg.DATA.BASEDIR == "~/data/coco"
+    assert cfg.RPN.ANCHOR_RATIOS == [0.5, 1.0]
+    assert cfg.TRAIN.BASE_LR == 1e-3
+
+
+def test_a_value_is_never_executed(tmp_path):
+    target = tmp_path / "touched"
+    make(f"DATA.BASEDIR=__import__('pathlib').Path('{target}').touch()")
+    assert not target.exists()
+
+
+@pytest.mark.parametrize(
+    ("argument", "hint"),
+    [
+        ("RPN.BATCHPERIM=3", "RPN.BATCH_PER_IM"),
+        ("MODE_FNP=True", "MODE_FPN"),
+        ("BATCH_PER_IM=3", "BATCH_PER_IM"),
+        ("FRCNN=3", "FRCNN.BATCH_PER_IM"),
+        ("MODE_FPN", "KEY=VAL"),
+        ("TRAIN.BASE_LR=fast", "TRAIN.BASE_LR"),
+        ("MODE_FPN=maybe", "MODE_FPN"),
+        ("TRAIN.BASE_LR=1e999", "TRAIN.BASE_LR"),
+        ("BACKBONE.NORM=FrezeBN", "FreezeBN"),
+        ("TRAIN.LR_SCHEDULE=12x", "TRAIN.LR_SCHEDULE"),
+        ("TRAIN.LR_SCHEDULE=[5,3]", "TRAIN.LR_SCHEDULE"),
+        ("PREPROC.MAX_SIZE=100", "PREPROC.MAX_SIZE"),
+        ("FPN.CASCADE=True", "MODE_FPN=True"),
+        ("DATA.DATASETS={'a':'b'}", "DATA.DATASETS"),
+    ],
+)
+def test_a_wrong_setting_is_one_line_that_names_the_key_and_the_fix(argument, hint):
+    with pytest.raises(UserError) as error:
+        make(argument)
+    assert hint in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "MODE_MASK=False MODE_FPN=True DATA.BASEDIR=/coco BACKBONE.WEIGHTS=/path/ImageNet-R50-AlignPadding.npz",
+        "MODE_FPN=True FPN.NORM=GN BACKBONE.NORM=GN FPN.FRCNN_HEAD_FUNC=fastrcnn_4conv1fc_gn_head "
+        "FPN.MRCNN_HEAD_FUNC=maskrcnn_up4conv_gn_head PREPROC.TRAIN_SHORT_EDGE_SIZE=[640,800] TRAIN.LR_SCHEDULE=9x",
+        "MODE_FPN=True FPN.CASCADE=True BACKBONE.RESNET_NUM_BLOCKS=[3,4,23,3] TEST.RESULT_SCORE_THRESH=1e-4 "
+        "PREPROC.TEST_SHORT_EDGE_SIZE=800 PREPROC.TRAIN_SHORT_EDGE_SIZE=[640,800]",
+        "TRAINER=horovod MODE_FPN=True FRCNN.BATCH_PER_IM=64 PREPROC.SHORT_EDGE_SIZE=600 PREPROC.MAX_SIZE=1024 "
+        "TRAIN.LR_SCHEDULE=[150000,230000,280000] BACKBONE.RESNET_NUM_BLOCK=[3,4,6,3]",
+    ],
+)
+def test_command_lines_of_the_ancestors_are_understood(line):
+    make(*line.split())
+
+
+def test_aliases_reach_the_canonical_key():
+    assert make("BACKBONE.RESNET_NUM_BLOCKS=[3,4,23,3]").BACKBONE.RESNET_NUM_BLOCK == [3, 4, 23, 3]
+    assert make("PREPROC.TRAIN_SHORT_EDGE_SIZE=[640,800]").PREPROC.SHORT_EDGE_SIZE == [640, 800]
+
+
+def test_named_schedules_keep_the_last_two_drops_of_long_ones():
+    assert make("TRAIN.LR_SCHEDULE=1x").TRAIN.LR_SCHEDULE == [120000, 160000, 180000]
+    assert make().TRAIN.LR_SCHEDULE == [240000, 320000, 360000]
+    assert make("TRAIN.LR_SCHEDULE=3x").TRAIN.LR_SCHEDULE == [420000, 500000, 540000]
+    assert make("TRAIN.LR_SCHEDULE=9x").TRAIN.LR_SCHEDULE == [1500000, 1580000, 1620000]
+
+
+def test_settings_survive_json_unchanged():
+    cfg = make("MODE_FPN=True", "DATA.DATASETS={'a':['x.json','imgs']}", "TRAIN.GRADIENT_CLIP=1", "BACKBONE.NORM=None")
+    stored = json.loads(json.dumps(cfg.to_dict()))
+    again = finalize_config(default_config().update_from_dict(stored, "stored"))
+    assert again.to_dict() == cfg.to_dict()
+    assert again.DATA.DATASETS == {"a": ["x.json", "imgs"]}
+    assert again.BACKBONE.NORM is None
+
+
+def test_a_finalised_config_cannot_be_changed_but_its_copy_can():
+    cfg = make()
+    with pytest.raises(AttributeError):
+        cfg.TRAIN.BASE_LR = 1.0
+    copy = cfg.copy()
+    copy.TRAIN.BASE_LR = 1.0
+    assert cfg.TRAIN.BASE_LR == 0.01

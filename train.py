@@ -1,0 +1,431 @@
+#!/usr/bin/env python3
+"""Train, evaluate and run Faster, Mask and Cascade R-CNN. `./train.py --help` explains every flag."""
+
+import argparse
+import os
+import re
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__" and "--verbose-tf" in sys.argv:
+    os.environ["PACKRCNN_VERBOSE_TF"] = "1"
+
+from common import UserError, logger, read_json, write_json
+from config import Config, default_config, finalize_config
+
+# Settings that shape the network: taken from the file given to --load also when training.
+_MODEL_SETTINGS = re.compile(
+    r"^(MODE_|BACKBONE\.(?!WEIGHTS|FREEZE)|FPN\.|CASCADE\.BBOX|RPN\.(ANCHOR_|HEAD_DIM)|FRCNN\.(CLASS_AGN|BBOX|ROI)"
+    r"|MRCNN\.HEAD_DIM|KRCNN\.|PREPROC\.PIXEL_)"
+)
+# Settings that say where a run goes on or what it may use, not what it computes.
+_FREE_SETTINGS = re.compile(
+    r"^(TRAIN\.(MAX_STEPS|EVAL_PERIOD|CHECKPOINT_PERIOD|KEEP_CHECKPOINTS)|DATA\.(NUM_WORKERS|PREFETCH|VAL$|BASEDIR)|TEST\.)"
+)
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="train.py",
+        description="Train a detector, or run one: --predict for pictures, --evaluate for scores.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="""examples:
+  ./train.py --config MODE_FPN=True DATA.BASEDIR=~/data/coco BACKBONE.WEIGHTS=R50.npz --logdir train_log/r50-fpn
+  ./train.py --resume --logdir train_log/r50-fpn
+  ./train.py --predict photo.jpg folder/ --load train_log/r50-fpn --output pictures
+  ./train.py --evaluate results.json --load train_log/r50-fpn --config DATA.BASEDIR=~/data/coco""",
+    )
+    parser.add_argument(
+        "--config",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VAL",
+        help="settings; --print-config lists them",
+    )
+    parser.add_argument(
+        "--load",
+        metavar="PATH",
+        help="weights to start from or to run: a TensorFlow checkpoint, a run directory (its newest checkpoint) or an "
+        ".npz; their settings come along, --config wins",
+    )
+    parser.add_argument("--logdir", metavar="DIR", help="where a run lives; training in the same one continues it")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="continue the run in --logdir with its own settings, changed by --config",
+    )
+    parser.add_argument(
+        "--partial-load",
+        action="store_true",
+        help="load what fits and start the rest anew, instead of stopping at a tensor that is missing or differs",
+    )
+    parser.add_argument(
+        "--trim-heads",
+        action="store_true",
+        help="fine-tune on other classes: re-initialise exactly the tensors whose size depends on the classes",
+    )
+    parser.add_argument("--predict", nargs="+", metavar="IMAGE", help="images or folders to draw detections on")
+    parser.add_argument("--evaluate", metavar="OUT.json", help="score on DATA.VAL and write the results there")
+    parser.add_argument(
+        "--output", default="predictions", metavar="DIR", help="where --predict writes (default: %(default)s)"
+    )
+    parser.add_argument("--no-window", action="store_true", help="--predict: never open a window")
+    parser.add_argument("--print-config", action="store_true", help="print the settings in force and stop")
+    parser.add_argument("--verbose-tf", action="store_true", help="show TensorFlow's start-up messages")
+    args = parser.parse_args(argv)
+    if args.predict and args.evaluate:
+        parser.error("--predict and --evaluate exclude each other")
+    if (args.predict or args.evaluate) and not (args.load or args.logdir):
+        parser.error("--predict and --evaluate need --load")
+    if args.resume and not args.logdir:
+        parser.error("--resume needs --logdir")
+    if args.resume and args.load:
+        parser.error("--resume continues the newest checkpoint of --logdir; leave out --load")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit codes: 0 done, 2 something the user can fix, 130/143 stopped by a signal after saving, 1 anything else."""
+    args = parse_args(sys.argv[1:] if argv is None else argv)
+    try:
+        if args.print_config:
+            print(_settings(args, *_load(args))[0])
+        elif args.predict:
+            predict(args)
+        elif args.evaluate:
+            evaluate(args)
+        else:
+            return train(args)
+    except UserError as e:
+        logger.error(str(e))
+        return 2
+    except FloatingPointError as e:
+        logger.error(str(e))
+        return 3
+    except BrokenPipeError:
+        return 1
+    return 0
+
+
+# ------------------------------------------------------------------------------------------------------------ settings
+def _load(args: argparse.Namespace) -> tuple[dict | None, dict | None]:
+    """(weights, meta) of --load, or (None, None)."""
+    if not args.load:
+        return None, None
+    from utils.checkpoint import load_weights
+
+    return load_weights(args.load)
+
+
+def _settings(args: argparse.Namespace, weights: dict | None, meta: dict | None) -> tuple[Config, dict | None]:
+    """Defaults, then the settings stored with the weights, then --config."""
+    cfg = default_config()
+    if meta:
+        training = not (args.predict or args.evaluate)
+        stored = meta.get("settings") or {}
+        if training:
+            stored = {k: v for k, v in stored.items() if _MODEL_SETTINGS.match(k)}
+        cfg.update_from_dict(stored, f"settings stored in {args.load}")
+        if not training and meta.get("class_names"):
+            cfg.DATA.CLASS_NAMES = list(meta["class_names"])
+            cfg.DATA.NUM_CATEGORY = len(meta["class_names"])
+    cfg.update_args(args.config)
+    return finalize_config(cfg), meta
+
+
+# ------------------------------------------------------------------------------------------------------------- running
+def _weight_loader(weights: dict, origin: str, args: argparse.Namespace, expect: str = "all") -> Callable[[Any], None]:
+    """load(sess): checks the weights against the graph of `sess`, prints what became of each, and assigns them."""
+    from utils.checkpoint import assign_weights, fit_weights
+    from utils.tf_v1 import tf
+
+    def load(sess: Any) -> None:
+        with sess.graph.as_default():
+            variables = tf.global_variables()
+        shapes = {v.op.name: tuple(v.shape.as_list()) for v in variables}
+        values, report = fit_weights(weights, shapes, trim=args.trim_heads, expect=expect, origin=origin)
+        logger.info(f"weights of {origin}\n{report.table()}")
+        report.check(allow_partial=args.partial_load)
+        if report.missing or report.mismatched or report.reinitialised:
+            sess.run(tf.variables_initializer([v for v in variables if v.op.name not in values]))
+        assign_weights(sess, values, variables)
+
+    return load
+
+
+def build_predictor(cfg: Config, load: Callable[[Any], None]):
+    from inference import Predictor
+
+    return Predictor(cfg, load)
+
+
+def _prepare_inference(args: argparse.Namespace) -> tuple[Config, Callable[[Any], None]]:
+    args.load = args.load or args.logdir
+    weights, meta = _load(args)
+    if meta is None and not args.config:
+        logger.warning(f"{args.load} carries no settings: those of the default model are used; give others by --config")
+    cfg, _ = _settings(args, weights, meta)
+    return cfg, _weight_loader(weights, args.load, args)
+
+
+def _class_count_from_weights(cfg: Config, weights: dict) -> int:
+    """Foreground classes of weights without settings, from the classifier's bias."""
+    for name in ("fastrcnn/outputs/class/b", "fastrcnn/class/b", "cascade_rcnn_stage1/outputs/class/b"):
+        if name in weights:
+            return int(weights[name].shape[0]) - 1
+    return cfg.DATA.NUM_CATEGORY
+
+
+def predict(args: argparse.Namespace) -> None:
+    from data import inference_batches, list_images
+
+    from eval import to_original_frame
+    from viz import prediction_entry, show_window, write_prediction
+
+    files = list_images(args.predict)
+    args.load = args.load or args.logdir
+    weights, meta = _load(args)
+    cfg, _ = _settings(args, weights, meta)
+    cfg = _with_classes(cfg, weights, [])
+    logger.info(f"{len(files)} images; building the model")
+    predictor = build_predictor(cfg, _weight_loader(weights, args.load, args))
+    entries, started = [], time.time()
+    for batch in inference_batches(files, cfg, (0, 1)):
+        outputs = predictor(batch["image"], batch["image_shape"])
+        for n, index in enumerate(batch["indices"]):
+            one = {k: v[n] for k, v in outputs.items()}
+            detections = to_original_frame(one, batch["image_shape"][n], batch["original_shapes"][n])
+            path = write_prediction(
+                args.output, files[index], detections, cfg.DATA.CLASS_NAMES, cfg.TEST.RESULT_SCORE_THRESH_VIS
+            )
+            entries.append(
+                prediction_entry(files[index], batch["original_shapes"][n], detections, cfg.DATA.CLASS_NAMES)
+            )
+            shown = int((detections.scores >= cfg.TEST.RESULT_SCORE_THRESH_VIS).sum())
+            rate = (time.time() - started) / len(entries)
+            logger.info(f"{len(entries)}/{len(files)} {path}: {shown} objects ({rate:.2f} s/image)")
+            if not args.no_window and len(files) == 1:
+                show_window(path)
+    target = Path(args.output) / "predictions.json"
+    write_json(target, entries, indent=1)
+    logger.info(f"pictures in {args.output}/, everything found in {target}")
+
+
+def _with_classes(cfg: Config, weights: dict | None, splits: list) -> Config:
+    """Fills in the classes: the checkpoint's, else the data's, else numbers."""
+    if cfg.DATA.CLASS_NAMES and len(cfg.DATA.CLASS_NAMES) == cfg.DATA.NUM_CATEGORY:
+        return cfg
+    cfg = cfg.copy()
+    names = list(cfg.DATA.CLASS_NAMES) or (list(splits[0].class_names) if splits else [])
+    count = len(names) or (_class_count_from_weights(cfg, weights) if weights else 0)
+    cfg.DATA.CLASS_NAMES = names or [f"class {i + 1}" for i in range(count)]
+    cfg.DATA.NUM_CATEGORY = count
+    return cfg.freeze()
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    from dataset import load_validation_splits
+
+    from eval import evaluate_split, write_results
+
+    args.load = args.load or args.logdir
+    weights, meta = _load(args)
+    cfg, _ = _settings(args, weights, meta)
+    splits = load_validation_splits(cfg)
+    if not splits:
+        raise UserError("--evaluate: DATA.VAL names no data set; give one, e.g. --config DATA.VAL=coco_val2017")
+    cfg = _with_classes(cfg, weights, splits)
+    predictor = build_predictor(cfg, _weight_loader(weights, args.load, args))
+    out = Path(args.evaluate)
+    every = {}
+    for split in splits:
+        path = out if len(splits) == 1 else out.with_name(f"{out.stem}-{split.name}{out.suffix or '.json'}")
+        results = evaluate_split(predictor, split, cfg)
+        write_results(path, results)
+        logger.info(f"{split.name}: {len(results)} detections in {path}")
+        metrics = split.evaluate(results)
+        every.update(metrics if len(splits) == 1 else {f"{split.name}/{k}": v for k, v in metrics.items()})
+    target = out.with_name(f"{out.stem}.metrics.json")
+    write_json(target, every, indent=1)
+    logger.info(f"scores in {target}")
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+def _open_logdir(args: argparse.Namespace, cfg: Config) -> tuple[Path, Config, str | None]:
+    """The run directory, the settings in force, and the checkpoint to continue from.
+
+    A directory is never deleted or overwritten: a run in it is continued, or refused with the ways to go on.
+    """
+    from utils.checkpoint import newest_checkpoint, read_checkpoint_meta
+
+    logdir = Path(args.logdir or f"train_log/{time.strftime('%Y%m%d-%H%M%S')}")
+    settings = logdir / "settings.json"
+    if not logdir.exists() or not any(logdir.iterdir()):
+        if args.resume:
+            raise UserError(f"--resume: there is no run in {logdir}; leave out --resume to start one")
+        return logdir, cfg, None
+    if not settings.exists():
+        raise UserError(f"--logdir {logdir} is not empty and holds no run of this program; choose another directory")
+    stored = read_json(settings, "settings of the run")["settings"]
+    newest = newest_checkpoint(logdir)
+    if args.resume:
+        cfg = default_config().update_from_dict(stored, str(settings)).update_args(args.config)
+        return logdir, finalize_config(cfg), newest
+    before = finalize_config(default_config().update_from_dict(stored, str(settings))).to_dict()
+    derived = ("DATA.NUM_CATEGORY", "DATA.CLASS_NAMES")
+    changed = [
+        f"{k}: {before.get(k)!r} -> {v!r}"
+        for k, v in cfg.to_dict().items()
+        if before.get(k) != v and k not in derived and not _FREE_SETTINGS.match(k)
+    ]
+    if changed and newest:
+        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+        raise UserError(
+            f"--logdir {logdir} holds a run with other settings ({'; '.join(changed[:3])}{more}); "
+            "continue it with --resume (its settings, changed by --config), or choose another --logdir"
+        )
+    if newest and args.load:
+        raise UserError(
+            f"--logdir {logdir} holds a run: continue it with --resume instead of --load, or choose another --logdir"
+        )
+    if newest and read_checkpoint_meta(newest) is None:
+        logger.warning(f"{newest} has no description beside it; its settings are taken from {settings}")
+    return logdir, cfg, newest
+
+
+def train(args: argparse.Namespace) -> int:
+    started = time.time()
+    weights, meta = _load(args)
+    cfg, _ = _settings(args, weights, meta)
+    logdir, cfg, resume_from = _open_logdir(args, cfg)
+    backbone = None
+    if cfg.BACKBONE.WEIGHTS and weights is None and resume_from is None:
+        from utils.checkpoint import load_weights
+
+        backbone, _ = load_weights(os.path.expanduser(cfg.BACKBONE.WEIGHTS))
+    elif not (weights or resume_from) and cfg.BACKBONE.NORM == "FreezeBN":
+        logger.warning(
+            "BACKBONE.NORM=FreezeBN without weights normalises nothing: give BACKBONE.WEIGHTS or --load, "
+            "or train from scratch with BACKBONE.NORM=GN BACKBONE.FREEZE_AT=0"
+        )
+
+    from data import batch_image_ids, training_dataflow, training_keys
+    from dataset import class_count_table, load_training_split, load_validation_splits
+
+    split = load_training_split(cfg)
+    cfg = _training_classes(cfg, split)
+    validation = load_validation_splits(cfg) if cfg.TRAIN.EVAL_PERIOD else []
+    logger.info(f"{len(split)} training images of {', '.join(cfg.DATA.TRAIN)}\n{class_count_table(split)}")
+
+    if resume_from is not None:
+        from utils.checkpoint import load_weights
+
+        weights, resumed_meta = load_weights(logdir)
+        start_step = int(weights["global_step"])
+        origin = f"{logdir} at step {start_step}"
+    else:
+        weights, start_step, origin = weights or backbone, 0, args.load or cfg.BACKBONE.WEIGHTS
+
+    from training import Interrupted, local_devices, make_plan, make_trainer, run_training
+    from utils.checkpoint import make_meta
+
+    devices = local_devices(cfg)
+    trainer = make_trainer(cfg, devices)
+    rank, size = (trainer.hvd.rank(), trainer.hvd.size()) if cfg.TRAINER == "horovod" else (0, 1)
+    chief = rank == 0
+    plan = make_plan(cfg, size * len(devices), len(split))
+    if chief:
+        logger.info(f"plan\n{plan.table()}")
+    if start_step >= plan.total_steps:
+        raise UserError(
+            f"{logdir} has finished its {start_step} steps; raise TRAIN.MAX_STEPS or TRAIN.LR_SCHEDULE to train longer"
+        )
+    if start_step:
+        logger.info(f"continuing {origin}")
+    run_meta = make_meta(cfg.to_dict(), cfg.DATA.CLASS_NAMES, start_step)
+    if chief:
+        logdir.mkdir(parents=True, exist_ok=True)
+        write_json(logdir / "settings.json", run_meta, indent=1)
+
+    def load(sess: Any) -> None:
+        if weights is not None:
+            _weight_loader(weights, origin, args, "backbone" if weights is backbone else "all")(sess)
+        if resume_from is None:
+            from utils.tf_v1 import tf
+
+            with sess.graph.as_default():
+                sess.run(tf.train.get_or_create_global_step().initializer)
+
+    per_step = plan.accumulation * len(devices)
+    dataflow = training_dataflow(
+        split, cfg, start_batch=start_step * per_step, shard=(rank, size), batches_per_step=per_step
+    )
+
+    def describe_batch(step: int) -> str:
+        ids = batch_image_ids(split, cfg, (step - 1) * per_step, per_step, (rank, size))
+        return ", ".join(map(str, ids))
+
+    try:
+        metrics = run_training(
+            cfg, plan, dataflow, training_keys(cfg), devices, trainer, logdir, run_meta, load, start_step,
+            describe_batch, _evaluation_builder(cfg, validation, devices, trainer, rank, size) if validation else None,
+        )  # fmt: skip
+    except Interrupted as e:
+        logger.warning(f"stopped by {e}; continue with: ./train.py --resume --logdir {logdir}")
+        return 128 + e.signal_number
+    if chief:
+        if metrics:
+            write_json(logdir / "metrics.json", metrics, indent=1)
+        logger.info(
+            f"finished {plan.total_steps} steps in {(time.time() - started) / 60:.1f} min; the model is {logdir}"
+        )
+    return 0
+
+
+def _training_classes(cfg: Config, split: Any) -> Config:
+    cfg = cfg.copy()
+    cfg.DATA.CLASS_NAMES = list(split.class_names)
+    cfg.DATA.NUM_CATEGORY = len(split.class_names)
+    return cfg.freeze()
+
+
+def _evaluation_builder(
+    cfg: Config, splits: list, devices: list[str], trainer: Any, rank: int, size: int
+) -> Callable[[], Callable[[Any], dict[str, float]]]:
+    """build() adds one inference graph per replica, sharing its variables -> evaluate(sess) -> metrics."""
+    from eval import evaluate_split
+    from inference import inference_callable
+
+    def build() -> Callable[[Any], dict[str, float]]:
+        attach = [
+            inference_callable(cfg, device if len(devices) > 1 else None, f"tower{i}" if i else "", reuse=True)
+            for i, device in enumerate(devices)
+        ]
+
+        def evaluate(sess: Any) -> dict[str, float]:
+            predictors = [a(sess) for a in attach]
+            metrics = {}
+            for split in splits:
+                results = evaluate_split(predictors, split, cfg, (rank, size), _gather if size > 1 else None)
+                if rank == 0:
+                    scores = split.evaluate(results)
+                    metrics.update(scores if len(splits) == 1 else {f"{split.name}/{k}": v for k, v in scores.items()})
+            return metrics
+
+        return evaluate
+
+    def _gather(parts: list) -> list:
+        """All processes' results in all processes, by a gather of their JSON bytes."""
+        import horovod.tensorflow as hvd
+
+        return hvd.allgather_object(parts)
+
+    return build
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,626 @@
+"""Training: the plan (learning rate and length of a run), the optimiser, tensorpack trainers and callbacks.
+
+The graph holds everything that decides an update (rate, sampling seeds, loss scale) as a function of the global step
+and of the batch, so that a resumed run continues exactly as the uninterrupted one would.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from common import UserError, logger, visible_gpus
+from config import Config
+from model_rcnn import build_training
+from utils.tf_v1 import tf
+
+# isort: split
+from tensorpack import ModelDesc, QueueInput, SimpleTrainer, SyncMultiGPUTrainerReplicated
+from tensorpack.callbacks import Callback
+from tensorpack.graph_builder.training import SyncMultiGPUReplicatedBuilder
+from tensorpack.graph_builder.utils import (
+    allreduce_grads_naive,
+    merge_grad_list,
+    override_to_local_variable,
+    split_grad_list,
+)
+from tensorpack.tfutils.sesscreate import NewSessionCreator
+from tensorpack.tfutils.sessinit import SessionInit
+from tensorpack.train.base import StopTraining
+from tensorpack.utils import logger as tensorpack_logger
+
+from utils.checkpoint import save_tf_checkpoint
+
+__all__ = ["Interrupted", "TrainingPlan", "make_plan", "run_training", "session_config"]
+
+
+# ----------------------------------------------------------------------------------------------------------- the plan
+@dataclasses.dataclass(frozen=True)
+class TrainingPlan:
+    """What the settings become for a number of replicas and images."""
+
+    replicas: int
+    images_per_replica: int
+    accumulation: int
+    base_lr: float
+    warmup_steps: int
+    warmup_lr: float
+    milestones: list[int]  # steps at which the rate drops tenfold
+    total_steps: int
+    images_per_epoch: int
+
+    @property
+    def total_batch(self) -> int:
+        return self.replicas * self.images_per_replica * self.accumulation
+
+    def epochs(self, steps: int) -> float:
+        return steps * self.total_batch / max(self.images_per_epoch, 1)
+
+    def learning_rate(self, step: int) -> float:
+        """The rate of the update that makes step `step` + 1; the graph's `learning_rate_tensor` equals it."""
+        if step < self.warmup_steps:
+            return self.warmup_lr + (self.base_lr - self.warmup_lr) * step / self.warmup_steps
+        return self.base_lr * 0.1 ** sum(step >= m for m in self.milestones)
+
+    def table(self) -> str:
+        drops = ", ".join(f"{m} (epoch {self.epochs(m):.1f})" for m in self.milestones) or "none"
+        parts = f"{self.replicas} replicas x {self.images_per_replica} images x {self.accumulation} accumulated"
+        return tabulate(
+            [
+                ["total batch", f"{parts} = {self.total_batch}"],
+                ["learning rate", f"{self.base_lr:.6g}"],
+                ["warm-up", f"{self.warmup_steps} steps from {self.warmup_lr:.6g}"],
+                ["rate / 10 at", drops],
+                ["length", f"{self.total_steps} steps = {self.epochs(self.total_steps):.1f} epochs"],
+            ],
+            tablefmt="simple",
+        )
+
+
+def make_plan(cfg: Config, replicas: int, images_per_epoch: int) -> TrainingPlan:
+    """Scales the schedule, which is written for a total batch of 8, to the batch at hand (Goyal et al. 2017)."""
+    train = cfg.TRAIN
+    total = replicas * train.BATCH_SIZE_PER_GPU * train.ACCUMULATION
+    factor = total / 8.0 if train.LR_SCALING == "linear" else 1.0
+    milestones = [max(1, math.ceil(m / factor)) for m in train.LR_SCHEDULE]
+    steps = milestones[-1] if train.MAX_STEPS is None else min(milestones[-1], train.MAX_STEPS)
+    return TrainingPlan(
+        replicas=replicas,
+        images_per_replica=train.BATCH_SIZE_PER_GPU,
+        accumulation=train.ACCUMULATION,
+        base_lr=train.BASE_LR * factor,
+        warmup_steps=train.WARMUP,
+        warmup_lr=train.WARMUP_INIT_LR * min(factor, 1.0),
+        milestones=[m for m in milestones[:-1] if m < steps],
+        total_steps=steps,
+        images_per_epoch=images_per_epoch,
+    )
+
+
+def learning_rate_tensor(plan: TrainingPlan, step):
+    """float32 scalar for the global step (a scalar tensor), as `TrainingPlan.learning_rate`."""
+    step = tf.cast(step, tf.float32)
+    ramp = plan.warmup_lr + (plan.base_lr - plan.warmup_lr) * step / max(plan.warmup_steps, 1)
+    drops = tf.add_n([tf.cast(step >= m, tf.float32) for m in plan.milestones] or [tf.zeros([])])
+    return tf.where_v2(step < plan.warmup_steps, ramp, plan.base_lr * tf.pow(0.1, drops))
+
+
+# ---------------------------------------------------------------------------------------------------------- optimiser
+class DetectionOptimizer(tf.train.MomentumOptimizer):
+    """SGD with momentum on averaged gradients, after: loss-scale removal, weight decay on weights "W", clipping.
+
+    Weight decay acts on the gradient, which equals an L2 term in the loss without the cost of evaluating one. With
+    `loss_scale` (float16) an update whose gradients are not finite is skipped and the scale halves; it doubles after
+    2000 good updates (Micikevicius et al. 2018, section 3.2).
+    """
+
+    GROWTH_INTERVAL = 2000
+
+    def __init__(self, learning_rate, momentum, weight_decay, clip_norm, loss_scale):
+        super().__init__(learning_rate, momentum)
+        self._weight_decay = weight_decay
+        self._clip_norm = clip_norm
+        self._dynamic_scale = loss_scale
+        self._scale_variables = None
+        self._scale_updated = False
+
+    def _scale(self):
+        if self._scale_variables is None:
+            with tf.variable_scope(tf.VariableScope(reuse=False, name=""), auxiliary_name_scope=False):
+                self._scale_variables = (
+                    tf.get_variable("loss_scale", [], tf.float32, tf.constant_initializer(2.0**15), trainable=False),
+                    tf.get_variable("loss_scale_good", [], tf.int32, tf.zeros_initializer(), trainable=False),
+                )
+        return self._scale_variables
+
+    def compute_gradients(self, loss, **kwargs):
+        if not self._dynamic_scale:
+            return super().compute_gradients(loss, **kwargs)
+        scale = self._scale()[0].read_value()
+        pairs = super().compute_gradients(loss * scale, **kwargs)
+        return [(None if g is None else g / scale, v) for g, v in pairs]
+
+    def apply_gradients(self, grads_and_vars, global_step=None, name=None):
+        pairs = [(tf.convert_to_tensor(g), v) for g, v in grads_and_vars]
+        if not self._dynamic_scale:
+            return super().apply_gradients(self._processed(pairs), global_step, name)
+        finite = tf.reduce_all([tf.reduce_all(tf.math.is_finite(g)) for g, _ in pairs])
+        self._create_slots([v for _, v in pairs])  # variables must not be created inside a conditional
+
+        def update():
+            return super(DetectionOptimizer, self).apply_gradients(self._processed(pairs), global_step)
+
+        ops = [tf.cond(finite, update, tf.no_op)]
+        if not self._scale_updated:  # replicas see the same gradients: the first one adapts the common scale
+            self._scale_updated = True
+            scale, good = self._scale()
+            enough = good + 1 >= self.GROWTH_INTERVAL
+            grown = tf.where_v2(enough, tf.minimum(scale * 2, 2.0**24), scale)
+            new_scale = tf.where_v2(finite, grown, tf.maximum(scale * 0.5, 1.0))
+            new_good = tf.where_v2(tf.logical_and(finite, tf.logical_not(enough)), good + 1, 0)
+            with tf.control_dependencies([new_scale, new_good]):
+                ops += [scale.assign(new_scale), good.assign(new_good)]
+        return tf.group(*ops, name=name)
+
+    def _processed(self, pairs):
+        if self._weight_decay:
+            pairs = [(g + self._weight_decay * v if v.op.name.endswith("/W") else g, v) for g, v in pairs]
+        if self._clip_norm:
+            clipped, _ = tf.clip_by_global_norm([g for g, _ in pairs], self._clip_norm)
+            pairs = list(zip(clipped, [v for _, v in pairs]))
+        return pairs
+
+
+# --------------------------------------------------------------------------------------------------- model description
+_INPUT_TYPES = {
+    "image": (tf.uint8, [None, None, 3]),
+    "image_shape": (tf.int32, [2]),
+    "image_seed": (tf.int32, []),
+    "gt_boxes": (tf.float32, [None, 4]),
+    "gt_labels": (tf.int32, [None]),
+    "gt_is_crowd": (tf.bool, [None]),
+    "gt_edges": (tf.float32, [None, None, 4]),
+    "gt_keypoints": (tf.float32, [None, None, 3]),
+}
+
+
+class DetectionModel(ModelDesc):
+    """tensorpack's view of the model: its inputs, its cost on a replica, its optimiser."""
+
+    def __init__(self, cfg: Config, plan: TrainingPlan, keys: list[str]):
+        self._cfg, self._plan, self._keys = cfg, plan, keys
+        self.losses: dict[str, Any] = {}  # of the first replica
+        self.stats: dict[str, Any] = {}
+
+    def inputs(self):
+        images = self._plan.images_per_replica
+        return [tf.TensorSpec([images, *_INPUT_TYPES[k][1]], _INPUT_TYPES[k][0], k) for k in self._keys]
+
+    def build_graph(self, *tensors):
+        losses, stats = build_training(dict(zip(self._keys, tensors)), self._cfg)
+        frozen = freeze_variables(self._cfg.TRAIN.FREEZE_PATTERN)
+        if frozen and not self.losses:
+            logger.info(f"{len(frozen)} variables match TRAIN.FREEZE_PATTERN and are not trained")
+        total = tf.add_n(list(losses.values()), name="total_loss")
+        if not self.losses:
+            self.losses = {**losses, "total_loss": total}
+            self.stats = stats
+        return total
+
+    def optimizer(self):
+        train = self._cfg.TRAIN
+        rate = learning_rate_tensor(self._plan, tf.train.get_or_create_global_step())
+        self.stats["learning_rate"] = rate
+        return DetectionOptimizer(
+            rate, train.MOMENTUM, train.WEIGHT_DECAY, train.GRADIENT_CLIP, train.PRECISION == "float16"
+        )
+
+
+# ------------------------------------------------------------------------------------------------------------ trainers
+class _Accumulation:
+    """Mixin for trainers: `accumulation` micro-batches make one update from the mean of their gradients."""
+
+    accumulation = 1
+
+    def _make_get_grad_fn(self, input, get_cost_fn, get_opt_fn):
+        gradients_of_tower = super()._make_get_grad_fn(input, get_cost_fn, get_opt_fn)
+        self._accumulators, self._accumulate_ops = [], []
+
+        def averaged():
+            pairs = gradients_of_tower()
+            if self.accumulation == 1:
+                return pairs
+            out = []
+            with tf.variable_scope("accumulated", reuse=tf.AUTO_REUSE):
+                for gradient, variable in pairs:
+                    total = tf.get_local_variable(
+                        variable.op.name, variable.shape, tf.float32, tf.zeros_initializer(), trainable=False
+                    )
+                    self._accumulators.append(total)
+                    self._accumulate_ops.append(total.assign_add(gradient))
+                    out.append(((total.read_value() + gradient) * (1.0 / self.accumulation), variable))
+            return out
+
+        return averaged
+
+    def _setup_graph(self, input, get_cost_fn, get_opt_fn):
+        callbacks = super()._setup_graph(input, get_cost_fn, get_opt_fn)
+        if self.accumulation > 1:
+            self._accumulate = tf.group(*self._accumulate_ops)
+            with tf.control_dependencies([self.train_op]):
+                self.train_op = tf.group(*[a.initializer for a in self._accumulators])
+        return callbacks
+
+    def run_step(self):
+        for _ in range(self.accumulation - 1):
+            self.sess.run(self._accumulate)
+        self.hooked_sess.run(self.train_op)
+
+
+class SingleTrainer(_Accumulation, SimpleTrainer):
+    """One replica: the CPU or one GPU."""
+
+
+class _ReplicatedBuilder(SyncMultiGPUReplicatedBuilder):
+    """Replicas on named devices, so that the same code runs on GPUs and on logical CPU devices."""
+
+    def __init__(self, devices):
+        self._device_names = devices
+        super().__init__(list(range(len(devices))), True, "gpu")
+
+    def call_for_each_tower(self, tower_fn):
+        own = [False] + [True] * (len(self.towers) - 1)
+        return self.build_on_towers(self.towers, tower_fn, self._device_names, own)
+
+    def build(self, grad_list, get_opt_fn):
+        all_grads, all_vars = split_grad_list(grad_list)
+        mean = allreduce_grads_naive(all_grads, devices=self._device_names, average=True)
+        self.grads = merge_grad_list([mean] * len(self.towers), all_vars)
+        optimizer = get_opt_fn()
+        updates = []
+        for index, pairs in enumerate(self.grads):
+            with tf.device(self._device_names[index]), override_to_local_variable(enable=index > 0):
+                updates.append(optimizer.apply_gradients(pairs, name=f"apply_gradients_{index}"))
+        with tf.name_scope("sync_variables"):
+            synchronise = self.get_post_init_ops()
+        return tf.group(*updates, name="train_op"), synchronise
+
+
+class ReplicatedTrainer(_Accumulation, SyncMultiGPUTrainerReplicated):
+    """N replicas on one machine, each with its own copy of the variables."""
+
+    def __init__(self, devices: list[str]):
+        super().__init__(len(devices))
+        self._builder = _ReplicatedBuilder(devices)
+        # Copies start equal and get equal updates; statistics of frozen norms never change.
+        self.BROADCAST_EVERY_EPOCH = False
+
+
+def make_trainer(cfg: Config, devices: list[str]):
+    """The trainer for TRAINER and the devices of this process."""
+    if cfg.TRAINER == "horovod":
+        from tensorpack import HorovodTrainer
+
+        class DistributedTrainer(_Accumulation, HorovodTrainer):
+            """One replica per process."""
+
+        trainer = DistributedTrainer()
+        trainer.BROADCAST_EVERY_EPOCH = False
+    else:
+        trainer = SingleTrainer() if len(devices) == 1 else ReplicatedTrainer(devices)
+    trainer.accumulation = cfg.TRAIN.ACCUMULATION
+    return trainer
+
+
+def local_devices(cfg: Config) -> list[str]:
+    """Devices of this process's replicas: its GPUs, else TRAIN.CPU_REPLICAS logical CPU devices."""
+    gpus = visible_gpus()
+    if cfg.TRAINER == "horovod":
+        return ["/gpu:0" if gpus else "/cpu:0"]
+    if gpus:
+        return [f"/gpu:{i}" for i in range(gpus)]
+    return [f"/cpu:{i}" for i in range(cfg.TRAIN.CPU_REPLICAS)]
+
+
+def session_config(cpu_devices: int = 1) -> Any:
+    config = tf.ConfigProto(allow_soft_placement=True)
+    config.gpu_options.allow_growth = True
+    config.device_count["CPU"] = cpu_devices
+    return config
+
+
+# ----------------------------------------------------------------------------------------------------------- callbacks
+class Interrupted(Exception):
+    """Training stopped by a signal after its checkpoint was written; carries the signal's number."""
+
+    def __init__(self, signal_number: int):
+        self.signal_number = signal_number
+        super().__init__(signal.Signals(signal_number).name)
+
+
+class ProgressLog(Callback):
+    """Fetches losses and stats with each step, stops on NaN, prints progress with ETA, writes TensorBoard and jsonl."""
+
+    _chief_only = False
+
+    def __init__(
+        self, model: DetectionModel, plan: TrainingPlan, logdir: Path, describe_batch: Callable[[int], str], chief: bool
+    ):
+        self._model, self._plan, self._logdir = model, plan, logdir
+        self._describe_batch = describe_batch
+        self._chief = chief
+        self._smooth: dict[str, float] = {}
+        self._last_print = 0.0
+        self._step_time = None
+        self._bar = None
+
+    def _before_train(self):
+        self._first_step = self.global_step
+        self._started = self._last_time = time.time()
+        if self._chief:
+            self._writer = tf.summary.FileWriter(str(self._logdir))
+            if sys.stderr.isatty():
+                import tqdm
+
+                self._bar = tqdm.tqdm(
+                    total=self._plan.total_steps, initial=self._first_step, unit="step", dynamic_ncols=True
+                )
+
+    def _before_run(self, _):
+        return tf.train.SessionRunArgs({**self._model.losses, **self._model.stats})
+
+    def _after_run(self, _, run_values):
+        self._values = {k: float(v) for k, v in run_values.results.items()}
+
+    def _trigger_step(self):
+        values, step = self._values, self.global_step
+        bad = [k for k in self._model.losses if not math.isfinite(values[k])]
+        if bad:
+            raise FloatingPointError(
+                f"{bad[0]} is {values[bad[0]]} at step {step}; images of the batch: {self._describe_batch(step)}. "
+                "Lower TRAIN.BASE_LR, lengthen TRAIN.WARMUP, set TRAIN.GRADIENT_CLIP, or check these images"
+            )
+        if not self._chief:
+            return
+        now = time.time()
+        seconds, self._last_time = now - self._last_time, now
+        if step - self._first_step > 1:  # the first step includes TensorFlow's graph optimisation
+            self._step_time = seconds if self._step_time is None else 0.95 * self._step_time + 0.05 * seconds
+        else:
+            logger.info(f"first step after {now - self._started:.1f} s")
+        for key, value in values.items():
+            self._smooth[key] = value if key not in self._smooth else 0.95 * self._smooth[key] + 0.05 * value
+        if self._bar is not None:
+            self._bar.update(step - self._bar.n)
+            if step % 5 == 0:
+                self._bar.set_postfix_str(f"loss {self._smooth['total_loss']:.3f}", refresh=False)
+        elif now - self._last_print > (5 if now - self._started < 60 else 30) or step == self._plan.total_steps:
+            self._last_print = now
+            logger.info(self._line(step))
+        if step % 20 == 0 or step == self._plan.total_steps:
+            self._write(step, {**self._smooth, "learning_rate": values["learning_rate"]})
+
+    def _line(self, step: int) -> str:
+        total = self._plan.total_steps
+        losses = " ".join(
+            f"{k.replace('_loss', '')} {self._smooth[k]:.3f}" for k in self._model.losses if k != "total_loss"
+        )
+        pace = self._step_time
+        eta = "" if pace is None else f" · {pace:.2f} s/step · ETA {format_seconds(pace * (total - step))}"
+        return f"step {step}/{total}{eta} · loss {self._smooth['total_loss']:.3f} = {losses}"
+
+    def write_metrics(self, step: int, metrics: dict[str, float]) -> None:
+        """Evaluation results into TensorBoard and the jsonl log."""
+        if self._chief:
+            self._write(step, {k: float(v) for k, v in metrics.items()})
+            self._writer.flush()
+
+    def _write(self, step: int, values: dict[str, float]) -> None:
+        summary = tf.Summary(value=[tf.Summary.Value(tag=k, simple_value=v) for k, v in values.items()])
+        self._writer.add_summary(summary, step)
+        with open(self._logdir / "log.jsonl", "a") as f:
+            f.write(json.dumps({"step": step, **{k: round(v, 6) for k, v in values.items()}}) + "\n")
+
+    def _after_train(self):
+        if self._chief:
+            self._writer.close()
+        if self._bar is not None:
+            self._bar.close()
+
+
+class Checkpoints(Callback):
+    """Saves every CHECKPOINT_PERIOD epochs, at the end, and when a signal asks to stop."""
+
+    _chief_only = False
+
+    def __init__(self, cfg: Config, plan: TrainingPlan, logdir: Path, meta: dict[str, Any], chief: bool):
+        self._plan, self._logdir, self._meta, self._chief = plan, logdir, meta, chief
+        self._interval = cfg.TRAIN.CHECKPOINT_PERIOD * cfg.TRAIN.STEPS_PER_EPOCH
+        self._keep = cfg.TRAIN.KEEP_CHECKPOINTS
+        self._saved_at = None
+        self.stop_signal = None
+        self.last_path = None
+
+    def _setup_graph(self):
+        self._saver = tf.train.Saver(tf.global_variables(), max_to_keep=0, save_relative_paths=True)
+
+    def _before_train(self):
+        def handler(number, _frame):
+            if self.stop_signal is not None:
+                raise KeyboardInterrupt
+            self.stop_signal = number
+            logger.warning(f"{signal.Signals(number).name}: saving a checkpoint after this step, then stopping")
+
+        self._old = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def _after_train(self):
+        for number, old in self._old.items():
+            signal.signal(number, old)
+
+    def save(self) -> None:
+        step = self.global_step
+        if self._chief and self._saved_at != step:
+            meta = {**self._meta, "step": step}
+            self.last_path = save_tf_checkpoint(
+                self._saver, self.trainer.sess, self._logdir, step, meta, keep=self._keep
+            )
+            self._saved_at = step
+
+    def _trigger_step(self):
+        step = self.global_step
+        if self.stop_signal is not None:
+            self.save()
+            raise StopTraining("signal")
+        if step >= self._plan.total_steps or (self._interval and step % self._interval == 0):
+            self.save()
+
+
+class PeriodicEvaluation(Callback):
+    """Runs `evaluate(sess) -> metrics` every EVAL_PERIOD epochs and after the last step."""
+
+    _chief_only = False
+
+    def __init__(self, cfg: Config, plan: TrainingPlan, build: Callable[[], Callable], log: ProgressLog):
+        self._plan, self._build, self._log = plan, build, log
+        self._interval = cfg.TRAIN.EVAL_PERIOD * cfg.TRAIN.STEPS_PER_EPOCH
+        self.metrics: dict[str, float] = {}
+
+    def _setup_graph(self):
+        self._evaluate = self._build()
+
+    def _trigger_step(self):
+        step = self.global_step
+        if step >= self._plan.total_steps or (self._interval and step % self._interval == 0):
+            self.metrics = self._evaluate(self.trainer.sess)
+            overall = {k: v for k, v in self.metrics.items() if "per_class" not in k}
+            self._log.write_metrics(step, overall)
+            self._log._last_time = time.time()
+
+
+class StopAtEnd(Callback):
+    """Ends training at the plan's last step, wherever in tensorpack's epoch that is."""
+
+    _chief_only = False
+
+    def __init__(self, plan: TrainingPlan):
+        self._plan = plan
+
+    def _trigger_step(self):
+        if self.global_step >= self._plan.total_steps:
+            raise StopTraining("finished")
+
+
+class _LoadWeights(SessionInit):
+    """Runs the given function on the session once its variables are initialised."""
+
+    def __init__(self, load: Callable[[Any], None]):
+        self._load = load
+
+    def _run_init(self, sess):
+        self._load(sess)
+
+
+class _WatchedDataflow:
+    """Keeps the exception that ends the input, which tensorpack's thread would only log."""
+
+    def __init__(self, dataflow):
+        self._dataflow = dataflow
+        self.error: BaseException | None = None
+
+    def __getattr__(self, name):
+        return getattr(self._dataflow, name)
+
+    def __iter__(self):
+        try:
+            yield from self._dataflow
+        except BaseException as e:
+            if not isinstance(e, GeneratorExit):
+                self.error = e
+            raise
+
+
+def format_seconds(seconds: float) -> str:
+    seconds = round(seconds)
+    return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+
+
+# ------------------------------------------------------------------------------------------------------------- running
+def run_training(
+    cfg: Config,
+    plan: TrainingPlan,
+    dataflow: Any,
+    keys: list[str],
+    devices: list[str],
+    trainer: Any,
+    logdir: Path,
+    meta: dict[str, Any],
+    load: Callable[[Any], None],
+    start_step: int,
+    describe_batch: Callable[[int], str],
+    build_evaluation: Callable[[], Callable] | None,
+) -> dict[str, float]:
+    """Trains to the plan's end; returns the metrics of the last evaluation.
+
+    load(sess) puts weights (and, when resuming, momentum and step) in place. Raises Interrupted after a signal.
+    """
+    tensorpack_logger._logger.setLevel("WARNING")
+    chief = trainer.is_chief
+    seed = cfg.TRAIN.SEED
+    tf.set_random_seed(seed if seed is not None else int.from_bytes(os.urandom(3), "little"))
+    model = DetectionModel(cfg, plan, keys)
+    watched = _watch(dataflow)
+    capacity = max(2, 2 * len(devices))
+    types = [_INPUT_TYPES[k][0] for k in keys]
+    queue = tf.FIFOQueue(capacity, types, name="input_queue")
+    trainer.setup_graph(model.get_input_signature(), QueueInput(watched, queue), model.build_graph, model.get_optimizer)
+    log = ProgressLog(model, plan, logdir, describe_batch, chief)
+    checkpoints = Checkpoints(cfg, plan, logdir, meta, chief)
+    callbacks = [log, checkpoints]
+    evaluation = None
+    if build_evaluation is not None and cfg.TRAIN.EVAL_PERIOD:
+        evaluation = PeriodicEvaluation(cfg, plan, build_evaluation, log)
+        callbacks.append(evaluation)
+    callbacks.append(StopAtEnd(plan))
+    creator = NewSessionCreator()
+    cpu_devices = sum(d.startswith("/cpu") for d in devices) or 1
+    creator.config.MergeFrom(session_config(cpu_devices))
+    trainer.train(callbacks, [], creator, _LoadWeights(load), sys.maxsize, 1, 1)
+    if watched.error is not None:
+        raise watched.error
+    if checkpoints.stop_signal is not None:
+        raise Interrupted(checkpoints.stop_signal)
+    return evaluation.metrics if evaluation is not None else {}
+
+
+def _watch(dataflow):
+    from tensorpack.dataflow import DataFlow
+
+    class Watched(_WatchedDataflow, DataFlow):
+        def __len__(self):
+            return 1
+
+        def reset_state(self):
+            self._dataflow.reset_state()
+
+    return Watched(dataflow)
+
+
+def freeze_variables(pattern: str | None) -> list[str]:
+    """Removes variables whose names match TRAIN.FREEZE_PATTERN from the trainable ones; returns their names."""
+    if not pattern:
+        return []
+    collection = tf.get_collection_ref(tf.GraphKeys.TRAINABLE_VARIABLES)
+    frozen = [v for v in collection if re.search(pattern, v.op.name)]
+    collection[:] = [v for v in collection if not re.search(pattern, v.op.name)]
+    if not frozen:
+        raise UserError(f"setting TRAIN.FREEZE_PATTERN={pattern!r} matches no trainable variable")
+    return sorted(v.op.name for v in frozen)
