@@ -1,0 +1,407 @@
+"""Pictures of detections and annotations: translucent masks with outlines, boxes, name tags, COCO's body skeleton.
+
+Images are uint8 BGR, boxes x1 y1 x2 y2 in continuous coordinates of the image. Every function returns a new image.
+"""
+
+import functools
+import hashlib
+import math
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+
+from common import UserError, atomic_write
+from eval import Detections, decode_mask
+
+__all__ = [
+    "class_color", "draw_detections", "draw_annotations", "side_by_side", "contact_sheet", "write_prediction",
+    "prediction_entry", "show_window",
+]  # fmt: skip
+
+Color = tuple[int, int, int]
+
+MASK_OPACITY = 0.5  # of small objects; what fills the picture is drawn half as strong
+BACKGROUND = (255, 255, 255)
+INK = (40, 40, 40)
+# COCO's 17 body points are nose, eyes, ears, shoulders, elbows, wrists, hips, knees, ankles, left before right.
+SKELETON = [
+    (0, 1), (0, 2), (1, 2), (1, 3), (2, 4), (3, 5), (4, 6), (5, 6), (5, 7), (7, 9), (6, 8), (8, 10), (5, 11), (6, 12),
+    (11, 12), (11, 13), (13, 15), (12, 14), (14, 16),
+]  # fmt: skip
+LEFT, RIGHT, MIDDLE = (80, 175, 250), (230, 160, 60), (130, 220, 130)  # sides of a body: orange, blue, green
+
+
+class _Item(NamedTuple):
+    """One object to draw."""
+
+    box: np.ndarray  # float [4]
+    color: Color
+    text: str
+    mask: np.ndarray | None = None  # bool [H, W]
+    keypoints: np.ndarray | None = None  # [K, 3]: x, y, and how visible (0 = do not draw)
+    crowd: bool = False
+
+
+def class_color(label: int) -> Color:
+    """BGR of class 1, 2, …: the same in every run and for every model."""
+    palette = _palette()
+    return palette[(label - 1) % len(palette)]
+
+
+@functools.cache
+def _palette(size: int = 96) -> list[Color]:
+    """Strong colours of middle brightness, each as far as can be (in CIE Lab) from all before it."""
+    levels = np.linspace(0, 1, 13, dtype=np.float32)
+    bgr = np.stack(np.meshgrid(levels, levels, levels), -1).reshape(-1, 1, 3)
+    lab = cv2.cvtColor(bgr, cv2.COLOR_BGR2Lab)[:, 0]
+    good = (lab[:, 0] > 45) & (lab[:, 0] < 82) & (np.hypot(lab[:, 1], lab[:, 2]) > 48)
+    bgr, lab = bgr[good, 0], lab[good]
+    distance = np.hypot(*(lab[:, 1:] - (0, -55)).T)  # begin with a blue
+    chosen = [int(np.argmin(distance))]
+    distance = np.full(len(lab), np.inf)
+    while len(chosen) < size:
+        distance = np.minimum(distance, np.linalg.norm(lab - lab[chosen[-1]], axis=1))
+        chosen.append(int(np.argmax(distance)))
+    return [tuple(int(round(255 * c)) for c in bgr[i].tolist()) for i in chosen]
+
+
+def draw_detections(
+    image: np.ndarray, detections: Detections, class_names: Sequence[str], threshold: float = 0.5
+) -> np.ndarray:
+    """`image` with the detections of at least `threshold`."""
+    items = []
+    for i in np.flatnonzero(detections.scores >= threshold):
+        label = int(detections.labels[i])
+        points = None
+        if detections.keypoints is not None:
+            points = detections.keypoints[i].astype(np.float64)
+            points[:, 2] = 2
+        mask = None if detections.masks is None else decode_mask(detections.masks[i])
+        text = f"{_class_name(class_names, label)} {detections.scores[i]:.2f}"
+        items.append(_Item(detections.boxes[i], class_color(label), text, mask, points))
+    return _draw(image, items)
+
+
+def draw_annotations(image: np.ndarray, annotations: dict[str, Any], class_names: Sequence[str]) -> np.ndarray:
+    """`image` with annotations as `DatasetSplit.annotations` gives them; crowd regions are hatched."""
+    items = []
+    rings, points, crowds = (annotations.get(key) for key in ("rings", "keypoints", "is_crowd"))
+    for i, (box, label) in enumerate(zip(annotations["boxes"], annotations["labels"])):
+        crowd = crowds is not None and bool(crowds[i])
+        text = _class_name(class_names, int(label)) + (" (crowd)" if crowd else "")
+        mask = _fill(rings[i], image.shape[:2]) if rings is not None and len(rings[i]) else None
+        keypoints = None if points is None else points[i]
+        items.append(_Item(box, class_color(int(label)), text, mask, keypoints, crowd))
+    return _draw(image, items)
+
+
+def _class_name(class_names: Sequence[str], label: int) -> str:
+    return str(class_names[label - 1]) if 1 <= label <= len(class_names) else f"class {label}"
+
+
+def _fill(rings: Sequence[np.ndarray], shape: tuple[int, int]) -> np.ndarray:
+    """Pixels inside the rings by the non-zero winding rule: overlapping parts unite, opposite rings are holes."""
+    winding = np.zeros(shape, np.int16)
+    for ring in rings:
+        x, y = np.asarray(ring, np.float64).T
+        sign = 1 if np.dot(x, np.roll(y, -1)) >= np.dot(y, np.roll(x, -1)) else -1
+        inside = np.zeros(shape, np.uint8)
+        # OpenCV's coordinates are pixel centres, here with 4 fractional bits.
+        cv2.fillPoly(inside, [np.round((ring - 0.5) * 16).astype(np.int32)], 1, shift=4)
+        winding += sign * inside.astype(np.int16)
+    return winding != 0
+
+
+# -------------------------------------------------------------------------------------------- drawing
+def _draw(image: np.ndarray, items: list[_Item]) -> np.ndarray:
+    canvas = image.copy()
+    # Large objects first, so that small ones lie on top of them.
+    items = sorted(items, key=lambda item: -_area(item.box))
+    unit = math.sqrt(image.shape[0] * image.shape[1])
+    line = max(1, round(unit / 320))
+    for item in items:
+        if item.mask is not None:
+            _draw_mask(canvas, item, line)
+    for item in items:
+        _draw_box(canvas, item, line if item.mask is None else max(1, line // 2))
+        if item.keypoints is not None:
+            _draw_keypoints(canvas, item.keypoints, line)
+    _draw_tags(canvas, items, unit / 44)
+    return canvas
+
+
+def _area(box: np.ndarray) -> float:
+    return float((box[2] - box[0]) * (box[3] - box[1]))
+
+
+def _draw_mask(canvas: np.ndarray, item: _Item, line: int) -> None:
+    rows, columns = np.flatnonzero(item.mask.any(1)), np.flatnonzero(item.mask.any(0))
+    if len(rows) == 0:
+        return
+    top, left = int(rows[0]), int(columns[0])
+    mask = item.mask[top : rows[-1] + 1, left : columns[-1] + 1]
+    region = canvas[top : rows[-1] + 1, left : columns[-1] + 1]
+    filled = mask
+    if item.crowd:
+        y, x = np.indices(mask.shape)
+        filled = mask & ((x + y + top + left) % (8 * line) < 3 * line)
+    opacity = MASK_OPACITY * (1 - 0.5 * min(1.0, 2 * mask.sum() / canvas[:, :, 0].size))
+    region[filled] = (region[filled] * (1 - opacity) + np.array(item.color) * opacity).astype(np.uint8)
+    contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE, offset=(left, top))
+    contours = [cv2.approxPolyDP(contour, 0.7, True) for contour in contours]  # without the steps of pixels
+    # A dark rim keeps the outline apart from a background of its own colour.
+    cv2.drawContours(canvas, contours, -1, _shade(item.color, 0.45), line + 1, cv2.LINE_AA)
+    cv2.drawContours(canvas, contours, -1, _shade(item.color, 1.2), line, cv2.LINE_AA)
+
+
+def _shade(color: Color, factor: float) -> Color:
+    """Darker for a factor below 1, nearer to white above."""
+    if factor <= 1:
+        return tuple(int(c * factor) for c in color)
+    return tuple(int(c + (255 - c) * (factor - 1)) for c in color)
+
+
+def _draw_box(canvas: np.ndarray, item: _Item, line: int) -> None:
+    height, width = canvas.shape[:2]
+    half = line / 2
+    x1, y1, x2, y2 = item.box
+    # Kept inside the picture, so that the sides of a box on its border can be seen.
+    first = (round(np.clip(x1, half, width - half) - 0.5), round(np.clip(y1, half, height - half) - 0.5))
+    second = (round(np.clip(x2, half, width - half) - 0.5), round(np.clip(y2, half, height - half) - 0.5))
+    cv2.rectangle(canvas, first, second, item.color, line, cv2.LINE_8)
+
+
+def _draw_keypoints(canvas: np.ndarray, points: np.ndarray, line: int) -> None:
+    def place(k: int) -> tuple[int, int]:
+        return round(points[k, 0] * 16 - 8), round(points[k, 1] * 16 - 8)
+
+    body = len(points) == 17
+    shown = points[:, 2] > 0
+    for a, b in SKELETON if body else ():
+        if shown[a] and shown[b]:
+            color = MIDDLE if (a + b) % 2 and a > 0 or a == 0 else LEFT if a % 2 else RIGHT
+            cv2.line(canvas, place(a), place(b), INK, line + 2, cv2.LINE_AA, 4)
+            cv2.line(canvas, place(a), place(b), color, line, cv2.LINE_AA, 4)
+    for k in np.flatnonzero(shown):
+        color = MIDDLE if not body or k == 0 else LEFT if k % 2 else RIGHT
+        radius = round(1.6 * line * 16)
+        cv2.circle(canvas, place(k), radius + 16, INK, -1, cv2.LINE_AA, 4)
+        # Annotated points that cannot be seen (v = 1) are drawn hollow.
+        cv2.circle(canvas, place(k), radius, color, -1 if points[k, 2] > 1 else 1, cv2.LINE_AA, 4)
+
+
+# -------------------------------------------------------------------------------------------- text
+def _text_size(text: str, size: int, weight: int = 500) -> tuple[int, int, int]:
+    """Width, height and baseline (from the top) of a line of text; OpenCV 5's own font knows most scripts."""
+    font = cv2.FontFace("sans")
+    width = cv2.getTextSize((1, 1), text, (0, 0), font, size, weight)[2]
+    return width, round(1.2 * size), round(0.92 * size)
+
+
+def _put_text(canvas: np.ndarray, text: str, left: int, top: int, size: int, color: Color, weight: int = 500) -> None:
+    baseline = _text_size(text, size, weight)[2]
+    cv2.putText(canvas, text, (left, top + baseline), color, cv2.FontFace("sans"), size, weight)
+
+
+def _text_color(background: Color) -> Color:
+    """Black or white, whichever reads better (WCAG 2 relative luminance)."""
+    linear = [c / 255 / 12.92 if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in background]
+    luminance = 0.0722 * linear[0] + 0.7152 * linear[1] + 0.2126 * linear[2]
+    return (0, 0, 0) if luminance > 0.179 else (255, 255, 255)
+
+
+def _draw_tags(canvas: np.ndarray, items: list[_Item], font_size: float) -> None:
+    """Name tags, each where it covers the least of other tags and small objects; the smallest objects choose first."""
+    height, width = canvas.shape[:2]
+    # Smaller letters where many tags would hide the picture, but never illegible ones.
+    letters = sum(len(item.text) + 1 for item in items)
+    crowding = letters * 0.7 * font_size**2 / (height * width)
+    font_size = round(float(np.clip(font_size * min(1.0, math.sqrt(0.12 / max(crowding, 1e-9))), 11, 60)))
+    pad = max(2, font_size // 4)
+    sizes = [_text_size(item.text, font_size) for item in items]
+    tag_h = sizes[0][1] + pad // 2 if sizes else 0
+    boxes = np.array([item.box for item in items]).reshape(-1, 4)
+    areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    placed = np.zeros((0, 4))
+    tags = []
+    for item, (text_width, _, _) in reversed(list(zip(items, sizes))):
+        tag_w = text_width + 2 * pad
+        places = _tag_places(item.box, tag_w, tag_h, width, height)
+        costs = 0.02 * tag_w * tag_h * np.arange(len(places))
+        costs += 3 * _covered(places, placed) + 0.3 * _covered(places, boxes[areas < 8 * tag_w * tag_h])
+        best = places[int(np.argmin(costs))]
+        placed = np.vstack([placed, best])
+        tags.append((item, best.tolist()))
+    for item, (x1, y1, x2, y2) in reversed(tags):
+        cv2.rectangle(canvas, (x1, y1), (x2 - 1, y2 - 1), item.color, -1)
+        cv2.rectangle(canvas, (x1, y1), (x2 - 1, y2 - 1), _shade(item.color, 0.6), 1)
+        _put_text(canvas, item.text, x1 + pad, y1 + pad // 4, font_size, _text_color(item.color))
+
+
+def _tag_places(box: np.ndarray, tag_w: int, tag_h: int, width: int, height: int) -> np.ndarray:
+    """Where a tag can go, [P, 4], best first: on the box's top edge, inside it, below it, then along its sides."""
+    x1, y1, x2, y2 = (round(float(v)) for v in box)
+    left = np.array([x1, x2 - tag_w, (x1 + x2 - tag_w) // 2, x1 - tag_w // 2])
+    top = np.array([y1 - tag_h, y1, y2, y2 - tag_h, *range(y1 + tag_h, y2 - 2 * tag_h, tag_h)])
+    left = np.tile(np.clip(left, 0, max(0, width - tag_w)), len(top))
+    top = np.repeat(np.clip(top, 0, max(0, height - tag_h)), 4)
+    return np.stack([left, top, left + tag_w, top + tag_h], 1)
+
+
+def _covered(places: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+    """How many pixels of `boxes` [B, 4] each of `places` [P, 4] covers, [P]."""
+    overlap = np.minimum(places[:, None, 2:], boxes[:, 2:]) - np.maximum(places[:, None, :2], boxes[:, :2])
+    return overlap.clip(0).prod(2).sum(1)
+
+
+# -------------------------------------------------------------------------------------------- sheets
+def side_by_side(
+    left: np.ndarray, right: np.ndarray, captions: tuple[str, str] = ("annotations", "predictions")
+) -> np.ndarray:
+    """Two pictures at the same height under their captions."""
+    height = max(left.shape[0], right.shape[0])
+    gap = max(4, height // 80)
+    size = int(np.clip(height / 28, 12, 60))
+    columns = []
+    for picture, caption in zip((left, right), captions):
+        picture = _resize_to_height(picture, height)
+        head = np.full((round(1.6 * size), picture.shape[1], 3), BACKGROUND, np.uint8)
+        _put_text(head, caption, 0, round(0.15 * size), size, INK)
+        columns += [np.vstack([head, picture]), np.full((height + len(head), gap, 3), BACKGROUND, np.uint8)]
+    return np.hstack(columns[:-1])
+
+
+def contact_sheet(images: Sequence[np.ndarray], columns: int = 4, width: int = 1600, gap: int = 8) -> np.ndarray:
+    """All pictures in rows of `columns`, each row scaled so that its pictures share one height and fill the width."""
+    if not images:
+        raise ValueError("a contact sheet needs at least one picture")
+    rows, height = [], 0
+    for start in range(0, len(images), columns):
+        row = list(images[start : start + columns])
+        inner = width - gap * (len(row) - 1)
+        fitting = inner / sum(picture.shape[1] / picture.shape[0] for picture in row)
+        # A last row with fewer pictures is not blown up beyond the height of the one above it.
+        height = max(1, round(min(fitting, height) if rows and len(row) < columns else fitting))
+        line = np.full((height, width, 3), BACKGROUND, np.uint8)
+        x = 0.0
+        for picture in row:
+            small = _resize_to_height(picture, height)
+            begin = min(round(x), width)
+            small = small[:, : width - begin]
+            line[:, begin : begin + small.shape[1]] = small
+            x += picture.shape[1] / picture.shape[0] * height + gap
+        rows += [line, np.full((gap, width, 3), BACKGROUND, np.uint8)]
+    return np.vstack(rows[:-1])
+
+
+def _resize_to_height(picture: np.ndarray, height: int) -> np.ndarray:
+    width = max(1, round(picture.shape[1] * height / picture.shape[0]))
+    if picture.shape[:2] == (height, width):
+        return picture
+    shrink = height < picture.shape[0]
+    return cv2.resize(picture, (width, height), interpolation=cv2.INTER_AREA if shrink else cv2.INTER_CUBIC)
+
+
+# -------------------------------------------------------------------------------------------- files
+def write_prediction(
+    out_dir: str | os.PathLike,
+    image_path: str | os.PathLike,
+    detections: Detections,
+    class_names: Sequence[str],
+    threshold: float = 0.5,
+) -> Path:
+    """Writes the picture of `image_path` with its detections into `out_dir` and returns its path.
+
+    It is called like the input (PNG stays PNG, everything else becomes JPEG). A file of that name that does not show
+    the same input, be it another folder's image or the input itself, is left alone: the name then gets the folder's
+    name in front, or a hash behind. Predicting the same input again replaces its picture.
+    """
+    from data import read_image
+
+    source = os.path.realpath(image_path)
+    stem, folder = Path(source).stem, Path(source).parent.name
+    mark = "packrcnn input " + hashlib.sha256(source.encode(errors="surrogateescape")).hexdigest()[:24]
+    extension = ".png" if Path(source).suffix.lower() == ".png" else ".jpg"
+    candidates = [stem, f"{folder}_{stem}", f"{stem}_{mark[-8:]}", f"{stem}_{mark[-24:]}"]
+    paths = [Path(out_dir) / (name + extension) for name in candidates]
+    path = next((p for p in paths if not p.exists() or _is_marked(p, mark)), None)
+    if path is None:
+        raise UserError(f"no free name for the picture of {image_path} in {out_dir}: choose another folder")
+    picture = draw_detections(read_image(os.fspath(image_path)), detections, class_names, threshold)
+    good, encoded = cv2.imencode(extension, picture, [cv2.IMWRITE_JPEG_QUALITY, 92])
+    if not good:
+        raise UserError(f"the picture of {image_path} cannot be encoded as {extension}")
+    with atomic_write(path, "wb") as f:
+        f.write(_with_comment(encoded.tobytes(), mark))
+    return path
+
+
+def _with_comment(encoded: bytes, text: str) -> bytes:
+    """A JPEG or PNG file with a comment near its beginning."""
+    content = text.encode("ascii")
+    if encoded.startswith(b"\xff\xd8"):
+        # A COM segment after the first marker; its length counts itself.
+        return encoded[:2] + b"\xff\xfe" + struct.pack(">H", len(content) + 2) + content + encoded[2:]
+    header = 8 + 25  # signature and IHDR chunk
+    chunk = b"tEXt" + b"Comment\0" + content
+    text_chunk = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    return encoded[:header] + text_chunk + encoded[header:]
+
+
+def _is_marked(path: Path, mark: str) -> bool:
+    with open(path, "rb") as f:
+        return mark.encode("ascii") in f.read(256)
+
+
+def prediction_entry(
+    image_path: str | os.PathLike,
+    image_hw: tuple[int, int],
+    detections: Detections,
+    class_names: Sequence[str],
+    category_ids: Sequence[int | str] | None = None,
+) -> dict[str, Any]:
+    """What the machine-readable predictions file says of one image; JSON-serialisable.
+
+    {file, height, width, detections: [{class, category_id, score, box [x1, y1, x2, y2], mask (RLE), keypoints}]} by
+    descending score. `category_ids` are the ids of classes 1, 2, … in the training annotations; 1, 2, … if not known.
+    """
+    found = []
+    for i, label in enumerate(detections.labels.tolist()):
+        entry = {
+            "class": _class_name(class_names, label),
+            "category_id": label if category_ids is None else category_ids[label - 1],
+            "score": float(str(detections.scores[i])),
+            "box": [round(v, 2) for v in detections.boxes[i].tolist()],
+        }
+        if detections.masks is not None:
+            entry["mask"] = detections.masks[i]
+        if detections.keypoints is not None:
+            entry["keypoints"] = [[round(v, 4) for v in point] for point in detections.keypoints[i].tolist()]
+        found.append(entry)
+    return {"file": os.fspath(image_path), "height": int(image_hw[0]), "width": int(image_hw[1]), "detections": found}
+
+
+def show_window(path: str | os.PathLike) -> bool:
+    """Opens a picture in the desktop's own viewer without waiting for it; False where there is no display."""
+    if sys.platform == "win32":
+        os.startfile(path)
+        return True
+    if sys.platform == "darwin":
+        viewer = shutil.which("open")
+    else:
+        display = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+        viewer = shutil.which("xdg-open") if display else None
+    if viewer is None:
+        return False
+    quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    subprocess.Popen([viewer, os.fspath(path)], start_new_session=True, **quiet)
+    return True
