@@ -1,0 +1,171 @@
+"""Times Open Images at full size on synthetic files: scoring a results file, and loading the training annotations.
+
+    python benchmarks/oid_speed.py score --images 125000 --detections 100 --classes 500
+    python benchmarks/oid_speed.py load --rows 14600000
+
+Both write their files into a temporary folder first (not timed) and print one table of seconds and peak memory.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+from tabulate import tabulate
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+
+def peak_gib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def image_names(number: int) -> np.ndarray:
+    rng = np.random.default_rng(1)
+    return np.sort(np.array([f"{v:016x}" for v in rng.integers(0, 2**63, number)], object))
+
+
+def write_classes(folder: Path, classes: int) -> list[str]:
+    """Class list and a three-level hierarchy: ten groups, each with nine sub-groups of the other classes."""
+    labels = [f"/m/{i:05x}" for i in range(classes)]
+    (folder / "class-descriptions-boxable.csv").write_text("".join(f"{m},class {i}\n" for i, m in enumerate(labels)))
+    nodes = {i: {"LabelName": m, "Subcategory": []} for i, m in enumerate(labels)}
+    for i in range(classes - 1, 9, -1):
+        nodes[i % 10 if i < 100 else 10 + i % 90]["Subcategory"].append(nodes[i])
+    tree = {"LabelName": "/m/0bl9f", "Subcategory": [nodes[i] for i in range(min(10, classes))]}
+    (folder / "bbox_labels_hierarchy.json").write_text(json.dumps(tree))
+    return labels
+
+
+def random_boxes(rng: np.random.Generator, number: int) -> np.ndarray:
+    centre, size = rng.uniform(0.1, 0.9, (number, 2)), rng.uniform(0.02, 0.6, (number, 2))
+    return np.clip(np.concatenate([centre - size / 2, centre + size / 2], 1), 0, 1)
+
+
+def write_boxes(path: Path, images, image, labels, label, boxes, extra: dict) -> None:
+    table = pa.table(
+        {
+            "ImageID": pa.DictionaryArray.from_arrays(pa.array(image.astype(np.int32)), pa.array(images)).cast(
+                "string"
+            ),
+            "LabelName": pa.DictionaryArray.from_arrays(pa.array(label.astype(np.int32)), pa.array(labels)).cast(
+                "string"
+            ),
+            **{name: boxes[:, i].round(6) for i, name in ((0, "XMin"), (2, "XMax"), (1, "YMin"), (3, "YMax"))},
+            **extra,
+        }
+    )
+    pa.csv.write_csv(table, path, pa.csv.WriteOptions(quoting_style="none"))
+
+
+def flags(rng: np.random.Generator, number: int) -> dict:
+    names = ("IsOccluded", "IsTruncated", "IsGroupOf", "IsDepiction", "IsInside")
+    return {name: (rng.random(number) < 0.05).astype(np.int8) for name in names}
+
+
+def prepare_score(folder: Path, images: int, per_image: int, classes: int) -> None:
+    rng = np.random.default_rng(0)
+    labels, names = write_classes(folder, classes), image_names(images)
+    number = images * 6
+    image = np.sort(rng.integers(0, images, number))
+    label = (classes * rng.random(number) ** 3).astype(int)  # a long tail, as in Open Images
+    boxes = random_boxes(rng, number)
+    write_boxes(folder / "validation-annotations-bbox.csv", names, image, labels, label, boxes, flags(rng, number))
+    extra = 4 * images
+    table = {
+        "ImageID": np.concatenate([names[image], names[rng.integers(0, images, extra)]]),
+        "LabelName": np.array(labels)[np.concatenate([label, rng.integers(0, classes, extra)])],
+        "Confidence": np.repeat([1, 0], [number, extra]),
+    }
+    path = folder / "validation-annotations-human-imagelabels-boxable.csv"
+    pa.csv.write_csv(pa.table(table), path, pa.csv.WriteOptions(quoting_style="none"))
+    total = images * per_image
+    det_image, det_label = rng.integers(0, images, total), (classes * rng.random(total) ** 3).astype(int)
+    det_boxes = random_boxes(rng, total)
+    near = rng.integers(0, number, total // 3)  # a third of the detections lie near an object
+    det_image[: len(near)], det_label[: len(near)] = image[near], label[near]
+    det_boxes[: len(near)] = boxes[near] + rng.normal(0, 0.02, (len(near), 4))
+    score = {"Score": rng.random(total).round(6)}
+    write_boxes(folder / "detections.csv", names, det_image, labels, det_label, det_boxes, score)
+
+
+def prepare_load(folder: Path, rows: int) -> None:
+    rng = np.random.default_rng(0)
+    labels, names = write_classes(folder, 601), image_names(max(1, rows * 1743042 // 14610229))
+    image = np.sort(rng.integers(0, len(names), rows))
+    label = (601 * rng.random(rows) ** 3).astype(int)
+    more = {"Confidence": np.ones(rows, np.int8), **flags(rng, rows)}
+    write_boxes(folder / "train-annotations-bbox.csv", names, image, labels, label, random_boxes(rng, rows), more)
+    sizes = {"ImageID": names, "Width": np.full(len(names), 1024), "Height": np.full(len(names), 768)}
+    pa.csv.write_csv(pa.table(sizes), folder / "train-image-sizes.csv", pa.csv.WriteOptions(quoting_style="none"))
+
+
+def time_score(folder: Path) -> None:
+    from utils.oid_eval import evaluate, read_detections, read_truth
+
+    table, start = [], time.perf_counter()
+
+    def lap(step: str) -> None:
+        nonlocal start
+        table.append((step, time.perf_counter() - start, peak_gib()))
+        start = time.perf_counter()
+
+    truth = read_truth(folder)
+    lap(f"read {len(truth.image)} boxes and {len(truth.label_image)} image labels of {len(truth.image_ids)} images")
+    detections = read_detections(folder / "detections.csv", truth)
+    lap(f"read {len(detections.image)} detections")
+    v2 = evaluate(truth, detections, "v2")
+    lap(f"V2 metric, {len(truth.class_ids)} classes (mAP {v2['mAP']:.4f})")
+    challenge = evaluate(truth, detections, "challenge", expand_detections=True)
+    scored = sum(challenge["num_scored_detections"].values())
+    lap(f"challenge metric, all expanded: {scored} scored (mAP {challenge['mAP']:.4f})")
+    print(tabulate(table, ["step", "seconds", "peak memory GiB"], floatfmt=".2f"))
+
+
+def time_load(folder: Path) -> None:
+    from dataset_formats import load_openimages
+
+    start = time.perf_counter()
+    split = load_openimages("oid", folder, "train", check_images=False)
+    seconds = time.perf_counter() - start
+    boxes = sum(len(split.annotations(i)["labels"]) for i in range(0, len(split), max(1, len(split) // 1000)))
+    row = (len(split), boxes, seconds, peak_gib())
+    print(tabulate([row], ["images", "boxes of 1000 images", "seconds", "peak memory GiB"], floatfmt=".2f"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=["score", "load", "time-score", "time-load"])
+    parser.add_argument("--images", type=int, default=125000)
+    parser.add_argument("--detections", type=int, default=100, help="per image")
+    parser.add_argument("--classes", type=int, default=500)
+    parser.add_argument("--rows", type=int, default=14_600_000)
+    parser.add_argument("--folder", type=Path, help="with time-score and time-load: the prepared files")
+    args = parser.parse_args()
+    if args.what == "time-score":
+        return time_score(args.folder)
+    if args.what == "time-load":
+        return time_load(args.folder)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        # The files are made in this process and timed in others, whose peak memory is then their own.
+        if args.what == "score":
+            prepare_score(folder, args.images, args.detections, args.classes)
+        else:
+            prepare_load(folder, args.rows)
+        for file in sorted(folder.iterdir()):
+            print(f"{file.name}: {os.path.getsize(file) / 2**20:.1f} MiB", flush=True)
+        for _ in range(1 if args.what == "score" else 2):  # the second load finds the cache
+            subprocess.run([sys.executable, __file__, f"time-{args.what}", "--folder", str(folder)], check=True)
+
+
+if __name__ == "__main__":
+    main()
