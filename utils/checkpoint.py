@@ -25,7 +25,7 @@ from termcolor import colored
 from common import UserError, atomic_write, git_revision, logger, read_json, write_json
 
 __all__ = [
-    "load_weights", "save_npz", "make_meta", "write_checkpoint_meta", "read_checkpoint_meta", "newest_checkpoint",
+    "load_weights", "native_names", "save_npz", "make_meta", "write_checkpoint_meta", "read_checkpoint_meta", "newest_checkpoint",
     "save_tf_checkpoint", "assign_weights", "match_weights", "fit_weights", "LoadReport", "is_training_state",
 ]  # fmt: skip
 
@@ -120,7 +120,7 @@ def _load_tf(prefix: str) -> tuple[dict[str, np.ndarray], dict[str, Any] | None]
     except (tf.errors.OpError, ValueError, RuntimeError, LookupError, OSError) as e:
         reason = str(getattr(e, "message", None) or e).splitlines()[0]
         raise UserError(f"checkpoint {prefix} is damaged or incomplete ({reason[:160]})") from None
-    return _native_names(values, prefix), read_checkpoint_meta(prefix)
+    return native_names(values, prefix), read_checkpoint_meta(prefix)
 
 
 def _load_npz(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any] | None]:
@@ -137,10 +137,11 @@ def _load_npz(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any] | None]
             meta = json.loads(str(meta))
         except json.JSONDecodeError as e:
             raise UserError(f"weights {path}: the entry {META_KEY} is not JSON ({e}); save the file again") from None
-    return _native_names(values, path), meta
+    return native_names(values, path), meta
 
 
-def _native_names(values: dict[str, np.ndarray], origin: str | os.PathLike) -> dict[str, np.ndarray]:
+def native_names(values: dict[str, np.ndarray], origin: str | os.PathLike) -> dict[str, np.ndarray]:
+    """The same arrays under this project's names: without ":0", group norms inside their convolution's scope."""
     named: dict[str, np.ndarray] = {}
     for old, value in values.items():
         name = old[:-2] if old.endswith(":0") else old
@@ -313,9 +314,9 @@ def fit_weights(
 ) -> tuple[dict[str, np.ndarray], "LoadReport"]:
     """The weights that fit the graph, and the report, for fine-tuning on a data set with other classes.
 
-    With `trim`, a tensor whose shape depends on the number of classes (or keypoints) and differs, or that the file
-    lacks because its head was of the other kind of box regression, keeps the graph's initial value and is listed in
-    `report.reinitialised`; its optimizer slots are left out too. Any other mismatch stays one.
+    With `trim`, a tensor whose shape depends on the number of classes (or keypoints) and differs keeps the graph's
+    initial value and is listed in `report.reinitialised`; its optimizer slots are left out too. Any other mismatch
+    stays one.
     """
     report = match_weights(variables, weights, expect, origin)
     if trim:
