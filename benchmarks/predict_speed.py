@@ -1,0 +1,182 @@
+"""Latency of a prediction by stage: the graph, pasting the masks into the image, encoding them as COCO RLE.
+
+  python benchmarks/predict_speed.py                              100 synthetic masks in an 800x1333 image, one core
+  python benchmarks/predict_speed.py --graph --config MODE_FPN=True    with the graph, on random weights
+  python benchmarks/predict_speed.py --load MODEL [--image a.jpg]      a trained model, from the file to the RLEs
+
+Pasting is compared, in alternation in the same process, with the usual way: every pixel of the box is resampled, and
+the bitmap of the whole image is encoded. Both must give the same masks.
+"""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(variable, "1")  # NumPy's; TensorFlow has its own
+
+import cv2  # noqa: E402
+import numpy as np  # noqa: E402
+import pycocotools.mask as coco_mask  # noqa: E402
+from tabulate import tabulate  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import eval as scoring  # noqa: E402
+from common import UserError  # noqa: E402
+
+HEIGHT, WIDTH, COUNT = 800, 1333, 100
+
+
+def median_ms(functions: dict[str, Callable], repeats: int) -> dict[str, float]:
+    """Median milliseconds of a call of each, called in turn, so that other load on the machine meets all alike."""
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for round_number in range(repeats + 1):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            if round_number:  # the first does not count
+                times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: float(np.median(values)) for name, values in times.items()}
+
+
+def make_masks(count: int, cells: int, rng: np.random.Generator) -> np.ndarray:
+    """Probabilities of lobed shapes with soft borders and a little noise, as a mask head gives them: [count, M, M]."""
+    y, x = (np.indices((cells, cells)) + 0.5) / cells * 2 - 1
+    angle, radius = np.arctan2(y, x), np.hypot(x, y)
+    lobes = rng.integers(1, 6, count)[:, None, None]
+    border = 0.75 + 0.2 * np.sin(lobes * angle + rng.uniform(0, 6, (count, 1, 1)))
+    logits = 12 * (border - radius) + rng.normal(0, 0.5, (count, cells, cells))
+    return (1 / (1 + np.exp(-logits))).astype(np.float32)
+
+
+def make_boxes(kind: str, count: int, rng: np.random.Generator) -> np.ndarray:
+    if kind == "whole image":
+        return np.tile(np.array([[0, 0, WIDTH, HEIGHT]], np.float64), (count, 1))
+    low, high = {"4 to 1333 px": (4, 1333), "4 to 64 px": (4, 64), "100 to 600 px": (100, 600)}[kind]
+    size = np.minimum(np.exp(rng.uniform(np.log(low), np.log(high), (count, 2))), [WIDTH, HEIGHT])
+    corner = rng.uniform(0, 1, (count, 2)) * ([WIDTH, HEIGHT] - size)
+    return np.concatenate([corner, corner + size], 1)
+
+
+def usual_way(masks: np.ndarray, boxes: np.ndarray) -> list[dict]:
+    """Resamples every pixel of each box and encodes bitmaps of the whole image."""
+    rles = []
+    for mask, (x1, y1, x2, y2) in zip(masks, boxes):
+        left, top = max(0, int(x1)), max(0, int(y1))
+        right, bottom = min(WIDTH, int(np.ceil(x2))), min(HEIGHT, int(np.ceil(y2)))
+        u = ((np.arange(left, right) + 0.5 - x1) / (x2 - x1) * mask.shape[1] - 0.5).astype(np.float32)
+        v = ((np.arange(top, bottom) + 0.5 - y1) / (y2 - y1) * mask.shape[0] - 0.5).astype(np.float32)
+        across = np.maximum(0, 1 - np.abs(u[:, None] - np.arange(mask.shape[1], dtype=np.float32)))
+        down = np.maximum(0, 1 - np.abs(v[:, None] - np.arange(mask.shape[0], dtype=np.float32)))
+        bitmap = np.zeros((HEIGHT, WIDTH), np.uint8, order="F")
+        bitmap[top:bottom, left:right] = down @ mask @ across.T >= 0.5
+        rle = coco_mask.encode(bitmap)
+        rles.append({"size": rle["size"], "counts": rle["counts"].decode()})
+    return rles
+
+
+def paste_report(cells: int, repeats: int) -> str:
+    rng = np.random.default_rng(0)
+    masks = make_masks(COUNT, cells, rng)
+    rows = []
+    for kind in ("4 to 1333 px", "100 to 600 px", "4 to 64 px", "whole image"):
+        boxes = make_boxes(kind, COUNT, rng)
+        counts = scoring.paste_counts(masks, boxes, HEIGHT, WIDTH)
+        stages = {
+            "paste": lambda b=boxes: scoring.paste_counts(masks, b, HEIGHT, WIDTH),
+            "encode": lambda c=counts: [scoring.encode_counts(x, HEIGHT, WIDTH) for x in c],
+            "together": lambda b=boxes: scoring.paste_masks(masks, b, HEIGHT, WIDTH),
+            "usual": lambda b=boxes: usual_way(masks, b),
+        }
+        ms = median_ms(stages, repeats)
+        pairs = zip(scoring.paste_masks(masks, boxes, HEIGHT, WIDTH), usual_way(masks, boxes))
+        # float32 decides a pixel whose probability is 0.5 to the last bit either way.
+        worst = min(float(coco_mask.iou([a], [b], [0])[0, 0]) if coco_mask.area(b) else 1.0 for a, b in pairs)
+        rows.append([kind, *(f"{value:.1f}" for value in ms.values()), f"{worst:.4f}"])
+    headers = ["box sides", "paste ms", "encode ms", "together ms", "usual way ms", "least IoU"]
+    return tabulate(rows, headers, disable_numparse=True, colalign=["left"] + ["right"] * 5)
+
+
+def graph_report(args: argparse.Namespace) -> str:
+    """Stages of one image through the model that --load and --config describe."""
+    from train import build_predictor
+
+    cfg, load = _model(args)
+    if args.image:
+        from data import inference_batches
+
+        def read():
+            return next(iter(inference_batches([args.image], cfg, (0, 1))))
+
+        batch, stages = read(), {"read and resize": read}
+    else:
+        rng = np.random.default_rng(0)
+        # Blurred noise: white noise has no structure for a proposal to hold on to.
+        noise = cv2.GaussianBlur(rng.integers(0, 256, (HEIGHT, WIDTH, 3), np.uint8), (0, 0), 7)
+        image = np.zeros((1, -(-HEIGHT // 32) * 32, -(-WIDTH // 32) * 32, 3), np.uint8)
+        image[0, :HEIGHT, :WIDTH] = cv2.normalize(noise, None, 0, 255, cv2.NORM_MINMAX)
+        batch = {"image": image, "image_shape": np.int32([[HEIGHT, WIDTH]]), "original_shapes": [(HEIGHT, WIDTH)]}
+        stages = {}
+    predict = build_predictor(cfg, load)
+    one = {key: value[0] for key, value in predict(batch["image"], batch["image_shape"]).items()}
+    size, original = batch["image_shape"][0], batch["original_shapes"][0]
+    found = scoring.to_original_frame(one, size, original)
+    stages["graph"] = lambda: predict(batch["image"], batch["image_shape"])
+    stages["paste and encode masks"] = lambda: scoring.to_original_frame(one, size, original)
+    stages["results entries"] = lambda: scoring.coco_results(found, 1, int)
+    ms = median_ms(stages, args.repeats)
+    ms["together"] = sum(ms.values())
+    rows = [[name, f"{value:.1f}", f"{100 * value / ms['together']:.1f}%"] for name, value in ms.items()]
+    title = f"{size[1]}x{size[0]} for the graph, {original[1]}x{original[0]} the image, {len(found.scores)} detections"
+    return f"{title}\n" + tabulate(rows, ["stage", "ms", "share"], disable_numparse=True, stralign="right")
+
+
+def _model(args: argparse.Namespace) -> tuple:
+    """Settings and weights as train.py --predict takes them; without --load random weights that find 100 objects."""
+    import train
+    from utils.tf_v1 import tf
+
+    if args.load:
+        flags = ["--predict", args.image or "none", "--load", args.load]
+        return train._prepare_inference(train.parse_args(flags + ["--config", *args.config] if args.config else flags))
+    from config import default_config, finalize_config
+
+    # Untrained scores are all about 1/81: only with a threshold below that is the mask branch given its 100 boxes.
+    settings = ["DATA.NUM_CATEGORY=80", "TEST.RESULT_SCORE_THRESH=0.0", *args.config]
+    cfg = finalize_config(default_config().update_args(settings))
+
+    def load(sess) -> None:
+        with sess.graph.as_default():
+            sess.run(tf.global_variables_initializer())
+
+    return cfg, load
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--graph", action="store_true", help="also time the graph, on random weights")
+    parser.add_argument("--load", help="also time the graph of this checkpoint, run directory or .npz")
+    parser.add_argument("--image", help="time this image file, reading and resizing included")
+    parser.add_argument("--config", nargs="+", default=[], metavar="KEY=VAL", help="settings of the model")
+    parser.add_argument("--cells", type=int, default=28, help="side of the synthetic masks (C4 models: 14)")
+    parser.add_argument("--repeats", type=int, default=10, help="calls that a median is taken of")
+    args = parser.parse_args()
+    cv2.setNumThreads(1)
+    print(f"{COUNT} masks of {args.cells}x{args.cells} into {WIDTH}x{HEIGHT}, one core")
+    print(paste_report(args.cells, args.repeats))
+    if args.graph or args.load:
+        try:
+            print("\n" + graph_report(args))
+        except UserError as e:
+            print(e, file=sys.stderr)
+            return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
