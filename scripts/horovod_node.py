@@ -15,6 +15,7 @@ network, as the one of horovodrun does: keep the port inside the cluster.
 
 import argparse
 import contextlib
+import ctypes
 import json
 import os
 import shlex
@@ -32,11 +33,12 @@ from typing import Any
 
 # Exit codes: of a wrong command line; of a job that ended by no fault of its ranks here; of a stopped job (128 + 15).
 USAGE, LOST, STOPPED = 2, 3, 143
-POLL_SECONDS = 1.0
-# A machine that does not report for this long is lost. Kept under a minute: its ranks hold up all others.
-SILENT_SECONDS = 45.0
+# A machine that does not report for so many rounds of --poll is lost: under a minute, since it holds up all others.
+SILENT_ROUNDS = 45
 # Environment variables in which schedulers number their machines.
 NODE_RANK_VARIABLES = ("JOB_COMPLETION_INDEX", "SLURM_NODEID")
+
+_libc = ctypes.CDLL(None)
 
 
 def say(text: str) -> None:
@@ -133,14 +135,15 @@ def rank_environments(node: int, slots: Sequence[int], master: str, port: int, i
     return environments
 
 
-def join(store: Store, node: int, nodes: int, slots: int, seconds: float, stopped: Callable[[], bool]) -> list[int]:
+def join(store: Store, args: argparse.Namespace, stopped: Callable[[], bool]) -> list[int]:
     """Waits until every machine is there; returns the number of ranks of each.
 
     A machine that was restarted may still find the store of the job that is just ending: it registers again and again
     until a plan includes this very process.
     """
+    node, nodes = args.node_rank, args.nodes
     me = uuid.uuid4().hex
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + args.wait
     present: set[int] = set()
     while time.monotonic() < deadline:
         if stopped():
@@ -148,7 +151,7 @@ def join(store: Store, node: int, nodes: int, slots: int, seconds: float, stoppe
         with contextlib.suppress(ConnectionError):
             plan = store.get("plan")
             if plan is None:
-                store.put(f"node{node}", [me, slots])
+                store.put(f"node{node}", [me, args.slots])
             elif plan["ids"][node] == me:
                 return plan["slots"]
             if node == 0 and plan is None:
@@ -157,11 +160,11 @@ def join(store: Store, node: int, nodes: int, slots: int, seconds: float, stoppe
                 if len(present) == nodes:
                     store.put("plan", {"ids": [e[0] for e in entries], "slots": [e[1] for e in entries]})
                     continue
-        time.sleep(POLL_SECONDS / 2)
+        time.sleep(args.poll / 2)
     if node == 0:
         missing = ", ".join(str(i) for i in range(nodes) if i not in present)
-        raise Failure(f"machine {missing} of {nodes} did not join within {seconds:.0f} s: is port open, did it start?")
-    raise Failure(f"the job did not start within {seconds:.0f} s at {store.url}: is machine 0 up and the port open?")
+        raise Failure(f"machine {missing} of {nodes} did not join within {args.wait:.0f} s: is port {args.port} open?")
+    raise Failure(f"no job started within {args.wait:.0f} s at {store.url}: is machine 0 up and the port open?")
 
 
 class Ranks:
@@ -170,7 +173,10 @@ class Ranks:
     def __init__(self, command: Sequence[str], environments: Sequence[dict[str, str]]):
         self.numbers = [int(e["HOROVOD_RANK"]) for e in environments]
         self.processes = [
-            subprocess.Popen(command, env={**os.environ, **environment}, start_new_session=True)
+            # A session of its own: Ctrl-C at a terminal must come through this launcher, once.
+            subprocess.Popen(
+                command, env={**os.environ, **environment}, start_new_session=True, preexec_fn=die_with_parent
+            )
             for environment in environments
         ]
 
@@ -203,6 +209,11 @@ class Ranks:
             process.wait()
 
 
+def die_with_parent() -> None:
+    """In a new process: has Linux kill it when its parent dies, so that no rank of a lost job keeps a GPU."""
+    _libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
 def signal_name(number: int) -> str:
     try:
         return signal.Signals(number).name
@@ -210,8 +221,12 @@ def signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-def supervise(ranks: Ranks, store: Store, node: int, nodes: int, grace: float, stopped: Callable[[], bool]) -> int:
+def supervise(ranks: Ranks, store: Store, args: argparse.Namespace, stopped: Callable[[], bool]) -> int:
     """Waits for the ranks of all machines; the exit code. Machines tell each other their state through the store."""
+    node, nodes, grace = args.node_rank, args.nodes, args.grace
+    silent_seconds = SILENT_ROUNDS * args.poll
+    # Machine 0 holds the store: it leaves last, when the others have read how the job ended.
+    linger = 3 * args.poll if node == 0 and nodes > 1 else 0
     answered = time.monotonic()
     heard = {i: (time.monotonic(), None) for i in range(nodes)}
     stopping_since = None
@@ -221,7 +236,7 @@ def supervise(ranks: Ranks, store: Store, node: int, nodes: int, grace: float, s
         done = all(code == 0 for code in codes)
         if problem and stopping_since is None:
             # A rank whose peers on another machine have ended fails as well: let that machine say first why.
-            time.sleep(POLL_SECONDS)
+            time.sleep(args.poll)
             earlier = stop = None
             with contextlib.suppress(ConnectionError):
                 earlier, stop = store.get("failure"), store.get("stop") or stopped()
@@ -230,7 +245,7 @@ def supervise(ranks: Ranks, store: Store, node: int, nodes: int, grace: float, s
             say("stopped" if stop else f"{earlier or problem}; ending the job")
             # The others may be inside a reduction with the rank that is gone: there is nothing to wait long for.
             ranks.end(min(grace, 10.0))
-            time.sleep(3 * POLL_SECONDS if node == 0 and nodes > 1 else 0)
+            time.sleep(linger)
             return STOPPED if stop else next(code if code > 0 else 128 - code for code in codes if code)
         try:
             # [a counter that moves while this machine lives, whether its ranks are done]
@@ -247,20 +262,19 @@ def supervise(ranks: Ranks, store: Store, node: int, nodes: int, grace: float, s
             answered = time.monotonic()
         except ConnectionError:
             states, failure, stop, all_done = [], None, stopped(), done
-            if not done and time.monotonic() - answered > SILENT_SECONDS / 3:
+            if not done and time.monotonic() - answered > silent_seconds / 3:
                 failure = "machine 0 does not answer any more"
         for i, state in enumerate(states):
             if state and state != heard[i][1]:
                 heard[i] = (time.monotonic(), state)
-            elif time.monotonic() - heard[i][0] > SILENT_SECONDS and not (state and state[1]):
-                failure = f"machine {i} has been silent for {SILENT_SECONDS:.0f} s"
+            elif time.monotonic() - heard[i][0] > silent_seconds and not (state and state[1]):
+                failure = f"machine {i} has been silent for {silent_seconds:.0f} s"
                 with contextlib.suppress(ConnectionError):
                     store.put("failure", failure)
         if failure:
             say(f"{failure}; ending the ranks here")
             ranks.end(min(grace, 10.0))
-            # Time for the other machines to read why.
-            time.sleep(3 * POLL_SECONDS if node == 0 else 0)
+            time.sleep(linger)
             return LOST
         if stop and stopping_since is None:
             stopping_since = time.monotonic()
@@ -268,13 +282,12 @@ def supervise(ranks: Ranks, store: Store, node: int, nodes: int, grace: float, s
             ranks.signal(signal.SIGTERM)
         if stopping_since is not None and (None not in codes or time.monotonic() - stopping_since > grace):
             ranks.end(0)
-            time.sleep(3 * POLL_SECONDS if node == 0 and nodes > 1 else 0)
+            time.sleep(linger)
             return STOPPED
         if done and all_done:
-            # Machine 0 holds the store: it leaves last.
-            time.sleep(3 * POLL_SECONDS if node == 0 and nodes > 1 else 0)
+            time.sleep(linger)
             return 0
-        time.sleep(POLL_SECONDS)
+        time.sleep(args.poll)
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -292,6 +305,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--grace", type=float, default=100, metavar="S", help="seconds to save a checkpoint when stopped"
     )
+    parser.add_argument("--poll", type=float, default=1, metavar="S", help="seconds between looks at the others")
     parser.add_argument("--dry-run", action="store_true", help="print what each rank here would run, and end")
     parser.add_argument("command", nargs=argparse.REMAINDER, help="-- and the command of a rank")
     args = parser.parse_args(argv)
@@ -327,7 +341,7 @@ def main(argv: Sequence[str]) -> int:
         serve(args.port)
     # Machine 0 may not find itself under the name that the others know it by.
     store = Store("127.0.0.1" if args.node_rank == 0 else args.master, args.port)
-    slots = join(store, args.node_rank, args.nodes, args.slots, args.wait, stop.is_set)
+    slots = join(store, args, stop.is_set)
     try:
         address = socket.gethostbyname(args.master)
     except OSError:
@@ -341,7 +355,7 @@ def main(argv: Sequence[str]) -> int:
         say(f"{sum(slots)} ranks on {len(slots)} machine(s), interface {interface}")
     ranks = Ranks(args.command, rank_environments(args.node_rank, slots, address, args.port, interface))
     try:
-        return supervise(ranks, store, args.node_rank, args.nodes, args.grace, stop.is_set)
+        return supervise(ranks, store, args, stop.is_set)
     finally:
         ranks.end(0)
 
