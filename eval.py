@@ -155,11 +155,13 @@ def to_original_frame(
 
 # -------------------------------------------------------------------------------------------- results
 def coco_results(
-    detections: Detections, image_id: int | str, label_to_category_id: Callable[[int], int | str]
+    detections: Detections, image_id: int | str, label_to_category_id: Callable[[int], int | str | None]
 ) -> list[dict[str, Any]]:
     """One image's detections as entries of a COCO results file.
 
     Scores keep float32 precision, boxes 1e-4 pixel, so that scoring the written file equals scoring these entries.
+    Keypoints count pixels as COCO does: the centre of the first one is 0, not 0.5. A class that the annotations do not
+    have has category_id None.
     """
     boxes = detections.boxes.astype(np.float64)
     boxes[:, 2:] -= boxes[:, :2]
@@ -174,7 +176,8 @@ def coco_results(
         if detections.masks is not None:
             entry["segmentation"] = detections.masks[i]
         if detections.keypoints is not None:
-            entry["keypoints"] = [round(v, 4) for v in detections.keypoints[i].ravel().tolist()]
+            points = detections.keypoints[i].astype(np.float64) - (0.5, 0.5, 0)
+            entry["keypoints"] = [round(v, 4) for v in points.ravel().tolist()]
         entries.append(entry)
     return entries
 
@@ -272,13 +275,22 @@ def merge_shards(shards: Iterable[Iterable[ImageResults]], num_images: int) -> l
 
 
 def write_results(path: str | os.PathLike, results: Iterable[dict[str, Any]]) -> None:
-    """Writes a COCO results file, one entry a line, without ever holding its whole text."""
+    """Writes a COCO results file, one entry a line, without ever holding its whole text.
+
+    Entries of category_id None, a class that the annotations do not have, are counted and left out.
+    """
+    unknown = 0
     with atomic_write(path) as f:
         separator = "[\n"
         for entry in results:
+            if entry["category_id"] is None:
+                unknown += 1
+                continue
             f.write(separator + json.dumps(entry, ensure_ascii=False))
             separator = ",\n"
         f.write("\n]\n" if separator != "[\n" else "[]\n")
+    if unknown:
+        logger.warning(f"{path}: without {unknown} detections of classes that the annotations do not have")
 
 
 def read_results(path: str | os.PathLike, ground_truth: Any) -> list[dict[str, Any]]:
@@ -404,7 +416,7 @@ def evaluate_coco(
         image_ids = split_ids
     if iou_types is None:
         sources = results or content["annotations"]
-        keys = {key for key in RESULT_KEY.values() if any(entry.get(key) for entry in sources)}
+        keys = {key for key in RESULT_KEY.values() if any(isinstance(e, dict) and e.get(key) for e in sources)}
         iou_types = [t for t, key in RESULT_KEY.items() if t == "bbox" or key in keys]
     classes, images = _number_anew(content, image_ids)
     annotations = _prepare_annotations(content["annotations"], images, classes, iou_types)
@@ -474,7 +486,9 @@ def _to_rle(segmentation: Any, height: int | None, width: int | None) -> Rle | N
             counts = {**segmentation, "counts": np.array(segmentation["counts"], np.uint32)}
             return coco_mask.frPyObjects(counts, *segmentation["size"])
         return segmentation
-    parts = [p for p in segmentation if len(p) >= 6] if isinstance(segmentation, list) else []
+    parts = segmentation if isinstance(segmentation, list) else []
+    parts = [parts] if parts and isinstance(parts[0], (int, float)) else parts
+    parts = [p for p in parts if len(p) >= 6]
     if not parts:
         return None
     if height is None or width is None:
@@ -487,47 +501,53 @@ def _prepare_annotations(
 ) -> list[dict[str, Any]]:
     """The annotations of `images` with new ids and every field that COCOeval reads; the given ones stay untouched."""
     prepared = []
-    unplaced = maskless = 0
+    unusable = maskless = 0
     for a in annotations:
-        if a.get("category_id") not in classes:
-            unplaced += 1
+        try:
+            if a["category_id"] not in classes:
+                raise ValueError
+            image = images.get(a["image_id"])
+            entry = None if image is None else _prepare_annotation(a, image, "segm" in iou_types)
+        except (KeyError, TypeError, ValueError, AttributeError):
+            unusable += 1
             continue
-        image = images.get(a.get("image_id"))
-        if image is None:
-            continue
-        rle = None
-        box, area = a.get("bbox"), a.get("area")
-        if "segm" in iou_types or box is None or area is None:
-            rle = _to_rle(a.get("segmentation"), image["height"], image["width"])
-        if box is None and rle is None:
-            unplaced += 1
-            continue
-        if box is None:
-            box = coco_mask.toBbox(rle).tolist()
-        if area is None:
-            area = float(coco_mask.area(rle)) if rle is not None else box[2] * box[3]
-        crowd = int(a.get("iscrowd") or 0)
-        maskless += "segm" in iou_types and rle is None and not crowd
-        points = a.get("keypoints") or []
-        prepared.append(
-            {
-                "id": len(prepared) + 1,
-                "image_id": image["id"],
-                "category_id": classes[a["category_id"]],
-                "bbox": box,
-                "area": area,
-                "iscrowd": crowd,
-                "segmentation": rle,
-                "keypoints": points,
-                "num_keypoints": a.get("num_keypoints", sum(v > 0 for v in points[2::3])) if points else 0,
-                "_image": image,
-            }
-        )
-    if unplaced:
-        logger.warning(f"{unplaced} annotations of an unknown category, or without box and mask, are not scored")
+        if entry is not None:
+            entry.update(id=len(prepared) + 1, category_id=classes[a["category_id"]])
+            maskless += "segm" in iou_types and entry["segmentation"] is None
+            prepared.append(entry)
+    if unusable:
+        logger.warning(f"{unusable} annotations of an unknown category, or without box and mask, are not scored")
     if maskless:
         logger.warning(f"{maskless} annotations have no mask: mask scores ignore detections inside their boxes")
     return prepared
+
+
+def _prepare_annotation(a: dict[str, Any], image: dict[str, Any], with_mask: bool) -> dict[str, Any]:
+    rle = None
+    box, area, points = a.get("bbox") or None, a.get("area"), a.get("keypoints") or []
+    if with_mask or box is None or area is None:
+        outline = a.get("segmentation")
+        # pycocotools does not check what it decodes.
+        if not isinstance(outline, dict) or _segmentation_problem(outline, (image["height"], image["width"])) is None:
+            rle = _to_rle(outline, image["height"], image["width"])
+    if box is None:
+        if rle is None:
+            raise ValueError
+        box = coco_mask.toBbox(rle).tolist()
+    x, y, width, height = (float(v) for v in box)
+    if area is None:
+        area = float(coco_mask.area(rle)) if rle is not None else width * height
+    visible = sum(v > 0 for v in points[2::3])
+    return {
+        "image_id": image["id"],
+        "bbox": [x, y, width, height],
+        "area": float(area),
+        "iscrowd": int(a.get("iscrowd") or 0),
+        "segmentation": rle,
+        "keypoints": points,
+        "num_keypoints": a.get("num_keypoints", visible) if points else 0,
+        "_image": image,
+    }
 
 
 def _prepare_results(results: list[dict], images: dict, classes: dict, known_images: set) -> list[dict]:

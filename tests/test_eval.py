@@ -583,6 +583,35 @@ def test_detections_at_objects_without_mask_are_ignored():
 
 
 @pytest.mark.quick
+def test_broken_annotations_are_counted_and_the_others_scored(logged):
+    truth, results = make_dataset(17)
+    wanted = scoring.evaluate_coco(truth, results, verbose=False)
+    usable = truth["annotations"][0]
+    truth["annotations"] += [
+        "not an annotation",
+        {key: value for key, value in usable.items() if key != "category_id"},
+        {**usable, "category_id": 12345},
+        {**usable, "bbox": [1, 2, 3]},
+        {**usable, "bbox": None, "segmentation": None},
+        {**usable, "bbox": None, "segmentation": {"size": [200, 200], "counts": "broken"}},
+    ]
+    assert scoring.evaluate_coco(truth, results, verbose=False) == wanted
+    assert "6 annotations of an unknown category, or without box and mask, are not scored" in logged.getvalue()
+
+
+@pytest.mark.quick
+def test_results_keep_keypoints_in_pixel_numbers_and_leave_unknown_classes_out_of_the_file(tmp_path, logged):
+    points = np.array([[[10.5, 20.5, 0.25]], [[1, 2, 3]]], np.float32)
+    found = scoring.Detections(np.ones((2, 4)), np.float32([0.5, 0.25]), np.int32([1, 2]), None, points)
+    entries = scoring.coco_results(found, "x", {1: 0, 2: None}.get)
+    assert [e["category_id"] for e in entries] == [0, None]
+    assert entries[0]["keypoints"] == [10.0, 20.0, 0.25]
+    scoring.write_results(tmp_path / "r.json", entries)
+    assert json.loads((tmp_path / "r.json").read_text()) == entries[:1]
+    assert "without 1 detections" in logged.getvalue()
+
+
+@pytest.mark.quick
 @pytest.mark.parametrize("points", [17, 5])
 def test_keypoint_scores_equal_plain_pycocotools(points):
     rng = np.random.default_rng(0)
