@@ -1,0 +1,597 @@
+"""Images on their way into the graph: reading, resizing, flipping, batching, and the processes that do it.
+
+Only uint8 images and compact annotations leave this file; everything that is computed from them is computed in the
+graph. The content of a training step depends on (TRAIN.SEED, step, total batch) alone: not on the number of workers,
+not on how the batch is spread over devices and processes, not on whether the run was interrupted.
+
+A worker is a fresh Python interpreter, not a fork: the training process has TensorFlow's threads (and NCCL's, MPI's,
+gRPC's), and a child forked from it can wait for ever for a lock that one of them held; multiprocessing's own spawn and
+forkserver would import the main script, hence TensorFlow, into every worker. The annotations are mapped read-only from
+one anonymous file, so a worker costs what Python, NumPy and OpenCV cost; images come back through shared memory.
+"""
+
+import contextlib
+import math
+import mmap
+import os
+import pickle
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from common import UserError
+from dataset import DatasetSplit
+from utils import np_box_ops, polygons
+
+__all__ = [
+    "StepPlan", "TrainingFlow", "batch_image_ids", "inference_batches", "list_images", "make_batch", "read_image",
+    "read_split_image", "resized_shape", "training_dataflow", "training_keys",
+]  # fmt: skip
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+
+
+# ------------------------------------------------------------------------------------------------ images
+def resized_shape(height: int, width: int, short_edge: int, max_size: int) -> tuple[int, int]:
+    """Size at which the short edge is `short_edge`, or the long one `max_size` if that is smaller; at least 1 pixel."""
+    scale = min(short_edge / min(height, width), max_size / max(height, width))
+    return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
+
+
+def _decode(file: str, flags: int, what: str) -> np.ndarray:
+    try:
+        content = np.fromfile(file, np.uint8)
+    except OSError as e:
+        raise UserError(f"{what} cannot be read: {e.strerror or e}") from None
+    try:
+        image = cv2.imdecode(content, flags) if len(content) else None
+    except cv2.error:
+        image = None
+    if image is None:
+        raise UserError(f"{what} is not an image that OpenCV can read, or it is damaged")
+    return image
+
+
+def read_image(path: str | os.PathLike) -> np.ndarray:
+    """uint8 BGR [H, W, 3] as a viewer shows it: turned as its EXIF data say; grey and transparent ones converted."""
+    return _decode(str(path), cv2.IMREAD_COLOR, f"image {path}")
+
+
+def read_split_image(split: DatasetSplit, i: int) -> np.ndarray:
+    """uint8 BGR [H, W, 3] with the pixels that the annotations saw.
+
+    Annotations belong to the pixels as stored or as turned by EXIF; the size in the json tells which.
+    """
+    file, size = split.image_file(i), split.image_size(i)
+    what = f"image {file} (id {split.image_id(i)!r})"
+    image = _decode(file, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION, what)
+    if image.shape[:2] == size:
+        return image
+    turned = _decode(file, cv2.IMREAD_COLOR, what)
+    if turned.shape[:2] == size:
+        return turned
+    raise UserError(
+        f"{what} is {image.shape[1]}x{image.shape[0]} pixels but the annotations say {size[1]}x{size[0]} (width x "
+        "height); correct the json or the file"
+    )
+
+
+def list_images(paths: Sequence[str | os.PathLike]) -> list[str]:
+    """Image files named directly or found in the directories named (not below), in sorted order for each."""
+    files = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            found = sorted(str(p) for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+            if not found:
+                raise UserError(f"directory {path} has no image ({', '.join(IMAGE_SUFFIXES)})")
+            files += found
+        elif path.is_file():
+            files.append(str(path))
+        else:
+            raise UserError(f"image {path} does not exist")
+    return files
+
+
+# ------------------------------------------------------------------------------------------------ batches
+def training_keys(cfg: Any) -> list[str]:
+    """Names of a training batch's components, in order."""
+    keys = ["image", "image_shape", "gt_boxes", "gt_labels", "gt_is_crowd"]
+    return keys + ["gt_edges"] * bool(cfg.MODE_MASK) + ["gt_keypoints"] * bool(cfg.MODE_KEYPOINT)
+
+
+def _padded_size(sizes: Sequence[tuple[int, int]], cfg: Any) -> tuple[int, int]:
+    """Height and width that hold all sizes; with FPN multiples of the stride at which its coarsest features meet."""
+    stride = cfg.FPN.ANCHOR_STRIDES[3] if cfg.MODE_FPN else 1
+    return tuple(-(-max(s[axis] for s in sizes) // stride) * stride for axis in (0, 1))
+
+
+def _resize_into(target: np.ndarray, image: np.ndarray, flip: bool) -> None:
+    """Writes the image, stretched to the target's size and mirrored if asked, into `target` [h, w, 3]."""
+    smaller_first = image.size <= target.size
+    if flip and smaller_first:
+        image = cv2.flip(image, 1)
+    if image.shape == target.shape:
+        np.copyto(target, image)
+    else:
+        cv2.resize(image, (target.shape[1], target.shape[0]), dst=target, interpolation=cv2.INTER_LINEAR)
+    if flip and not smaller_first:
+        np.copyto(target, cv2.flip(target, 1))
+
+
+def _short_edge(cfg: Any, rng: np.random.Generator) -> int:
+    edges = cfg.PREPROC.SHORT_EDGE_SIZE
+    return int(rng.integers(edges[0], edges[1], endpoint=True) if len(edges) == 2 else rng.choice(edges))
+
+
+def _new_zeros(shape: tuple[int, ...]) -> np.ndarray:
+    return np.zeros(shape, np.uint8)
+
+
+def make_batch(
+    split: DatasetSplit,
+    images: Sequence[int],
+    seeds: Sequence[Sequence[int]],
+    cfg: Any,
+    new_image: Callable[[tuple[int, ...]], np.ndarray] = _new_zeros,
+) -> list[np.ndarray]:
+    """A training batch of these images of the split, in the order of `training_keys`.
+
+    Args:
+        seeds: for each image what its random decisions depend on.
+        new_image: gives zeroed uint8 memory of a shape.
+
+    image uint8 [N, H, W, 3] BGR zero-padded at the bottom and right, image_shape int32 [N, 2], gt_boxes float32
+    [N, G, 4], gt_labels int32 [N, G] with 0 for padding, gt_is_crowd bool [N, G], gt_edges float32 [N, G, E, 4] without
+    horizontal edges and those of crowds, zero-length edges padding, gt_keypoints float32 [N, G, K, 3].
+    """
+    pixels = [read_split_image(split, i) for i in images]
+    sizes, flips = [], []
+    for image, seed in zip(pixels, seeds):
+        rng = np.random.default_rng(seed)
+        sizes.append(resized_shape(*image.shape[:2], _short_edge(cfg, rng), cfg.PREPROC.MAX_SIZE))
+        flips.append(bool(rng.random() < 0.5) and cfg.PREPROC.FLIP)
+    batch = new_image((len(images), *_padded_size(sizes, cfg), 3))
+    objects = []
+    for n, (i, image, (height, width), flip) in enumerate(zip(images, pixels, sizes, flips)):
+        _resize_into(batch[n, :height, :width], image, flip)
+        objects.append(_place_objects(split, i, (height, width), flip, cfg))
+    padded = {
+        key: _stack_padded([o[key] for o in objects]) for key in objects[0]
+    }  # fmt: skip
+    return [{"image": batch, "image_shape": np.array(sizes, np.int32), **padded}[key] for key in training_keys(cfg)]
+
+
+def _place_objects(split: DatasetSplit, i: int, size: tuple[int, int], flip: bool, cfg: Any) -> dict[str, np.ndarray]:
+    """An image's annotations in the frame of its resized and perhaps mirrored pixels; at least one (padding) row."""
+    objects = split.objects(i)
+    height, width = split.image_size(i)
+    scale = np.array([size[1] / width, size[0] / height])
+    boxes = np_box_ops.scale_boxes(objects.boxes.astype(np.float64), *scale)
+    boxes = np_box_ops.clip_boxes(np_box_ops.flip_boxes(boxes, size[1]) if flip else boxes, *size)
+    placed = {
+        "gt_boxes": boxes.astype(np.float32),
+        "gt_labels": objects.labels,
+        "gt_is_crowd": objects.is_crowd,
+    }
+    if cfg.MODE_MASK:
+        edges = polygons.vertices_to_edges((objects.vertices * scale).astype(np.float32), objects.ring_sizes)
+        edges = polygons.flip_edges(edges, size[1]) if flip else edges
+        owners = np.repeat(objects.ring_owners, objects.ring_sizes)
+        useful = ~objects.is_crowd[owners]
+        placed["gt_edges"] = polygons.pack_edges(edges[useful], owners[useful], len(boxes))
+    if cfg.MODE_KEYPOINT:
+        points = objects.keypoints * np.array([*scale, 1], np.float32)
+        if flip:
+            points = points[:, split.keypoint_flip]
+            points[:, :, 0] = np.where(points[:, :, 2] > 0, size[1] - points[:, :, 0], 0)
+        placed["gt_keypoints"] = points
+    return placed
+
+
+def _stack_padded(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    """[N, ...] of the arrays, each axis zero-padded to the largest and to at least 1."""
+    shape = [max(1, *(a.shape[axis] for a in arrays), 1) for axis in range(arrays[0].ndim)]
+    stacked = np.zeros((len(arrays), *shape), arrays[0].dtype)
+    for target, array in zip(stacked, arrays):
+        target[tuple(map(slice, array.shape))] = array
+    return stacked
+
+
+class StepPlan:
+    """Which images make up each training step, for ever, from a seed.
+
+    Each epoch is a permutation of all images, dealt into steps of `batch` images of one orientation (landscape or
+    portrait), which wastes little on padding. What is left of both orientations at its end makes mixed steps, and the
+    last few images go first into the first step of the next epoch: every image is used exactly once an epoch.
+    Any step is found without going through those before it.
+    """
+
+    def __init__(self, portrait: np.ndarray, batch: int, seed: int):
+        """portrait: bool [n], the images in a fixed order."""
+        self.batch = batch
+        self._portrait = portrait
+        self._seed = seed
+        # A round is one epoch, or as many as fill a step when there are fewer images than that.
+        self._repeats = max(1, math.ceil(batch / len(portrait)))
+        self._round = self._repeats * len(portrait)
+        self._cached: dict[int, np.ndarray] = {}
+
+    def images(self, step: int) -> np.ndarray:
+        """int64 [batch], numbers of the images of step 0, 1, …"""
+        number = ((step + 1) * self.batch - 1) // self._round
+        if number not in self._cached:
+            self._cached = {number: self._steps(number)}
+        return self._cached[number][step - number * self._round // self.batch]
+
+    def _deal(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The first images of a round, which complete the step it begins with; its full steps; what is left over."""
+        rng = np.random.default_rng([self._seed, 0, number])
+        order = np.concatenate([rng.permutation(len(self._portrait)) for _ in range(self._repeats)])
+        first = -number * self._round % self.batch
+        rest = order[first:]
+        portrait = self._portrait[rest]
+        groups = [self._split_full(np.flatnonzero(portrait == wanted)) for wanted in (False, True)]
+        grouped = np.concatenate([full for full, _ in groups])
+        grouped = grouped[np.argsort(grouped[:, -1])]  # a step comes when its last image does
+        mixed, left_over = self._split_full(np.sort(np.concatenate([some for _, some in groups])))
+        return order[:first], rest[np.concatenate([grouped, mixed])], rest[left_over]
+
+    def _split_full(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """As many full steps as the places give [steps, batch], and the places left over."""
+        full = len(places) // self.batch * self.batch
+        return places[:full].reshape(-1, self.batch), places[full:]
+
+    def _steps(self, number: int) -> np.ndarray:
+        first, steps, _ = self._deal(number)
+        if len(first) == 0:
+            return steps
+        left_over = self._deal(number - 1)[2]
+        return np.concatenate([np.concatenate([left_over, first])[None], steps])
+
+
+def _training_images(split: DatasetSplit, cfg: Any) -> np.ndarray:
+    """Indices of the images that are trained on."""
+    images = split.nonempty_images() if cfg.DATA.FILTER_EMPTY else np.arange(len(split))
+    if len(images) == 0:
+        raise UserError(f"{split.name} has no image to train on")
+    return images
+
+
+class _BatchMaker:
+    """Makes any batch of one process's sequence: the same in a worker and in the training process."""
+
+    def __init__(self, split: DatasetSplit, cfg: Any, shard: tuple[int, int], batches_per_step: int):
+        if cfg.TRAIN.SEED is None:
+            raise ValueError("TRAIN.SEED must be chosen before data are read")
+        self.split, self.cfg = split, cfg
+        self.rank, self.size = shard
+        self.batches_per_step = batches_per_step
+        self.images = _training_images(split, cfg)
+        sizes = split.image_sizes()[self.images]
+        total = cfg.TRAIN.BATCH_SIZE_PER_GPU * batches_per_step * self.size
+        self.plan = StepPlan(sizes[:, 0] > sizes[:, 1], total, cfg.TRAIN.SEED)
+
+    def members(self, batch: int) -> tuple[np.ndarray, list[list[int]]]:
+        """The images of a batch, and the seeds of each: (seed, step, place in the step)."""
+        step, part = divmod(batch, self.batches_per_step)
+        each = self.cfg.TRAIN.BATCH_SIZE_PER_GPU
+        places = np.arange(part * each, (part + 1) * each) * self.size + self.rank
+        return self.images[self.plan.images(step)[places]], [[self.cfg.TRAIN.SEED, 1, step, p] for p in places.tolist()]
+
+    def make(self, batch: int, new_image: Callable[[tuple[int, ...]], np.ndarray] = _new_zeros) -> list[np.ndarray]:
+        return make_batch(self.split, *self.members(batch), self.cfg, new_image)
+
+
+def batch_image_ids(
+    split: DatasetSplit, cfg: Any, first_batch: int, batches_per_step: int, shard: tuple[int, int] = (0, 1)
+) -> list[int | str]:
+    """Ids of the images in the step that begins with `first_batch`, as far as this process reads them."""
+    maker = _BatchMaker(split, cfg, shard, batches_per_step)
+    batches = range(first_batch, first_batch + batches_per_step)
+    return [split.image_id(i) for b in batches for i in maker.members(b)[0]]
+
+
+# ------------------------------------------------------------------------------------------------ training
+def training_dataflow(
+    split: DatasetSplit, cfg: Any, start_batch: int = 0, shard: tuple[int, int] = (0, 1), batches_per_step: int = 1
+) -> "TrainingFlow":
+    """The endless sequence of this process's training batches, each a list in the order of `training_keys`.
+
+    Args:
+        start_batch: number of the first batch, counted from the beginning of the run.
+        shard: (rank, number of processes) that train together; all must be given the same split and settings.
+        batches_per_step: batches of this process that make one update (its devices times accumulation). The images of
+            an update are those of one big batch, wherever its parts are computed: process r takes every size-th.
+    """
+    flow = TrainingFlow(split, cfg, start_batch, shard, batches_per_step)
+    tensorpack = sys.modules.get("tensorpack.dataflow")
+    if tensorpack is not None:  # importing it imports TensorFlow, so only where that has happened anyway
+        tensorpack.DataFlow.register(TrainingFlow)
+    return flow
+
+
+class TrainingFlow:
+    """A tensorpack DataFlow (by its methods) of training batches, made by DATA.NUM_WORKERS processes in turn.
+
+    Worker w makes batches w, w + W, …; an error in a worker is raised here with its message, and a worker that dies is
+    an error too. Iterating again starts over at the first batch.
+    """
+
+    def __init__(self, split: DatasetSplit, cfg: Any, start_batch: int, shard: tuple[int, int], batches_per_step: int):
+        self._maker = _BatchMaker(split, cfg, shard, batches_per_step)
+        self._start = start_batch
+        self._workers: list[_Worker] = []
+        self._fresh = False
+        self.images_per_epoch = len(self._maker.images)
+
+    def __len__(self) -> int:
+        """Batches an epoch, rounded up."""
+        return math.ceil(self.images_per_epoch / (self._maker.plan.batch / self._maker.batches_per_step))
+
+    def reset_state(self) -> None:
+        """Starts the workers, so that they read ahead while the graph is built."""
+        self.stop()
+        cfg, maker = self._maker.cfg, self._maker
+        if cfg.DATA.NUM_WORKERS == 0:
+            return
+        shared = _share((maker, self._start, cfg.DATA.NUM_WORKERS))
+        try:
+            maker.split.move_columns(_load_shared(shared)[0].split)
+            largest = _padded_size([(cfg.PREPROC.MAX_SIZE,) * 2], cfg)
+            bytes_per_image = cfg.TRAIN.BATCH_SIZE_PER_GPU * largest[0] * largest[1] * 3
+            self._workers = [
+                _Worker(w, shared, bytes_per_image, cfg.DATA.PREFETCH) for w in range(cfg.DATA.NUM_WORKERS)
+            ]
+        finally:
+            os.close(shared)
+        self._fresh = True
+
+    def __iter__(self) -> Iterator[list[np.ndarray]]:
+        batch = self._start
+        if self._maker.cfg.DATA.NUM_WORKERS == 0:
+            while True:
+                yield self._maker.make(batch)
+                batch += 1
+        if not self._fresh:
+            self.reset_state()
+        self._fresh = False
+        workers = self._workers
+        try:
+            while True:
+                yield workers[(batch - self._start) % len(workers)].receive(batch)
+                batch += 1
+        finally:
+            if workers is self._workers:
+                self.stop()
+
+    def stop(self) -> None:
+        """Ends the worker processes."""
+        for worker in self._workers:
+            worker.stop()
+        self._workers, self._fresh = [], False
+
+    @property
+    def worker_pids(self) -> list[int]:
+        return [w.process.pid for w in self._workers]
+
+
+# ------------------------------------------------------------------------------------------------ worker processes
+# A message is a length and a pickled tuple (kind, content...). From a worker: ("batch", slot, image shape, other
+# arrays) or ("error", is the user's, text). To a worker: the number of a slot that may be written again, as one byte.
+_LENGTH = struct.Struct("<Q")
+_WORKER_CODE = "import sys; sys.path[:] = {path!r}; import data; data._work({memory}, {shared}, {socket}, {slots}, {w})"
+_PARENT_CHECK_SECONDS = 5.0
+
+
+def _share(content: Any) -> int:
+    """File descriptor of anonymous memory that holds the content, its arrays such that they can be mapped."""
+    buffers: list[pickle.PickleBuffer] = []
+    head = pickle.dumps(content, 5, buffer_callback=buffers.append)
+    views = [b.raw() for b in buffers]
+    places, end = [], 0
+    for view in views:
+        places.append((end, view.nbytes))
+        end += -(-view.nbytes // 64) * 64
+    head = pickle.dumps((head, places))
+    start = -(-(_LENGTH.size + len(head)) // 64) * 64
+    descriptor = os.memfd_create("packrcnn-annotations")
+    os.truncate(descriptor, start + end + 1)
+    with mmap.mmap(descriptor, start + end + 1) as memory:
+        memory[: _LENGTH.size + len(head)] = _LENGTH.pack(len(head)) + head
+        for view, (place, size) in zip(views, places):
+            memory[start + place : start + place + size] = view
+    return descriptor
+
+
+def _load_shared(descriptor: int) -> Any:
+    """The content, its arrays being read-only views of the shared memory."""
+    memory = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
+    length = _LENGTH.unpack_from(memory)[0]
+    head, places = pickle.loads(memory[_LENGTH.size : _LENGTH.size + length])
+    start = -(-(_LENGTH.size + length) // 64) * 64
+    view = memoryview(memory)
+    return pickle.loads(head, buffers=[view[start + p : start + p + size] for p, size in places])
+
+
+class _Worker:
+    """A worker process as its parent sees it."""
+
+    def __init__(self, number: int, shared: int, slot_bytes: int, slots: int):
+        """shared: descriptor of what `_work` needs; slots: batches it may be ahead, slot_bytes: of a largest image."""
+        self.number = number
+        self._slot_bytes = -(-slot_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+        memory = os.memfd_create(f"packrcnn-batches-{number}")
+        self._socket, theirs = socket.socketpair()
+        try:
+            os.truncate(memory, self._slot_bytes * slots)  # sparse: a page takes memory once it is written
+            self._memory = mmap.mmap(memory, 0)
+            code = _WORKER_CODE.format(
+                path=[str(Path(__file__).parent), *sys.path], memory=memory, shared=shared, socket=theirs.fileno(),
+                slots=slots, w=number,
+            )  # fmt: skip
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", code],
+                stdin=subprocess.DEVNULL,
+                pass_fds=(memory, shared, theirs.fileno()),
+                env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+                start_new_session=True,  # Ctrl-C in the terminal is the training process's business
+            )
+        finally:
+            theirs.close()
+            os.close(memory)
+        self._input = self._socket.makefile("rb")
+
+    def receive(self, batch: int) -> list[np.ndarray]:
+        """The worker's next batch, which should have this number."""
+        try:
+            head = self._input.read(_LENGTH.size)
+            message = self._input.read(_LENGTH.unpack(head)[0]) if len(head) == _LENGTH.size else b""
+        except ConnectionError:
+            message = b""
+        try:
+            kind, *content = pickle.loads(message)
+        except (EOFError, pickle.UnpicklingError):
+            raise RuntimeError(self._last_words(batch)) from None
+        if kind == "error":
+            is_users, text = content
+            raise UserError(text) if is_users else RuntimeError(f"data worker {self.number} failed:\n{text}")
+        slot, shape, others = content
+        view = np.frombuffer(self._memory, np.uint8, math.prod(shape), slot * self._slot_bytes)
+        image = view.reshape(shape).copy()
+        with contextlib.suppress(ConnectionError):  # it has died since: its next batch will say so
+            self._socket.sendall(bytes([slot]))
+        return [image, *others]
+
+    def _last_words(self, batch: int) -> str:
+        try:
+            code = self.process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            return f"data worker {self.number} closed its connection"
+        who = f"data worker {self.number} (process {self.process.pid})"
+        if code >= 0:
+            return f"{who} ended with code {code} before batch {batch}"
+        hint = ""
+        if code == -signal.SIGKILL:
+            hint = "; if the machine is out of memory, fewer DATA.NUM_WORKERS or DATA.PREFETCH need less"
+        return f"{who} was killed by {signal.Signals(-code).name} before batch {batch}{hint}"
+
+    def stop(self) -> None:
+        self._input.close()
+        self._socket.close()
+        self.process.kill()
+        self.process.wait()
+
+
+def _zeros_in(memory: mmap.mmap, offset: int, shape: tuple[int, ...]) -> np.ndarray:
+    array = np.frombuffer(memory, np.uint8, math.prod(shape), offset).reshape(shape)
+    array[...] = 0
+    return array
+
+
+def _work(memory: int, shared: int, connection: int, slots: int, number: int) -> None:
+    """The life of a worker: batch after batch into free slots, until its parent is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    cv2.setNumThreads(0)
+    parent = os.getppid()
+    pipe = socket.socket(fileno=connection)
+    pipe.settimeout(_PARENT_CHECK_SECONDS)
+
+    def patiently(action: Callable[..., Any], *args: Any) -> Any:
+        """Repeats a socket action until it is done; the worker ends when its parent has."""
+        while True:
+            try:
+                return action(*args)
+            except TimeoutError:
+                # A forked child of the parent may hold the socket open, so its end is not enough of a sign.
+                if os.getppid() != parent:
+                    os._exit(0)
+            except ConnectionError:
+                os._exit(0)
+
+    def send(message: tuple) -> None:
+        content = pickle.dumps(message, 5)
+        rest = memoryview(_LENGTH.pack(len(content)) + content)
+        while rest:
+            rest = rest[patiently(pipe.send, rest) :]
+
+    try:
+        slot_memory = mmap.mmap(memory, 0)
+        slot_bytes = len(slot_memory) // slots
+        maker, batch, step = _load_shared(shared)
+        batch += number
+        free = deque(range(slots))
+        while True:
+            if not free:
+                freed = patiently(pipe.recv, slots)
+                if not freed:
+                    os._exit(0)
+                free.extend(freed)
+            slot = free.popleft()
+            image, *others = maker.make(batch, partial(_zeros_in, slot_memory, slot * slot_bytes))
+            send(("batch", slot, image.shape, others))
+            batch += step
+    except UserError as e:
+        send(("error", True, str(e)))
+    except BaseException:
+        send(("error", False, traceback.format_exc()))
+
+
+# ------------------------------------------------------------------------------------------------ inference
+def inference_batches(
+    images: DatasetSplit | Sequence[str], cfg: Any, shard: tuple[int, int] = (0, 1)
+) -> Iterator[dict[str, Any]]:
+    """Batches of TEST.BATCH_SIZE images, each image of this shard exactly once, read ahead by threads.
+
+    Args:
+        images: a split, whose images are batched by orientation, or files.
+        shard: (rank, size): every size-th image from the rank-th on.
+
+    Yields image uint8 [N, H, W, 3] BGR zero-padded, image_shape int32 [N, 2] valid heights and widths, indices (N ints
+    into `images`), original_shapes (N pairs of height, width).
+    """
+    is_split = isinstance(images, DatasetSplit)
+    mine = np.arange(shard[0], len(images), shard[1])
+    if is_split and cfg.TEST.BATCH_SIZE > 1:
+        sizes = images.image_sizes()[mine]
+        mine = mine[np.argsort(sizes[:, 0] > sizes[:, 1], kind="stable")]
+    short_edge = cfg.PREPROC.TEST_SHORT_EDGE_SIZE
+
+    def read(i: int) -> tuple[np.ndarray, tuple[int, int]]:
+        image = read_split_image(images, i) if is_split else read_image(images[i])
+        height, width = resized_shape(*image.shape[:2], short_edge, cfg.PREPROC.MAX_SIZE)
+        return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR), image.shape[:2]
+
+    chunks = [c.tolist() for c in np.split(mine, range(cfg.TEST.BATCH_SIZE, len(mine), cfg.TEST.BATCH_SIZE)) if len(c)]
+    ahead: deque = deque()
+    with ThreadPoolExecutor(2) as pool:
+        try:
+            for n, chunk in enumerate(chunks):
+                while len(ahead) < 3 and n + len(ahead) < len(chunks):
+                    ahead.append([pool.submit(read, i) for i in chunks[n + len(ahead)]])
+                done = [job.result() for job in ahead.popleft()]
+                shapes = [image.shape[:2] for image, _ in done]
+                batch = np.zeros((len(done), *_padded_size(shapes, cfg), 3), np.uint8)
+                for target, (image, _) in zip(batch, done):
+                    target[: image.shape[0], : image.shape[1]] = image
+                yield {
+                    "image": batch,
+                    "image_shape": np.array(shapes, np.int32),
+                    "indices": chunk,
+                    "original_shapes": [original for _, original in done],
+                }
+        finally:
+            for jobs in ahead:
+                for job in jobs:
+                    job.cancel()

@@ -1,0 +1,199 @@
+"""Object outlines as rings of vertices: orientation, tracing from RLE masks, edges, and a reference rasteriser.
+
+A ring is a float array [k, 2] of x y in continuous image coordinates (pixel i covers [i, i+1)), closed implicitly. An
+object is a list of rings under the non-zero winding rule: outer rings have positive signed area (clockwise on the
+screen, where y points down) and holes negative, so overlapping parts unite and holes stay holes. Nothing here clips:
+scaling and mirroring are exact. RLE masks follow COCO's format (column-major run lengths, background first).
+"""
+
+import numpy as np
+
+__all__ = [
+    "decode_rle",
+    "flip_edges",
+    "mask_to_rings",
+    "orient_outer",
+    "pack_edges",
+    "rasterize",
+    "ring_areas",
+    "rings_to_edges",
+    "rle_to_rings",
+    "signed_area",
+    "vertices_to_edges",
+]
+
+
+def signed_area(ring: np.ndarray) -> float:
+    """Shoelace area of one ring [k, 2]; positive when it runs clockwise on the screen."""
+    x, y = np.asarray(ring, np.float64).T
+    return float(np.dot(x, np.roll(y, -1)) - np.dot(np.roll(x, -1), y)) / 2
+
+
+def orient_outer(ring: np.ndarray) -> np.ndarray:
+    """The ring in the orientation of an outer outline (signed area >= 0)."""
+    return ring[::-1] if signed_area(ring) < 0 else ring
+
+
+def _next_vertex(ring_sizes: np.ndarray) -> np.ndarray:
+    """Index of each vertex's successor in its ring, for consecutive rings with these sizes (all positive)."""
+    ends = np.cumsum(ring_sizes)
+    successor = np.arange(1, (ends[-1] if len(ends) else 0) + 1)
+    successor[ends - 1] = ends - ring_sizes
+    return successor
+
+
+def ring_areas(vertices: np.ndarray, ring_sizes: np.ndarray) -> np.ndarray:
+    """Signed areas [R] (float64) of consecutive rings: vertices [V, 2], ring_sizes [R], all positive, sum V."""
+    if len(ring_sizes) == 0:
+        return np.zeros(0)
+    starts = np.cumsum(ring_sizes) - ring_sizes
+    # Relative to each ring's first vertex: no cancellation far from the origin.
+    local = vertices.astype(np.float64) - np.repeat(vertices[starts].astype(np.float64), ring_sizes, axis=0)
+    after = local[_next_vertex(ring_sizes)]
+    return np.add.reduceat(local[:, 0] * after[:, 1] - after[:, 0] * local[:, 1], starts) / 2
+
+
+def vertices_to_edges(vertices: np.ndarray, ring_sizes: np.ndarray) -> np.ndarray:
+    """Directed edges [V, 4] (x1 y1 x2 y2) of consecutive rings, in vertex order."""
+    return np.concatenate([vertices, vertices[_next_vertex(ring_sizes)]], axis=1)
+
+
+def rings_to_edges(rings: list) -> np.ndarray:
+    """Directed edges [E, 4] of an object given as a list of rings."""
+    rings = [np.asarray(r) for r in rings if len(r)]
+    if not rings:
+        return np.zeros((0, 4), np.float32)
+    return vertices_to_edges(np.concatenate(rings), np.array([len(r) for r in rings]))
+
+
+def flip_edges(edges: np.ndarray, width: float) -> np.ndarray:
+    """Edges [..., 4] of the outlines mirrored horizontally; each edge is reversed, so outer rings stay outer."""
+    return np.stack([width - edges[..., 2], edges[..., 3], width - edges[..., 0], edges[..., 1]], axis=-1)
+
+
+def pack_edges(edges: np.ndarray, owners: np.ndarray, count: int) -> np.ndarray:
+    """Edges of several objects as one array [count, E, 4] with zero-length padding; E >= 1.
+
+    edges [n, 4]; owners [n] non-decreasing, the object of each edge. Horizontal edges are left out: no row centre
+    crosses them, so they say nothing to a rasteriser that works by rows.
+    """
+    slanted = edges[:, 1] != edges[:, 3]
+    edges, owners = edges[slanted], owners[slanted]
+    per_object = np.bincount(owners, minlength=count)
+    packed = np.zeros((count, max(1, int(per_object.max(initial=0))), 4), edges.dtype)
+    first = np.cumsum(per_object) - per_object
+    packed[owners, np.arange(len(owners)) - first[owners]] = edges
+    return packed
+
+
+# ---------------------------------------------------------------- masks
+def decode_rle(rle: dict, height: int, width: int) -> np.ndarray:
+    """Bool mask [height, width] of a COCO RLE, compressed (str or bytes) or not (list of runs).
+
+    Raises ValueError, saying what is wrong, when the RLE does not describe a mask of this size.
+    """
+    size = rle.get("size", [height, width])
+    if list(size) != [height, width]:
+        raise ValueError(f"mask of {size[0]}x{size[1]} in an image of {height}x{width}")
+    counts = rle.get("counts")
+    if isinstance(counts, (str, bytes)):
+        runs = _runs_of_string(counts.encode() if isinstance(counts, str) else counts)
+    else:
+        runs = np.asarray(counts, np.int64)
+    if runs.ndim != 1 or (runs < 0).any() or runs.sum() != height * width:
+        raise ValueError("run lengths do not add up to the image")
+    values = np.zeros(len(runs), bool)
+    values[1::2] = True
+    return np.repeat(values, runs).reshape(width, height).T
+
+
+def _runs_of_string(text: bytes) -> np.ndarray:
+    """Run lengths of COCO's compressed RLE: 5 bits a character from 48 on, sign-extended, deltas from the third on."""
+    codes = np.frombuffer(text, np.uint8).astype(np.int64) - 48
+    if len(codes) == 0 or codes.min() < 0 or codes.max() > 63 or codes[-1] & 32:
+        raise ValueError("not a compressed RLE string")
+    last = np.flatnonzero((codes & 32) == 0)  # the character that ends each number
+    first = np.concatenate([[0], last[:-1] + 1])
+    place = np.arange(len(codes)) - np.repeat(first, last - first + 1)
+    if place.max() > 11:
+        raise ValueError("not a compressed RLE string")
+    values = np.add.reduceat((codes & 31) << (5 * place), first)
+    negative = (codes[last] & 16) != 0
+    values -= np.where(negative, np.int64(1) << (5 * (place[last] + 1)), 0)
+    # From the fourth number on the difference to the run two before is stored: sum the two interleaved sequences.
+    values[1::2] = np.cumsum(values[1::2])
+    values[2::2] = np.cumsum(values[2::2])
+    return values
+
+
+def rle_to_rings(rle: dict, height: int, width: int) -> list:
+    """The outline of a COCO RLE mask, see `mask_to_rings`."""
+    return mask_to_rings(decode_rle(rle, height, width))
+
+
+def mask_to_rings(mask: np.ndarray) -> list:
+    """Exact outline of a bool mask [H, W] along pixel borders: float32 rings [k, 2] with integer corners.
+
+    Filling the rings gives the mask back. Pixels that touch at a corner only are separate outer rings; holes run the
+    other way round. Every vertex is a right-angled corner.
+    """
+    columns = np.flatnonzero(mask.any(axis=0))
+    if len(columns) == 0:
+        return []
+    rows = np.flatnonzero(mask.any(axis=1))
+    top, left = rows[0], columns[0]
+    inside = mask[top : rows[-1] + 1, left : columns[-1] + 1]
+    # Vertical borders: +1 where the object lies left of the border (it runs down), -1 right of it (it runs up).
+    border = -np.diff(np.pad(inside.astype(np.int8), ((0, 0), (1, 1))), axis=1)  # [h, w+1]
+    change = np.diff(np.pad(border, ((1, 1), (0, 0))), axis=0).T  # [w+1, h+1]: where a vertical run starts or ends
+    # A jump between +1 and -1 (pixels touching at a corner) ends one run and starts another.
+    x, y = np.nonzero(change)
+    double = np.abs(change[x, y]) == 2
+    x, y = np.repeat(x, double + 1), np.repeat(y, double + 1)
+    x, y_low, y_high = x[0::2], y[0::2], y[1::2]  # vertical runs, each between two of the ends found
+    down = border[y_low, x] > 0
+    runs = len(x)
+    # Horizontal borders join neighbouring run ends of a row in pairs. Where two runs meet at one corner, the one whose
+    # object lies to the left belongs to the horizontal border on the left.
+    end_x, end_y = np.concatenate([x, x]), np.concatenate([y_low, y_high])
+    order = np.lexsort((np.concatenate([~down, ~down]), end_x, end_y))
+    partner = np.empty(2 * runs, np.int64)
+    partner[order[0::2]], partner[order[1::2]] = order[1::2], order[0::2]
+    numbers = np.arange(runs)
+    following = (partner[numbers + np.where(down, runs, 0)] % runs).tolist()  # from a run's head to the next run
+    tail_y, head_y = np.where(down, y_low, y_high), np.where(down, y_high, y_low)
+    corners = np.stack([np.stack([x, tail_y], 1), np.stack([x, head_y], 1)], 1)  # [runs, 2, 2]
+    corners = (corners + [left, top]).astype(np.float32)
+    seen = [False] * runs
+    rings = []
+    for start in range(runs):
+        ring, run = [], start
+        while not seen[run]:
+            seen[run] = True
+            ring.append(run)
+            run = following[run]
+        if ring:
+            rings.append(corners[ring].reshape(-1, 2))
+    return rings
+
+
+def rasterize(edges: np.ndarray, box: np.ndarray, size: int | tuple[int, int]) -> np.ndarray:
+    """The part of an object inside a box as a bool mask: the float64 reference of the rasteriser in the graph.
+
+    edges [E, 4] directed; box x1 y1 x2 y2; size M (or rows, columns). Mask pixel (i, j) is True where its centre,
+    (x1 + (j + 0.5) * width / M, y1 + (i + 0.5) * height / M), has a non-zero winding number. A centre exactly on an
+    edge belongs to the object when the object lies to its right or below.
+    """
+    rows, columns = (size, size) if np.isscalar(size) else size
+    x1, y1, x2, y2 = np.asarray(box, np.float64)
+    edges = np.asarray(edges, np.float64).reshape(-1, 4)
+    centre_x = x1 + (np.arange(columns) + 0.5) * ((x2 - x1) / columns)
+    centre_y = y1 + (np.arange(rows) + 0.5) * ((y2 - y1) / rows)
+    ax, ay, bx, by = (edges[:, k, None] for k in range(4))
+    crosses = (ay <= centre_y).astype(np.int64) - (by <= centre_y)  # [E, rows]: +1 down, -1 up, 0 not at all
+    edge, row = np.nonzero(crosses)
+    along = (centre_y[row] - edges[edge, 1]) / (edges[edge, 3] - edges[edge, 1])
+    cross_x = edges[edge, 0] + along * (edges[edge, 2] - edges[edge, 0])
+    winding = np.zeros((rows, columns + 1), np.int64)
+    np.add.at(winding, (row, np.searchsorted(centre_x, cross_x, side="left")), crosses[edge, row])
+    return np.cumsum(winding, axis=1)[:, :columns] != 0
