@@ -132,7 +132,7 @@ def default_config() -> Config:
             "TRAINER": "replicated",
             "MODE_MASK": True,  # Mask R-CNN instead of Faster R-CNN
             "MODE_FPN": False,  # feature pyramid instead of C4
-            "MODE_KEYPOINT": False,
+            "MODE_KEYPOINT": False,  # keypoint branch; with MODE_FPN
             "DATA": {
                 "BASEDIR": "data/coco",  # holds annotations/ and train2017/, val2017/ (or the 2014 names)
                 "TRAIN": ["coco_train2017"],  # names of one or more registered sets, concatenated
@@ -182,7 +182,8 @@ def default_config() -> Config:
                 # Losses of RoIs: mean of the images' means, so that spreading a batch over devices changes nothing;
                 # False: one mean over the RoIs of a device's batch (detectron2).
                 "LOSS_PER_IMAGE": True,
-                "PRECISION": "float32",  # float32 | bfloat16 | float16: compute type of convolutions and products
+                # Compute type of convolutions and products: float32 | bfloat16 | float16; float64 for comparisons.
+                "PRECISION": "float32",
                 "SEED": 42,  # None: a new one each run
                 "GRADIENT_CLIP": None,  # global norm to clip at
                 "MAX_STEPS": None,  # stop after this many updates whatever the schedule says
@@ -239,6 +240,11 @@ def default_config() -> Config:
                 "LOSS_WEIGHT": 1.0,
                 "ACCURATE_PASTE": True,  # bilinear in the image frame; False: per-box resize (faster, coarser)
             },
+            "KRCNN": {
+                "NUM_KEYPOINT": 17,  # per object; COCO's persons have 17
+                "HEAD_DIM": 512,
+                "LOSS_WEIGHT": 1.0,
+            },
             "CASCADE": {
                 "IOUS": [0.5, 0.6, 0.7],
                 "BBOX_REG_WEIGHTS": [[10.0, 10.0, 5.0, 5.0], [20.0, 20.0, 10.0, 10.0], [30.0, 30.0, 15.0, 15.0]],
@@ -260,7 +266,7 @@ _CHOICES = {
     "FPN.NORM": ["GN", None],
     "FPN.FRCNN_HEAD_FUNC": ["fastrcnn_2fc_head", "fastrcnn_4conv1fc_head", "fastrcnn_4conv1fc_gn_head"],
     "FPN.MRCNN_HEAD_FUNC": ["maskrcnn_up4conv_head", "maskrcnn_up4conv_gn_head"],
-    "TRAIN.PRECISION": ["float32", "bfloat16", "float16"],
+    "TRAIN.PRECISION": ["float32", "bfloat16", "float16", "float64"],
     "TRAIN.LR_SCALING": ["linear", "none"],
 }
 
@@ -328,6 +334,8 @@ def finalize_config(cfg: Config) -> Config:
         sizes, strides = cfg.RPN.ANCHOR_SIZES, cfg.FPN.ANCHOR_STRIDES
         check(len(sizes) == len(strides), "RPN.ANCHOR_SIZES", f"needs one size for each of the strides {strides}")
     check(not cfg.FPN.CASCADE or cfg.MODE_FPN, "FPN.CASCADE", "needs MODE_FPN=True")
+    check(not cfg.MODE_KEYPOINT or cfg.MODE_FPN, "MODE_KEYPOINT", "needs MODE_FPN=True")
+    check(cfg.KRCNN.NUM_KEYPOINT >= 1, "KRCNN.NUM_KEYPOINT", "must be 1 or more")
     check(
         len(cfg.CASCADE.IOUS) == len(cfg.CASCADE.BBOX_REG_WEIGHTS),
         "CASCADE.BBOX_REG_WEIGHTS",

@@ -107,7 +107,7 @@ def list_images(paths: Sequence[str | os.PathLike]) -> list[str]:
 # ------------------------------------------------------------------------------------------------ batches
 def training_keys(cfg: Any) -> list[str]:
     """Names of a training batch's components, in order."""
-    keys = ["image", "image_shape", "gt_boxes", "gt_labels", "gt_is_crowd"]
+    keys = ["image", "image_shape", "image_seed", "gt_boxes", "gt_labels", "gt_is_crowd"]
     return keys + ["gt_edges"] * bool(cfg.MODE_MASK) + ["gt_keypoints"] * bool(cfg.MODE_KEYPOINT)
 
 
@@ -152,16 +152,17 @@ def make_batch(
         seeds: for each image what its random decisions depend on.
         new_image: gives zeroed uint8 memory of a shape.
 
-    image uint8 [N, H, W, 3] BGR zero-padded at the bottom and right, image_shape int32 [N, 2], gt_boxes float32
-    [N, G, 4], gt_labels int32 [N, G] with 0 for padding, gt_is_crowd bool [N, G], gt_edges float32 [N, G, E, 4] without
+    image uint8 [N, H, W, 3] BGR zero-padded at the bottom and right, image_shape int32 [N, 2], image_seed int32
+    [N] for the random choices that the graph makes for the image, gt_boxes float32 [N, G, 4], gt_labels int32 [N, G] with 0 for padding, gt_is_crowd bool [N, G], gt_edges float32 [N, G, E, 4] without
     horizontal edges and those of crowds, zero-length edges padding, gt_keypoints float32 [N, G, K, 3].
     """
     pixels = [read_split_image(split, i) for i in images]
-    sizes, flips = [], []
+    sizes, flips, image_seeds = [], [], []
     for image, seed in zip(pixels, seeds):
         rng = np.random.default_rng(seed)
         sizes.append(resized_shape(*image.shape[:2], _short_edge(cfg, rng), cfg.PREPROC.MAX_SIZE))
         flips.append(bool(rng.random() < 0.5) and cfg.PREPROC.FLIP)
+        image_seeds.append(rng.integers(2**31))
     batch = new_image((len(images), *_padded_size(sizes, cfg), 3))
     objects = []
     for n, (i, image, (height, width), flip) in enumerate(zip(images, pixels, sizes, flips)):
@@ -170,7 +171,15 @@ def make_batch(
     padded = {
         key: _stack_padded([o[key] for o in objects]) for key in objects[0]
     }  # fmt: skip
-    return [{"image": batch, "image_shape": np.array(sizes, np.int32), **padded}[key] for key in training_keys(cfg)]
+    return [
+        {
+            "image": batch,
+            "image_shape": np.array(sizes, np.int32),
+            "image_seed": np.array(image_seeds, np.int32),
+            **padded,
+        }[key]
+        for key in training_keys(cfg)
+    ]
 
 
 def _place_objects(split: DatasetSplit, i: int, size: tuple[int, int], flip: bool, cfg: Any) -> dict[str, np.ndarray]:

@@ -371,7 +371,7 @@ def train(args: argparse.Namespace) -> int:
 
     try:
         metrics = run_training(
-            cfg, plan, dataflow, training_keys(cfg), devices, trainer, logdir, run_meta, load, start_step,
+            cfg, plan, dataflow, training_keys(cfg), devices, trainer, logdir, run_meta, load,
             describe_batch, _evaluation_builder(cfg, validation, devices, trainer, rank, size) if validation else None,
         )  # fmt: skip
     except Interrupted as e:
@@ -390,6 +390,8 @@ def _training_classes(cfg: Config, split: Any) -> Config:
     cfg = cfg.copy()
     cfg.DATA.CLASS_NAMES = list(split.class_names)
     cfg.DATA.NUM_CATEGORY = len(split.class_names)
+    if cfg.TRAIN.SEED is None:  # chosen once, so that the run can be resumed and repeated
+        cfg.TRAIN.SEED = int.from_bytes(os.urandom(3), "little")
     return cfg.freeze()
 
 

@@ -7,7 +7,6 @@ and of the batch, so that a resumed run continues exactly as the uninterrupted o
 import dataclasses
 import json
 import math
-import os
 import re
 import signal
 import sys
@@ -564,7 +563,6 @@ def run_training(
     logdir: Path,
     meta: dict[str, Any],
     load: Callable[[Any], None],
-    start_step: int,
     describe_batch: Callable[[int], str],
     build_evaluation: Callable[[], Callable] | None,
 ) -> dict[str, float]:
@@ -573,9 +571,17 @@ def run_training(
     load(sess) puts weights (and, when resuming, momentum and step) in place. Raises Interrupted after a signal.
     """
     tensorpack_logger._logger.setLevel("WARNING")
+    with tf.Graph().as_default():
+        return _run_in_graph(
+            cfg, plan, dataflow, keys, devices, trainer, logdir, meta, load, describe_batch, build_evaluation
+        )
+
+
+def _run_in_graph(
+    cfg, plan, dataflow, keys, devices, trainer, logdir, meta, load, describe_batch, build_evaluation
+):  # fmt: skip
     chief = trainer.is_chief
-    seed = cfg.TRAIN.SEED
-    tf.set_random_seed(seed if seed is not None else int.from_bytes(os.urandom(3), "little"))
+    tf.set_random_seed(cfg.TRAIN.SEED)
     model = DetectionModel(cfg, plan, keys)
     watched = _watch(dataflow)
     capacity = max(2, 2 * len(devices))

@@ -1,0 +1,328 @@
+"""train.py: whole runs through the command line, on real photographs with a tiny model."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+import train
+from tiny import COCO_MINI, TINY_TRAINING
+from utils.checkpoint import load_weights, newest_checkpoint, save_npz
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(*args) -> int:
+    return train.main([str(a) for a in args])
+
+
+def train_tiny(logdir, *settings, steps=3, flags=()) -> int:
+    return run("--logdir", logdir, *flags, "--config", *TINY_TRAINING, f"TRAIN.MAX_STEPS={steps}", *settings)
+
+
+def losses_of(logdir) -> dict[int, float]:
+    lines = (Path(logdir) / "log.jsonl").read_text().splitlines()
+    return {e["step"]: e["total_loss"] for e in map(json.loads, lines) if "total_loss" in e}
+
+
+def weights_of(logdir) -> dict[str, np.ndarray]:
+    return load_weights(logdir)[0]
+
+
+def assert_same_weights(a, b, rtol=1e-6):
+    """Equal up to rtol of each tensor's largest value, momentum included."""
+    assert sorted(a) == sorted(b)
+    assert any(name.endswith("Momentum") for name in a)
+    for name, value in a.items():
+        scale = np.abs(value).max() if value.size else 0
+        np.testing.assert_allclose(b[name], value, rtol=0, atol=rtol * max(scale, 1e-12), err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    logdir = tmp_path_factory.mktemp("runs") / "tiny"
+    assert train_tiny(logdir, steps=4) == 0
+    return logdir
+
+
+# ----------------------------------------------------------------------------------------------------------- training
+def test_a_run_leaves_a_checkpoint_that_describes_itself(trained):
+    weights, meta = load_weights(trained)
+    assert weights["global_step"] == 4
+    assert meta["settings"]["MODE_FPN"] is True
+    assert len(meta["class_names"]) == 80
+    assert meta["class_names"][0] == "person"
+    assert set(meta["versions"]) >= {"tensorflow", "numpy", "python"}
+    assert losses_of(trained).keys() == {4}
+    assert list(trained.glob("events.out.tfevents.*"))
+
+
+def test_a_resumed_run_continues_as_the_uninterrupted_one(trained, tmp_path):
+    logdir = tmp_path / "run"
+    assert train_tiny(logdir, steps=2) == 0
+    assert weights_of(logdir)["global_step"] == 2
+    assert train_tiny(logdir, steps=4) == 0  # the same --logdir continues
+    assert_same_weights(weights_of(trained), weights_of(logdir))
+
+
+def test_resume_needs_no_settings_and_takes_changed_ones(tmp_path):
+    logdir = tmp_path / "run"
+    assert train_tiny(logdir, steps=1) == 0
+    assert run("--resume", "--logdir", logdir, "--config", "TRAIN.MAX_STEPS=2") == 0
+    assert weights_of(logdir)["global_step"] == 2
+
+
+def test_the_seed_fixes_the_run_and_another_changes_it(trained, tmp_path):
+    assert train_tiny(tmp_path / "a", steps=4) == 0
+    assert_same_weights(weights_of(trained), weights_of(tmp_path / "a"))
+    assert train_tiny(tmp_path / "b", "TRAIN.SEED=7", steps=4) == 0
+    assert not np.allclose(weights_of(trained)["conv0/W"], weights_of(tmp_path / "b")["conv0/W"])
+
+
+def test_other_settings_in_the_same_directory_are_refused_with_the_two_ways_on(trained, caplog, capsys):
+    before = sorted(p.name for p in trained.iterdir())
+    assert train_tiny(trained, "TRAIN.BASE_LR=0.002", steps=9) == 2
+    message = last_error(capsys)
+    assert "TRAIN.BASE_LR: 0.001 -> 0.002" in message
+    assert "--resume" in message
+    assert "another --logdir" in message
+    assert sorted(p.name for p in trained.iterdir()) == before
+
+
+def test_a_directory_of_something_else_is_refused(tmp_path, capsys):
+    (tmp_path / "thesis.tex").write_text("x")
+    assert train_tiny(tmp_path) == 2
+    assert str(tmp_path) in last_error(capsys)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+# Small learning rates keep the decisions of both runs (sampling, NMS) the same, so that weights can be compared.
+SAME_SIZE = ["PREPROC.SHORT_EDGE_SIZE=[96,96]", "PREPROC.MAX_SIZE=96", "DATA.FILTER_EMPTY=False", "PREPROC.FLIP=True"]
+
+
+def test_replicas_on_two_devices_equal_one_device_with_the_joined_batch(tmp_path):
+    assert train_tiny(tmp_path / "joined", "TRAIN.BATCH_SIZE_PER_GPU=2", *SAME_SIZE, steps=3) == 0
+    assert train_tiny(tmp_path / "two", "TRAIN.CPU_REPLICAS=2", *SAME_SIZE, steps=3) == 0
+    assert_same_weights(weights_of(tmp_path / "joined"), weights_of(tmp_path / "two"), rtol=1e-5)
+
+
+def test_accumulated_micro_batches_equal_one_batch(tmp_path):
+    assert train_tiny(tmp_path / "joined", "TRAIN.BATCH_SIZE_PER_GPU=2", *SAME_SIZE, steps=3) == 0
+    assert train_tiny(tmp_path / "two", "TRAIN.ACCUMULATION=2", *SAME_SIZE, steps=3) == 0
+    assert_same_weights(weights_of(tmp_path / "joined"), weights_of(tmp_path / "two"), rtol=1e-5)
+
+
+def test_training_fits_a_repeated_image(tmp_path):
+    """The total loss of one image, seen again and again, falls to less than half."""
+    annotations = json.loads((COCO_MINI / "annotations/instances_train2017.json").read_text())
+    annotations["images"] = annotations["images"][:1]
+    keep = annotations["images"][0]["id"]
+    annotations["annotations"] = [a for a in annotations["annotations"] if a["image_id"] == keep]
+    path = tmp_path / "one.json"
+    path.write_text(json.dumps(annotations))
+    assert (
+        train_tiny(
+            tmp_path / "run", f"DATA.DATASETS={{'one':['{path}','{COCO_MINI}/train2017']}}", "DATA.TRAIN=one",
+            "PREPROC.SHORT_EDGE_SIZE=[96,96]", "PREPROC.FLIP=False", "TRAIN.BASE_LR=0.01", "TRAIN.WARMUP=20",
+            steps=80,
+        )
+        == 0
+    )  # fmt: skip
+    losses = losses_of(tmp_path / "run")
+    assert losses[80] < 0.5 * losses[20]
+
+
+def test_a_frozen_pattern_stays_as_loaded(trained, tmp_path):
+    logdir = tmp_path / "run"
+    assert train_tiny(logdir, "TRAIN.FREEZE_PATTERN='^(conv0|group)'", flags=["--load", trained], steps=2) == 0
+    before, after = weights_of(trained), weights_of(logdir)
+    assert np.array_equal(before["group2/block0/conv1/W"], after["group2/block0/conv1/W"])
+    assert not np.array_equal(before["rpn/conv0/W"], after["rpn/conv0/W"])
+
+
+def test_nan_stops_the_run_with_the_names_of_the_images(tmp_path, capsys):
+    assert (
+        train_tiny(tmp_path / "run", "TRAIN.BASE_LR=1e18", "TRAIN.WARMUP=0", "TRAIN.GRADIENT_CLIP=None", steps=5) == 3
+    )
+    message = last_error(capsys)
+    ids = [str(i["id"]) for i in json.loads((COCO_MINI / "annotations/instances_train2017.json").read_text())["images"]]
+    assert "images of the batch" in message
+    assert any(i in message for i in ids)
+
+
+@pytest.mark.slow
+def test_sigterm_saves_a_checkpoint_and_says_how_to_go_on(tmp_path):
+    logdir = tmp_path / "run"
+    command = [
+        sys.executable,
+        "train.py",
+        "--logdir",
+        str(logdir),
+        "--config",
+        *TINY_TRAINING,
+        "TRAIN.MAX_STEPS=100000",
+    ]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stderr:
+            if "first step" in line:
+                break
+        time.sleep(0.5)
+        process.send_signal(signal.SIGTERM)
+        rest = process.stderr.read()
+        assert process.wait(60) == 128 + signal.SIGTERM
+    assert f"./train.py --resume --logdir {logdir}" in rest
+    assert "Traceback" not in rest
+    assert newest_checkpoint(logdir) is not None
+
+
+# ------------------------------------------------------------------------------------------------ loading and running
+def test_weights_load_from_a_run_a_checkpoint_and_an_npz_alike(trained, tmp_path, capsys):
+    weights, meta = load_weights(trained)
+    save_npz(tmp_path / "model.npz", weights, meta)
+    image = next((COCO_MINI / "val2017").glob("*.jpg"))
+    entries = []
+    for i, source in enumerate([trained, newest_checkpoint(trained), tmp_path / "model.npz"]):
+        out = tmp_path / str(i)
+        assert run("--predict", image, "--load", source, "--output", out, "--no-window") == 0
+        entries.append(json.loads((out / "predictions.json").read_text()))
+        assert cv2.imread(str(out / image.name)) is not None
+    assert entries[0] == entries[1] == entries[2]
+    assert "loaded" in capsys.readouterr().err
+
+
+def test_predict_takes_files_and_folders_and_writes_what_it_found(trained, tmp_path):
+    files = sorted((COCO_MINI / "val2017").glob("*.jpg"))
+    settings = ["--config", "TEST.RESULT_SCORE_THRESH=0.0", "TEST.BATCH_SIZE=2"]
+    assert (
+        run("--predict", COCO_MINI / "val2017", "--load", trained, "--output", tmp_path, "--no-window", *settings) == 0
+    )
+    entries = json.loads((tmp_path / "predictions.json").read_text())
+    assert sorted(Path(e["file"]).name for e in entries) == [f.name for f in files]
+    for entry in entries:
+        image = cv2.imread(entry["file"])
+        assert (entry["height"], entry["width"]) == image.shape[:2]
+        assert entry["detections"]
+        for found in entry["detections"]:
+            x1, y1, x2, y2 = found["box"]
+            assert 0 <= x1 < x2 <= entry["width"]
+            assert 0 <= y1 < y2 <= entry["height"]
+            assert found["mask"]["size"] == [entry["height"], entry["width"]]
+
+
+def test_evaluation_without_detections_gives_zero_not_nothing(trained, tmp_path):
+    out = tmp_path / "results.json"
+    assert run("--evaluate", out, "--load", trained, "--config", "TEST.RESULT_SCORE_THRESH=0.999") == 0
+    assert json.loads(out.read_text()) == []
+    metrics = json.loads((tmp_path / "results.metrics.json").read_text())
+    assert metrics["bbox/AP"] == 0
+    assert metrics["segm/AP"] == 0
+
+
+def test_evaluation_scores_every_set_and_its_ids_are_the_jsons(trained, tmp_path):
+    out = tmp_path / "results.json"
+    code = run(
+        "--evaluate", out, "--load", trained, "--config", "TEST.RESULT_SCORE_THRESH=0.0", "TEST.BATCH_SIZE=2",
+        "DATA.VAL=['coco_val2017','coco_train2017']",
+    )  # fmt: skip
+    assert code == 0
+    results = json.loads((tmp_path / "results-coco_train2017.json").read_text())
+    truth = json.loads((COCO_MINI / "annotations/instances_train2017.json").read_text())
+    assert {r["image_id"] for r in results} == {i["id"] for i in truth["images"]}
+    assert {r["category_id"] for r in results} <= {c["id"] for c in truth["categories"]}
+    metrics = json.loads((tmp_path / "results.metrics.json").read_text())
+    assert "coco_val2017/bbox/AP" in metrics
+    assert "coco_train2017/segm/AP50" in metrics
+
+
+def test_training_evaluates_at_the_end_when_asked(tmp_path):
+    logdir = tmp_path / "run"
+    assert train_tiny(logdir, "TRAIN.EVAL_PERIOD=1", "TRAIN.CPU_REPLICAS=2", steps=2) == 0
+    metrics = json.loads((logdir / "metrics.json").read_text())
+    assert 0 <= metrics["bbox/AP"] <= 1
+
+
+def test_a_mismatch_stops_and_partial_loading_or_trimming_goes_on(trained, tmp_path, capsys):
+    annotations = json.loads((COCO_MINI / "annotations/instances_train2017.json").read_text())
+    annotations["categories"] = annotations["categories"][:13]
+    kept = {c["id"] for c in annotations["categories"]}
+    annotations["annotations"] = [a for a in annotations["annotations"] if a["category_id"] in kept]
+    path = tmp_path / "thirteen.json"
+    path.write_text(json.dumps(annotations))
+    settings = [f"DATA.DATASETS={{'thirteen':['{path}','{COCO_MINI}/train2017']}}", "DATA.TRAIN=thirteen"]
+    assert train_tiny(tmp_path / "a", *settings, flags=["--load", trained], steps=1) == 2
+    assert "fastrcnn/outputs" in last_error(capsys)
+    assert train_tiny(tmp_path / "b", *settings, flags=["--load", trained, "--trim-heads"], steps=1) == 0
+    assert "fastrcnn/outputs/class/W" in capsys.readouterr().err
+    weights, meta = load_weights(tmp_path / "b")
+    assert weights["fastrcnn/outputs/class/b"].shape == (14,)
+    assert meta["class_names"] == [c["name"] for c in annotations["categories"]]
+
+
+# ------------------------------------------------------------------------------------------------------------- errors
+def last_error(capsys) -> str:
+    """The message of the one ERROR line of standard error."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().err)
+    lines = [line for line in text.splitlines() if " ERROR " in line]
+    assert len(lines) == 1, text
+    assert "Traceback" not in text
+    return lines[0].split(" ERROR ", 1)[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--config", "MODE_FNP=True"], "MODE_FPN"),
+        (["--config", "DATA.BASEDIR=/nowhere"], "/nowhere"),
+        (["--config", f"DATA.BASEDIR={COCO_MINI}", "DATA.TRAIN=coco_train2071"], "coco_train2017"),
+        (["--load", "/nowhere/model.npz"], "/nowhere/model.npz"),
+        (["--config", "BACKBONE.WEIGHTS=/nowhere/R50.npz"], "/nowhere/R50.npz"),
+        (["--resume", "--logdir", "/nowhere/run"], "/nowhere/run"),
+        (["--predict", "/nowhere/a.jpg", "--load", "LOGDIR"], "/nowhere/a.jpg"),
+        (["--evaluate", "o.json", "--load", "LOGDIR", "--config", "DATA.BASEDIR=/nowhere"], "/nowhere"),
+        (["--evaluate", "o.json", "--load", "LOGDIR", "--config", "DATA.VAL=[]"], "DATA.VAL"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(arguments, named, trained, capsys):
+    assert run(*[trained if a == "LOGDIR" else a for a in arguments]) == 2
+    assert named in last_error(capsys)
+
+
+def test_an_unreadable_image_is_named(trained, tmp_path, capsys):
+    bad = tmp_path / "bad.jpg"
+    bad.write_bytes(b"not a picture")
+    assert run("--predict", bad, "--load", trained) == 2
+    assert str(bad) in last_error(capsys)
+
+
+@pytest.mark.slow
+def test_tensorflow_is_quiet_and_a_flag_brings_it_back(trained, tmp_path):
+    image = next((COCO_MINI / "val2017").glob("*.jpg"))
+
+    def stderr(*flags):
+        command = [
+            sys.executable, "train.py", "--predict", str(image), "--load", str(trained), "--output", str(tmp_path),
+            "--no-window", *flags,
+        ]  # fmt: skip
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(("TF_", "PACKRCNN"))}
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, check=True)
+        return done.stderr
+
+    quiet = stderr()
+    for noise in ("oneDNN", "cudart", "absl", "deprecated", "Warning", "np_resource"):
+        assert noise not in quiet
+    assert "oneDNN" in stderr("--verbose-tf")
+
+
+def test_print_config_shows_the_settings_in_force(trained, capsys):
+    assert run("--print-config", "--config", "MODE_FPN=True") == 0
+    out = capsys.readouterr().out
+    assert "MODE_FPN=True" in out.splitlines()
+    assert "TRAIN.LR_SCHEDULE=[240000, 320000, 360000]" in out.splitlines()
