@@ -182,7 +182,6 @@ def _class_count_from_weights(cfg: Config, weights: dict) -> int:
 
 def predict(args: argparse.Namespace) -> None:
     from data import inference_batches, list_images
-
     from eval import to_original_frame
     from viz import prediction_entry, show_window, write_prediction
 
@@ -229,7 +228,6 @@ def _with_classes(cfg: Config, weights: dict | None, splits: list) -> Config:
 
 def evaluate(args: argparse.Namespace) -> None:
     from dataset import load_validation_splits
-
     from eval import evaluate_split, write_results
 
     args.load = args.load or args.logdir
