@@ -670,3 +670,51 @@ def test_an_annotation_file_is_read_by_path(tmp_path):
     path.write_text("[]")
     with pytest.raises(UserError, match="truth.json has no list 'images'"):
         scoring.evaluate_coco(path, results)
+
+
+@pytest.mark.quick
+def test_a_predictor_that_knows_the_annotations_scores_near_one_on_real_photographs():
+    """The whole way: json, resized and padded batches, boxes and 28x28 masks in the resized frame, results, scores."""
+    from config import default_config, finalize_config
+    from data import inference_batches
+    from dataset import load_split
+
+    settings = ["MODE_FPN=True", "TEST.BATCH_SIZE=2", "PREPROC.TEST_SHORT_EDGE_SIZE=333", "PREPROC.MAX_SIZE=480"]
+    settings += [f"DATA.BASEDIR={HERE / 'data' / 'coco_mini'}", "PREPROC.SHORT_EDGE_SIZE=333"]
+    cfg = finalize_config(default_config().update_args(settings))
+    split = load_split(cfg, "coco_train2017")
+    order = iter([batch["indices"] for batch in inference_batches(split, cfg)])
+
+    def predict(image, image_shape):
+        indices = next(order)
+        found = [split.annotations(i) for i in indices]
+        rows = max(len(f["boxes"]) for f in found)
+        outputs = {
+            "boxes": np.zeros((len(found), rows, 4), np.float32),
+            "scores": np.zeros((len(found), rows), np.float32),
+            "labels": np.zeros((len(found), rows), np.int32),
+            "masks": np.zeros((len(found), rows, 28, 28), np.float32),
+            "count": np.zeros(len(found), np.int32),
+        }
+        for n, (one, shape, i) in enumerate(zip(found, image_shape, indices)):
+            height, width = split.image_size(i)
+            keep = np.flatnonzero(~one["is_crowd"])
+            k = len(keep)
+            outputs["count"][n] = k
+            outputs["boxes"][n, :k] = one["boxes"][keep] * np.tile(shape[::-1] / [width, height], 2)
+            outputs["scores"][n, :k], outputs["labels"][n, :k] = 0.9, one["labels"][keep]
+            for row, a in enumerate(keep):
+                outputs["masks"][n, row] = cell_coverage(one["rings"][a], one["boxes"][a])
+        return outputs
+
+    def cell_coverage(rings, box):
+        """Share of each of 28x28 cells that is inside the rings, from 8x8 samples."""
+        scaled = [((r - box[:2]) / (box[2:] - box[:2]) * 224).ravel().tolist() for r in rings]
+        mask = coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(scaled, 224, 224)))
+        return mask.reshape(28, 8, 28, 8).mean((1, 3))
+
+    results = scoring.evaluate_split(predict, split, cfg, progress=False)
+    metrics = split.evaluate(results, verbose=False)
+    assert metrics["bbox/AP"] > 0.99
+    assert metrics["segm/AP50"] > 0.99 and metrics["segm/AP"] > 0.85
+    assert not math.isnan(metrics["segm/AP_per_class/person"])
