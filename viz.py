@@ -130,7 +130,7 @@ def _draw(image: np.ndarray, items: list[_Item]) -> np.ndarray:
     line = max(1, round(unit / 320))
     for item in items:
         if item.mask is not None:
-            _draw_mask(canvas, item, line)
+            _draw_mask(canvas, item, max(1, round(unit / 450)))
     for item in items:
         _draw_box(canvas, item, line if item.mask is None else max(1, line // 2))
         if item.keypoints is not None:
