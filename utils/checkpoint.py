@@ -25,7 +25,8 @@ from termcolor import colored
 from common import UserError, atomic_write, git_revision, logger, read_json, write_json
 
 __all__ = [
-    "load_weights", "native_names", "save_npz", "make_meta", "write_checkpoint_meta", "read_checkpoint_meta", "newest_checkpoint",
+    "load_weights", "native_names", "save_npz", "make_meta", "write_checkpoint_meta", "read_checkpoint_meta",
+    "newest_checkpoint",
     "save_tf_checkpoint", "assign_weights", "match_weights", "fit_weights", "LoadReport", "is_training_state",
 ]  # fmt: skip
 
@@ -375,7 +376,7 @@ class LoadReport:
             )
         if allow_partial:
             return self
-        way_out = "or ask for partial loading"
+        way_out = "or load what fits with --partial-load"
         if self.mismatched:
             name, want, got = self.mismatched[0]
             more = f" and {len(self.mismatched) - 1} more differ" if len(self.mismatched) > 1 else ""
@@ -410,7 +411,7 @@ class LoadReport:
             ):
                 return f"set BACKBONE.NORM={value}"
         if any_of(mismatched, _CLASS_TENSOR.match) and not any_of(mismatched, lambda n: not _CLASS_TENSOR.match(n)):
-            return "the number of classes differs: trim the heads to re-initialise them"
+            return "the number of classes differs: --trim-heads starts those tensors anew"
         if any_of(self.missing + self.unused, re.compile(r"^group\d/block\d+/").match):
             blocks: dict[int, int] = {}
             for name in [*self.loaded, *self.unused, *mismatched]:

@@ -1,0 +1,956 @@
+"""Converts weights of other detection systems and ImageNet models into this project's .npz.
+
+    python tools/convert.py model_final.pkl weights.npz
+    python train.py --predict image.jpg --load weights.npz
+
+The system is recognised by the names inside the file, whatever the file is called: tensorpack (R-CNN and ImageNet
+.npz), detectron2 (.pkl, .pth), Detectron/Caffe2 (.pkl), maskrcnn-benchmark (.pth), torchvision (detection and
+ImageNet .pth), Keras applications (.h5). Every tensor must find its place and every place its tensor, otherwise
+nothing is written and the exit code is 3 (unless allowed by flags). The settings that the model needs are derived from
+the tensors, printed, and stored in the .npz, so that --load applies them.
+"""
+
+import argparse
+import math
+import os
+import re
+import sys
+import zipfile
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tabulate import tabulate
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from common import UserError, logger, read_json
+from config import default_config
+from utils.checkpoint import is_training_state, load_weights, make_meta, native_names, save_npz
+from utils.safe_pickle import is_torch_zip, read_pickle
+
+__all__ = ["convert", "Report", "expected_names", "legacy_cell_anchors"]
+
+_BN_EPSILON = 1e-5  # of this project's batch norms unless BACKBONE.BN_EPSILON says otherwise
+_GAPS_IN_COCO_IDS = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)  # category ids 1..90 without a category
+# fmt: off
+_COCO_NAMES = [
+    "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light",
+    "fire hydrant", "stop sign", "parking meter", "bench", "bird", "cat", "dog", "horse", "sheep", "cow", "elephant",
+    "bear", "zebra", "giraffe", "backpack", "umbrella", "handbag", "tie", "suitcase", "frisbee", "skis", "snowboard",
+    "sports ball", "kite", "baseball bat", "baseball glove", "skateboard", "surfboard", "tennis racket", "bottle",
+    "wine glass", "cup", "fork", "knife", "spoon", "bowl", "banana", "apple", "sandwich", "orange", "broccoli",
+    "carrot", "hot dog", "pizza", "donut", "cake", "chair", "couch", "potted plant", "bed", "dining table", "toilet",
+    "tv", "laptop", "mouse", "remote", "keyboard", "cell phone", "microwave", "oven", "toaster", "sink",
+    "refrigerator", "book", "clock", "vase", "scissors", "teddy bear", "hair drier", "toothbrush",
+]
+# fmt: on
+
+_NORM_LEAVES = {"weight": "gamma", "bias": "beta", "running_mean": "mean/EMA", "running_var": "variance/EMA"}
+
+
+@dataclass
+class Report:
+    """What became of each tensor of the file."""
+
+    system: str = ""
+    mapped: dict[str, str] = field(default_factory=dict)  # name in the file -> name here
+    ignored: list[tuple[str, str]] = field(default_factory=list)  # (name in the file, why it carries no weights)
+    unused: list[str] = field(default_factory=list)  # names in the file that have no place
+    missing: list[str] = field(default_factory=list)  # names here that the model needs and the file lacks
+    notes: list[str] = field(default_factory=list)
+    class_names: list[str] = field(default_factory=list)
+
+    def table(self, verbose: bool = False) -> str:
+        rows = [["mapped", len(self.mapped), ""]]
+        reasons: dict[str, list[str]] = {}
+        for name, why in self.ignored:
+            reasons.setdefault(why, []).append(name)
+        rows += [["ignored", len(names), f"{why}: {_some(names, 2)}"] for why, names in reasons.items()]
+        rows.append(["unused", len(self.unused), _some(self.unused, 8)])
+        rows.append(["missing", len(self.missing), _some(self.missing, 8)])
+        text = tabulate(rows, headers=[self.system, "tensors", ""], tablefmt="simple")
+        if verbose:
+            text += "\n" + "\n".join(f"  {old} -> {new}" for old, new in self.mapped.items())
+        return "\n".join([text, *(f"note: {note}" for note in self.notes)])
+
+
+def convert(
+    path: str | os.PathLike,
+    overrides: Iterable[str] = (),
+    class_names: list[str] | None = None,
+    drop_unused_classes: bool = False,
+) -> tuple[dict[str, np.ndarray], dict[str, Any], Report]:
+    """(variables under this project's names, float32; flat settings the model needs; report) of a weights file.
+
+    overrides: KEY=VAL strings that win over the derived settings (the stride position, for one, cannot be seen in
+    tensors). drop_unused_classes: of torchvision's 90 COCO ids keep the 80 that are categories.
+    """
+    tensors, facts = _read(Path(path))
+    report = Report()
+    system, translate = _recognise(tensors, facts, Path(path))
+    report.system = system
+    variables, settings = translate(tensors, facts, report)
+    _check_known_structure(variables, path)
+    settings = {**_derive_settings(variables), **settings}
+    classes = settings.get("DATA.NUM_CATEGORY", 0)
+    names = _default_class_names(system, classes, report) if class_names is None else class_names
+    if drop_unused_classes:
+        names = _drop_gaps(variables, settings, names, path)
+    if names and len(names) != settings.get("DATA.NUM_CATEGORY", 0):
+        raise UserError(
+            f"{path} has {settings.get('DATA.NUM_CATEGORY', 0)} classes, --class-names gives {len(names)}; correct it"
+        )
+    report.class_names = list(names)
+    expected, optional = expected_names(settings)
+    report.missing = sorted(expected - set(variables))
+    homeless = set(variables) - expected - optional
+    report.unused += [old for old, new in report.mapped.items() if new in homeless]
+    report.mapped = {old: new for old, new in report.mapped.items() if new not in homeless}
+    variables = {
+        name: np.ascontiguousarray(value, np.float32) for name, value in variables.items() if name not in homeless
+    }
+    return variables, _known_settings(settings, overrides, report), report
+
+
+# ---------------------------------------------------------------------------------------------------------- reading
+def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """(name -> array, facts: the other entries of the file, e.g. a configuration) by the file's content."""
+    if not path.exists():
+        raise UserError(f"{path} does not exist")
+    if path.is_dir():
+        return load_weights(path)[0], {}
+    with open(path, "rb") as f:
+        magic = f.read(8)
+    if magic == b"\x89HDF\r\n\x1a\n":
+        return _read_h5(path), {"keras": True}
+    if zipfile.is_zipfile(path) and not is_torch_zip(path):
+        tensors, meta = load_weights(path) if path.suffix == ".npz" else _load_unnamed_npz(path)
+        return tensors, {"meta": meta}
+    if Path(re.sub(r"\.(index|data-\d{5}-of-\d{5})$", "", str(path)) + ".index").exists():
+        tensors, meta = load_weights(path)
+        return tensors, {"meta": meta}
+    return _unwrap(read_pickle(path), path)
+
+
+def _load_unnamed_npz(path: Path) -> tuple[dict[str, np.ndarray], None]:
+    with np.load(path, allow_pickle=False) as archive:
+        return {name: archive[name] for name in archive.files}, None
+
+
+def _unwrap(content: Any, path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The dictionary of arrays inside the layers that training programs put around it."""
+    facts: dict[str, Any] = {}
+    while isinstance(content, dict):
+        layers = ("model", "state_dict", "blobs", "model_state")
+        inner = next((k for k in layers if isinstance(content.get(k), dict)), "")
+        if not inner:
+            break
+        facts.update({k: v for k, v in content.items() if k != inner})
+        content = content[inner]
+    if not isinstance(content, dict) or not any(isinstance(v, np.ndarray) for v in content.values()):
+        raise UserError(f"{path} holds no dictionary of tensors; save the model's state_dict() and convert that")
+    tensors = {str(k): v for k, v in content.items() if isinstance(v, np.ndarray)}
+    facts.update({k: v for k, v in content.items() if not isinstance(v, np.ndarray)})
+    if all(name.startswith("module.") for name in tensors):
+        tensors = {name[len("module.") :]: value for name, value in tensors.items()}
+    return tensors, facts
+
+
+def _read_h5(path: Path) -> dict[str, np.ndarray]:
+    """{"layer/weight": array} of a Keras weights or model file."""
+    try:
+        import h5py
+    except ImportError:
+        raise UserError(f"{path} is an HDF5 file: pip install h5py to read it") from None
+    tensors: dict[str, np.ndarray] = {}
+
+    def visit(name: str, item: Any) -> None:
+        if isinstance(item, h5py.Dataset) and not name.startswith("optimizer_weights"):
+            layer, weight = re.sub(r"^model_weights/", "", name).split("/")[0], name.rsplit("/", 1)[-1]
+            tensors[f"{layer}/{weight.split(':')[0]}"] = np.asarray(item)
+
+    try:
+        with h5py.File(path, "r") as f:
+            f.visititems(visit)
+    except (OSError, RuntimeError, KeyError) as e:
+        raise UserError(f"{path} cannot be read as HDF5 ({str(e).splitlines()[0][:120]}); copy it again") from None
+    return tensors
+
+
+# ------------------------------------------------------------------------------------------------------ recognition
+def _recognise(tensors: Mapping[str, Any], facts: Mapping[str, Any], path: Path) -> tuple[str, Callable]:
+    """(name of the system, its translator) by the tensors' names."""
+    names = set(tensors)
+
+    def has(*wanted: str) -> bool:
+        return all(w in names for w in wanted)
+
+    if facts.get("keras"):
+        if has("conv1_conv/kernel", "conv2_block1_1_conv/kernel"):
+            return "Keras applications ResNet", _from_keras
+        raise UserError(f"{path}: this HDF5 file is no Keras applications ResNet50, 101 or 152 (v1); use one of them")
+    if "conv0/W" in names or "conv0/W:0" in names:
+        return "tensorpack", lambda t, f, r: _from_tensorpack(t, f, r, path)
+    if has("conv1_w", "res2_0_branch2a_w"):
+        return "Detectron (Caffe2)", _from_caffe2
+    if has("backbone.body.stem.conv1.weight"):
+        return "maskrcnn-benchmark", _from_maskrcnn_benchmark
+    if has("backbone.body.conv1.weight"):
+        return "torchvision detection", _from_torchvision_detection
+    if has("conv1.weight", "layer1.0.conv1.weight"):
+        return "torchvision ImageNet", _from_torchvision_imagenet
+    stems = ("backbone.bottom_up.stem.conv1.weight", "backbone.stem.conv1.weight", "stem.conv1.weight")
+    if any(s in names for s in stems):
+        return "detectron2", _from_detectron2
+    raise UserError(
+        f"{path}: names like {_some(sorted(names), 2)} belong to no known system; known are tensorpack, detectron2, "
+        "Detectron, maskrcnn-benchmark, torchvision and Keras ResNets with bottleneck blocks"
+    )
+
+
+# ------------------------------------------------------------------------------------------- PyTorch-based systems
+# A rule maps the module of a tensor (its name without .weight etc.) to a scope here. The scope ends in "/norm" for a
+# normalisation, which becomes bn or gn according to whether it has running statistics.
+Rules = list[tuple[str, Callable[[re.Match], str]]]
+
+_RESNET_MODULE = {"conv1": "conv1", "conv2": "conv2", "conv3": "conv3", "bn1": "conv1/norm", "bn2": "conv2/norm",
+                  "bn3": "conv3/norm", "downsample.0": "convshortcut", "downsample.1": "convshortcut/norm"}  # fmt: skip
+_RPN_MODULE = {"conv": "conv0", "cls_logits": "class", "bbox_pred": "box",
+               "objectness_logits": "class", "anchor_deltas": "box"}  # fmt: skip
+_OUTPUT_MODULE = {"cls_score": "class", "bbox_pred": "box"}
+
+
+def _norm(match: re.Match, group: int) -> str:
+    return "/norm" if match.group(group) else ""
+
+
+def _torch_resnet_rules(stem: str, body: str) -> Rules:
+    """layerK.I.{conv,bn,downsample} modules below `body`, conv1 and bn1 below `stem`, as torchvision names them."""
+    modules = "|".join(re.escape(m) for m in _RESNET_MODULE)
+    return [
+        (rf"{stem}conv1", lambda m: "conv0"),
+        (rf"{stem}bn1", lambda m: "conv0/norm"),
+        (rf"{body}layer([1-4])\.(\d+)\.({modules})",
+         lambda m: f"group{int(m[1]) - 1}/block{m[2]}/{_RESNET_MODULE[m[3]]}"),
+    ]  # fmt: skip
+
+
+def _translate(tensors: Mapping[str, np.ndarray], rules: Rules, ignore: Mapping[str, str], report: Report) -> dict:
+    """Renames every tensor a rule knows and brings it into this project's layout; the others go to the report."""
+    compiled = [(re.compile(pattern), rename) for pattern, rename in rules]
+    ignored = [(re.compile(pattern), why) for pattern, why in ignore.items()]
+    variables: dict[str, np.ndarray] = {}
+    for name, value in tensors.items():
+        reason = next((why for pattern, why in ignored if pattern.fullmatch(name)), None)
+        if reason:
+            report.ignored.append((name, reason))
+            continue
+        module, _, leaf = name.rpartition(".")
+        scopes = [rename(m) for pattern, rename in compiled if (m := pattern.fullmatch(module))]
+        target = ""
+        if scopes and scopes[0].endswith("/norm"):
+            kind = "bn" if f"{module}.running_mean" in tensors else "gn"
+            if leaf in _NORM_LEAVES:
+                target = f"{scopes[0][: -len('norm')]}{kind}/{_NORM_LEAVES[leaf]}"
+        elif scopes and leaf in ("weight", "bias"):
+            target = f"{scopes[0]}/{'W' if leaf == 'weight' else 'b'}"
+        if not target:
+            report.unused.append(name)
+        else:
+            _put(variables, target, _to_native_layout(value), name, report)
+    return variables
+
+
+def _put(variables: dict[str, np.ndarray], target: str, value: np.ndarray, source: str, report: Report) -> None:
+    if target in variables:
+        if not np.array_equal(variables[target], value):
+            raise UserError(f"{source} and another tensor both stand for {target} and differ; which one is right?")
+        report.ignored.append((source, "the same tensor under a second name"))
+        return
+    variables[target] = value
+    report.mapped[source] = target
+
+
+def _to_native_layout(value: np.ndarray) -> np.ndarray:
+    """OIHW -> HWIO (transposed convolutions IOHW -> HWOI by the same permutation), (out,in) -> (in,out)."""
+    if value.ndim == 4:
+        return value.transpose(2, 3, 1, 0)
+    return value.T if value.ndim == 2 else value
+
+
+def _from_detectron2(tensors: dict, facts: dict, report: Report) -> tuple[dict, dict]:
+    fpn = any(".fpn_lateral" in name for name in tensors)
+    conv_head = any(re.match(r"roi_heads\.box_head(\.\d)?\.conv1\.", name) for name in tensors)
+
+    def head(match: re.Match) -> str:
+        return f"cascade_rcnn_stage{int(match[1]) + 1}/head/" if match[1] else "fastrcnn/"
+
+    def output(match: re.Match) -> str:
+        if match[1]:
+            return f"cascade_rcnn_stage{int(match[1]) + 1}/outputs/{_OUTPUT_MODULE[match[2]]}"
+        return f"fastrcnn/{'outputs/' if fpn else ''}{_OUTPUT_MODULE[match[2]]}"
+
+    bottom = r"(?:backbone\.bottom_up\.|backbone\.|roi_heads\.)?"
+    rules: Rules = [
+        (bottom + r"stem\.conv1(\.norm)?", lambda m: "conv0" + _norm(m, 1)),
+        (bottom + r"res([2-5])\.(\d+)\.(conv[123]|shortcut)(\.norm)?",
+         lambda m: f"group{int(m[1]) - 2}/block{m[2]}/{m[3].replace('shortcut', 'convshortcut')}{_norm(m, 4)}"),
+        (bottom + r"linear", lambda m: "linear"),
+        (r"backbone\.fpn_lateral([2-5])(\.norm)?", lambda m: f"fpn/lateral_1x1_c{m[1]}{_norm(m, 2)}"),
+        (r"backbone\.fpn_output([2-5])(\.norm)?", lambda m: f"fpn/posthoc_3x3_p{m[1]}{_norm(m, 2)}"),
+        (r"proposal_generator\.rpn_head\.(conv|objectness_logits|anchor_deltas)", lambda m: f"rpn/{_RPN_MODULE[m[1]]}"),
+        (r"roi_heads\.box_head(?:\.(\d))?\.conv(\d)(\.norm)?", lambda m: f"{head(m)}conv{int(m[2]) - 1}{_norm(m, 3)}"),
+        (r"roi_heads\.box_head(?:\.(\d))?\.fc(\d)", lambda m: head(m) + ("fc" if conv_head else f"fc{int(m[2]) + 5}")),
+        (r"roi_heads\.box_predictor(?:\.(\d))?\.(cls_score|bbox_pred)", output),
+        (r"roi_heads\.mask_head\.mask_fcn(\d)(\.norm)?", lambda m: f"maskrcnn/fcn{int(m[1]) - 1}{_norm(m, 2)}"),
+        (r"roi_heads\.mask_head\.deconv", lambda m: "maskrcnn/deconv"),
+        (r"roi_heads\.mask_head\.predictor", lambda m: "maskrcnn/conv"),
+        (r"roi_heads\.keypoint_head\.conv_fcn(\d)", lambda m: f"keypointrcnn/conv{int(m[1]) - 1}"),
+        (r"roi_heads\.keypoint_head\.score_lowres", lambda m: "keypointrcnn/deconv"),
+    ]  # fmt: skip
+    ignore = {
+        r"proposal_generator\.anchor_generator\.cell_anchors\.\d+": "anchors, computed here",
+        r"pixel_(mean|std)": "normalisation, stored as settings",
+        r".*\.num_batches_tracked": "step counters",
+    }
+    variables = _translate(tensors, rules, ignore, report)
+    _background_first(variables, report)
+
+    groups = _groups(variables)
+    plain = groups == 1 and any("/bn/" in name for name in variables)
+    mean, std = (tensors[k].reshape(-1).tolist() if k in tensors else None for k in ("pixel_mean", "pixel_std"))
+    if facts.get("__author__") == "torchvision":
+        # Its ImageNet files in this naming keep the channel order of torchvision.
+        settings = _rgb_settings(variables, report)
+    else:
+        # The model zoo's plain ResNets descend from MSRA's: stride in the 1x1, deviations folded into conv1.
+        std = std or ([1.0, 1.0, 1.0] if plain else [57.375, 57.12, 58.395])
+        mean = mean or [103.53, 116.28, 123.675]
+        settings = {
+            "BACKBONE.STRIDE_1X1": all(s == 1 for s in std),
+            "PREPROC.PIXEL_MEAN": _rounded(mean[::-1]),
+            "PREPROC.PIXEL_STD": _rounded(std[::-1]),
+        }
+        report.notes.append(
+            "the stride position is not visible in tensors: "
+            f"BACKBONE.STRIDE_1X1={settings['BACKBONE.STRIDE_1X1']} is what the model zoo uses with "
+            f"PREPROC.PIXEL_STD={settings['PREPROC.PIXEL_STD']}; the model's yaml has it as RESNETS.STRIDE_IN_1X1"
+        )
+    cells = [tensors[k] for k in sorted(tensors) if re.search(r"anchor_generator\.cell_anchors\.\d+$", k)]
+    _use_cell_anchors(cells, settings, variables)
+    return variables, settings
+
+
+def _from_maskrcnn_benchmark(tensors: dict, facts: dict, report: Report) -> tuple[dict, dict]:
+    fpn = any(name.startswith("backbone.fpn.") for name in tensors)
+    # The convolutions of the 4conv1fc head are numbered within one sequence, with norms and ReLUs between them.
+    in_sequence = sorted(
+        int(m[1]) for n, v in tensors.items() if (m := re.fullmatch(r".*\.xconvs\.(\d+)\.weight", n)) and v.ndim == 4
+    )
+
+    def xconv(match: re.Match) -> str:
+        index = int(match[1])
+        before = [i for i in in_sequence if i <= index]
+        return f"fastrcnn/conv{len(before) - 1}" + ("" if index in in_sequence else "/norm")
+
+    rules: Rules = [
+        *_torch_resnet_rules(
+            r"backbone\.body\.stem\.", r"(?:backbone\.body|roi_heads\.(?:box|mask)\.feature_extractor\.head)\."
+        ),
+        (r"backbone\.fpn\.fpn_(inner|layer)([1-4])(?:\.([01]))?",
+         lambda m: f"fpn/{'lateral_1x1_c' if m[1] == 'inner' else 'posthoc_3x3_p'}{int(m[2]) + 1}"
+                   + ("/norm" if m[3] == "1" else "")),
+        (r"rpn\.head\.(conv|cls_logits|bbox_pred)", lambda m: f"rpn/{_RPN_MODULE[m[1]]}"),
+        (r"roi_heads\.box\.feature_extractor\.xconvs\.(\d+)", xconv),
+        (r"roi_heads\.box\.feature_extractor\.fc([67])",
+         lambda m: "fastrcnn/fc" if in_sequence else f"fastrcnn/fc{m[1]}"),
+        (r"roi_heads\.box\.predictor\.(cls_score|bbox_pred)",
+         lambda m: f"fastrcnn/{'outputs/' if fpn else ''}{_OUTPUT_MODULE[m[1]]}"),
+        (r"roi_heads\.mask\.feature_extractor\.mask_fcn([1-4])(?:\.([01]))?",
+         lambda m: f"maskrcnn/fcn{int(m[1]) - 1}" + ("/norm" if m[2] == "1" else "")),
+        (r"roi_heads\.mask\.predictor\.conv5_mask", lambda m: "maskrcnn/deconv"),
+        (r"roi_heads\.mask\.predictor\.mask_fcn_logits", lambda m: "maskrcnn/conv"),
+        (r"roi_heads\.keypoint\.feature_extractor\.conv_fcn(\d)", lambda m: f"keypointrcnn/conv{int(m[1]) - 1}"),
+        (r"roi_heads\.keypoint\.predictor\.kps_score_lowres", lambda m: "keypointrcnn/deconv"),
+    ]  # fmt: skip
+    ignore = {
+        r"rpn\.anchor_generator\.cell_anchors\.\d+": "anchors, computed here",
+        r".*\.num_batches_tracked": "step counters",
+    }
+    variables = _translate(tensors, rules, ignore, report)
+    _agnostic_columns(variables)
+    _without_mask_background(variables, report)
+    _ratio_major_anchors(variables)
+    caffe_like = _groups(variables) == 1 and any(re.match("group.*/bn/", name) for name in variables)
+    settings = {
+        "BACKBONE.STRIDE_1X1": caffe_like,
+        "BACKBONE.BN_EPSILON": 0.0,
+        "PREPROC.PIXEL_MEAN": [122.7717, 115.9465, 102.9801],
+        "PREPROC.PIXEL_STD": [1.0, 1.0, 1.0],
+        "FRCNN.ROI_ALIGNED": False,
+    }
+    _use_legacy_anchors(settings, variables)
+    report.notes.append(
+        "the stride position is not visible in tensors: "
+        f"BACKBONE.STRIDE_1X1={caffe_like} is that system's default for such a backbone (MODEL.RESNETS.STRIDE_IN_1X1)"
+    )
+    return variables, settings
+
+
+def _from_torchvision_detection(tensors: dict, facts: dict, report: Report) -> tuple[dict, dict]:
+    rules: Rules = [
+        *_torch_resnet_rules(r"backbone\.body\.", r"backbone\.body\."),
+        (r"backbone\.fpn\.(inner|layer)_blocks\.([0-3])(?:\.0)?",
+         lambda m: f"fpn/{'lateral_1x1_c' if m[1] == 'inner' else 'posthoc_3x3_p'}{int(m[2]) + 2}"),
+        (r"rpn\.head\.(conv)\.0\.0", lambda m: "rpn/conv0"),
+        (r"rpn\.head\.(conv|cls_logits|bbox_pred)", lambda m: f"rpn/{_RPN_MODULE[m[1]]}"),
+        (r"roi_heads\.box_head\.(fc[67])", lambda m: f"fastrcnn/{m[1]}"),
+        (r"roi_heads\.box_predictor\.(cls_score|bbox_pred)", lambda m: f"fastrcnn/outputs/{_OUTPUT_MODULE[m[1]]}"),
+        (r"roi_heads\.mask_head\.mask_fcn([1-4])", lambda m: f"maskrcnn/fcn{int(m[1]) - 1}"),
+        (r"roi_heads\.mask_head\.([0-3])\.0", lambda m: f"maskrcnn/fcn{m[1]}"),
+        (r"roi_heads\.mask_predictor\.conv5_mask", lambda m: "maskrcnn/deconv"),
+        (r"roi_heads\.mask_predictor\.mask_fcn_logits", lambda m: "maskrcnn/conv"),
+        # Convolutions and ReLUs alternate in one sequence.
+        (r"roi_heads\.keypoint_head\.(\d*[02468])", lambda m: f"keypointrcnn/conv{int(m[1]) // 2}"),
+        (r"roi_heads\.keypoint_predictor\.kps_score_lowres", lambda m: "keypointrcnn/deconv"),
+    ]  # fmt: skip
+    variables = _translate(tensors, rules, {r".*\.num_batches_tracked": "step counters"}, report)
+    settings = _rgb_settings(variables, report)
+    _without_mask_background(variables, report)
+    classes = variables["fastrcnn/outputs/class/b"].size if "fastrcnn/outputs/class/b" in variables else 0
+    published = classes == 91 or (classes == 2 and "keypointrcnn/deconv/W" in variables)
+    settings["BACKBONE.BN_EPSILON"] = 0.0 if published else _BN_EPSILON
+    report.notes.append(
+        f"BACKBONE.BN_EPSILON={settings['BACKBONE.BN_EPSILON']:g}: torchvision's published COCO weights were trained "
+        "with 0, models trained since version 0.7 have 1e-5; tensors do not show it"
+    )
+    settings["FRCNN.ROI_ALIGNED"] = False
+    # Its cell anchors are rounded to whole pixels.
+    sizes, ratios = (32, 64, 128, 256, 512), (0.5, 1.0, 2.0)
+    exact = [[(s * math.sqrt(1 / r), s * math.sqrt(r)) for r in ratios] for s in sizes]
+    cells = [np.round(np.array([[-w, -h, w, h] for w, h in level]) / 2) for level in exact]
+    settings["RPN.CELL_ANCHORS"] = [level.tolist() for level in cells]
+    return variables, settings
+
+
+def _from_torchvision_imagenet(tensors: dict, facts: dict, report: Report) -> tuple[dict, dict]:
+    rules = [*_torch_resnet_rules("", ""), (r"fc", lambda m: "linear")]
+    variables = _translate(tensors, rules, {r".*\.num_batches_tracked": "step counters"}, report)
+    return variables, _rgb_settings(variables, report)
+
+
+def _rgb_settings(variables: dict[str, np.ndarray], report: Report) -> dict[str, Any]:
+    """Turns conv0's input channels from R,G,B to B,G,R, and gives torchvision's settings."""
+    if "conv0/W" in variables:
+        variables["conv0/W"] = variables["conv0/W"][:, :, ::-1]
+        report.notes.append("trained on R,G,B images in 0..1: conv0's input channels are turned to B,G,R")
+    return {
+        "BACKBONE.STRIDE_1X1": False,
+        "PREPROC.PIXEL_MEAN": [123.675, 116.28, 103.53],
+        "PREPROC.PIXEL_STD": [58.395, 57.12, 57.375],
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------ Caffe2
+def _from_caffe2(tensors: dict, facts: dict, report: Report) -> tuple[dict, dict]:
+    fpn = any(name.startswith("fpn_inner_") for name in tensors)
+    conv_head = "head_conv1_w" in tensors
+    branches = {"branch1": "convshortcut", "branch2a": "conv1", "branch2b": "conv2", "branch2c": "conv3"}
+    outputs = "fastrcnn/outputs" if fpn else "fastrcnn"
+    rules: Rules = [
+        (r"(?:res_)?conv1", lambda m: "conv0"),
+        (r"res([2-5])_(\d+)_(branch1|branch2[abc])", lambda m: f"group{int(m[1]) - 2}/block{m[2]}/{branches[m[3]]}"),
+        (r"fc1000|pred", lambda m: "linear"),
+        (r"fpn_inner_res([2-5])_\d+_sum(?:_lateral)?", lambda m: f"fpn/lateral_1x1_c{m[1]}"),
+        (r"fpn_res([2-5])_\d+_sum", lambda m: f"fpn/posthoc_3x3_p{m[1]}"),
+        (r"conv_rpn(?:_fpn\d)?", lambda m: "rpn/conv0"),
+        (r"rpn_cls_logits(?:_fpn\d)?", lambda m: "rpn/class"),
+        (r"rpn_bbox_pred(?:_fpn\d)?", lambda m: "rpn/box"),
+        (r"fc([67])", lambda m: "fastrcnn/fc" if conv_head else f"fastrcnn/fc{m[1]}"),
+        (r"head_conv(\d)", lambda m: f"fastrcnn/conv{int(m[1]) - 1}"),
+        (r"cls_score", lambda m: f"{outputs}/class"),
+        (r"bbox_pred", lambda m: f"{outputs}/box"),
+        (r"_\[mask\]_fcn(\d)", lambda m: f"maskrcnn/fcn{int(m[1]) - 1}"),
+        (r"conv5_mask", lambda m: "maskrcnn/deconv"),
+        (r"mask_fcn_logits", lambda m: "maskrcnn/conv"),
+        (r"conv_fcn(\d)", lambda m: f"keypointrcnn/conv{int(m[1]) - 1}"),
+        (r"kps_score_lowres", lambda m: "keypointrcnn/deconv"),
+    ]  # fmt: skip
+    leaves = {"w": "W", "b": "b", "bn_s": "bn/gamma", "bn_b": "bn/beta", "bn_rm": "bn/mean/EMA",
+              "bn_riv": "bn/variance/EMA", "gn_s": "gn/gamma", "gn_b": "gn/beta"}  # fmt: skip
+    compiled = [(re.compile(pattern), rename) for pattern, rename in rules]
+    variables: dict[str, np.ndarray] = {}
+    for name, value in tensors.items():
+        if name.endswith("_momentum"):
+            report.ignored.append((name, "momentum of the solver"))
+            continue
+        if re.fullmatch(r"kps_score_[wb]", name):
+            report.ignored.append((name, "fixed upsampling, done when keypoints are decoded"))
+            continue
+        split = re.fullmatch(r"(.+?)_(bn_s|bn_b|bn_rm|bn_riv|gn_s|gn_b|w|b)", name)
+        scope = next((rename(m) for p, rename in compiled if split and (m := p.fullmatch(split[1]))), None)
+        if scope is None:
+            report.unused.append(name)
+        elif split[2] == "b" and f"{split[1]}_bn_s" in tensors | {"conv1_bn_s": tensors.get("res_conv1_bn_s")}:
+            # A convolution before a batch norm has no bias in these networks; some files carry a zero one.
+            if np.any(value):
+                report.unused.append(name)
+            else:
+                report.ignored.append((name, "zero bias before a batch norm"))
+        else:
+            _put(variables, f"{scope}/{leaves[split[2]]}", _to_native_layout(value), name, report)
+    # The batch norms are stored as scale and shift: with variance 1 - ε and mean 0 a batch norm is exactly that.
+    for scope in [n[: -len("gamma")] for n in list(variables) if n.endswith("/bn/gamma")]:
+        size = variables[f"{scope}gamma"].shape
+        variables.setdefault(f"{scope}mean/EMA", np.zeros(size, np.float32))
+        variables.setdefault(f"{scope}variance/EMA", np.full(size, 1 - _BN_EPSILON, np.float32))
+    _agnostic_columns(variables)
+    _without_mask_background(variables, report)
+    _ratio_major_anchors(variables)
+
+    text = facts.get("cfg") if isinstance(facts.get("cfg"), str) else ""
+    recorded = re.search(r"STRIDE_1X1: *(true|false)", text, re.I)
+    caffe_like = _groups(variables) == 1 and not any(re.match("group.*/gn/", name) for name in variables)
+    stride = recorded[1].lower() == "true" if recorded else caffe_like
+    settings = {
+        "BACKBONE.STRIDE_1X1": stride,
+        "PREPROC.PIXEL_MEAN": [122.7717, 115.9465, 102.9801],
+        "PREPROC.PIXEL_STD": [1.0, 1.0, 1.0],
+    }
+    if any(name.startswith("rpn/") for name in variables):
+        settings["FRCNN.ROI_ALIGNED"] = False
+        _use_legacy_anchors(settings, variables)
+    report.notes.append(
+        f"BACKBONE.STRIDE_1X1={stride} "
+        + ("as the file's configuration says" if recorded else "is that system's default for such a backbone")
+    )
+    return variables, settings
+
+
+# ------------------------------------------------------------------------------------------------- Keras, tensorpack
+def _from_keras(tensors: dict, facts: dict, report: Report) -> tuple[dict, dict]:
+    """Keras applications ResNet (v1): biases of the convolutions move into the means of their batch norms."""
+    bn_leaves = {"gamma": "gamma", "beta": "beta", "moving_mean": "mean/EMA", "moving_variance": "variance/EMA"}
+    keras_epsilon = 1.001e-5
+    parts = ["convshortcut", "conv1", "conv2", "conv3"]
+    variables: dict[str, np.ndarray] = {}
+    biases: dict[str, tuple[str, np.ndarray]] = {}
+    for name, value in tensors.items():
+        layer, _, leaf = name.rpartition("/")
+        block = re.fullmatch(r"conv([2-5])_block(\d+)_([0-3])_(conv|bn)", layer)
+        stem = re.fullmatch(r"conv1_(conv|bn)", layer)
+        if block:
+            scope, kind = f"group{int(block[1]) - 2}/block{int(block[2]) - 1}/{parts[int(block[3])]}", block[4]
+        elif stem:
+            scope, kind = "conv0", stem[1]
+        elif layer in ("predictions", "probs"):
+            _put(variables, f"linear/{'W' if leaf == 'kernel' else 'b'}", value, name, report)
+            continue
+        else:
+            report.unused.append(name)
+            continue
+        if kind == "bn" and leaf in bn_leaves:
+            _put(variables, f"{scope}/bn/{bn_leaves[leaf]}", value, name, report)
+        elif kind == "conv" and leaf == "kernel":
+            _put(variables, f"{scope}/W", value, name, report)
+        elif kind == "conv" and leaf == "bias":
+            biases[scope] = (name, value)
+        else:
+            report.unused.append(name)
+    for scope, (name, bias) in biases.items():
+        mean = f"{scope}/bn/mean/EMA"
+        if mean in variables:
+            variables[mean] = variables[mean] - bias
+            report.mapped[name] = mean
+        else:
+            report.unused.append(name)
+    for name in variables:
+        if name.endswith("/variance/EMA"):
+            variables[name] = variables[name] + (keras_epsilon - _BN_EPSILON)
+    report.notes.append("the biases of the convolutions are subtracted from the means of their batch norms")
+    return variables, {
+        "BACKBONE.STRIDE_1X1": True,
+        "PREPROC.PIXEL_MEAN": [123.68, 116.779, 103.939],
+        "PREPROC.PIXEL_STD": [1.0, 1.0, 1.0],
+    }
+
+
+def _from_tensorpack(tensors: dict, facts: dict, report: Report, path: Path) -> tuple[dict, dict]:
+    """Already this project's names and layout (but for ':0' and the names of group norms)."""
+    variables = {}
+    for old, value in tensors.items():
+        name = next(iter(native_names({old: value}, path)))
+        if is_training_state(name):
+            report.ignored.append((old, "state of a training run"))
+        else:
+            _put(variables, name, value, old, report)
+    stored = ((facts.get("meta") or {}).get("settings")) or {}
+    if stored:
+        return variables, {k: v for k, v in stored.items() if not k.startswith(("TRAIN", "TEST.", "DATA."))}
+    settings: dict[str, Any] = {}
+    if not any(name.startswith("rpn/") for name in variables):
+        settings["BACKBONE.TF_PAD_MODE"] = "AlignPadding" not in path.name
+        report.notes.append(
+            f"BACKBONE.TF_PAD_MODE={settings['BACKBONE.TF_PAD_MODE']}: tensorpack marks ImageNet models with symmetric "
+            "padding by 'AlignPadding' in the file name; tensors do not show it"
+        )
+    if any(re.match(r"(fpn|fastrcnn|maskrcnn|cascade_rcnn_stage\d)/.*/gn/", name) for name in variables):
+        report.notes.append(
+            "tensorpack's heads apply group norm after bias and ReLU, this project's before the ReLU and without bias: "
+            "their biases are unused and such a model's scores are not reproduced without further training"
+        )
+    return variables, settings
+
+
+# -------------------------------------------------------------------------------------------------------- conventions
+def _output_scopes(variables: Mapping[str, Any]) -> list[str]:
+    return sorted(n[: -len("class/W")] for n in variables if re.match(r"(fastrcnn|cascade_rcnn_stage\d)/.*class/W$", n))
+
+
+def _background_first(variables: dict[str, np.ndarray], report: Report) -> None:
+    """Classes with the background last -> first; class-specific boxes get a zero group for the background."""
+    for scope in _output_scopes(variables):
+        for leaf in ("W", "b"):
+            name = f"{scope}class/{leaf}"
+            if name in variables:
+                variables[name] = np.roll(variables[name], 1, -1)
+        classes = variables[f"{scope}class/W"].shape[-1] - 1
+        cascade = scope.startswith("cascade")
+        for leaf in ("W", "b"):
+            name = f"{scope}box/{leaf}"
+            boxes = variables.get(name)
+            if boxes is None or boxes.shape[-1] != 4 * classes or (cascade and classes == 1):
+                continue
+            # With a single class both kinds of regressor look alike; the class-specific one is the default here.
+            variables[name] = np.concatenate([np.zeros_like(boxes[..., :4]), boxes], -1)
+
+
+def _agnostic_columns(variables: dict[str, np.ndarray]) -> None:
+    """Class-agnostic regressors with two groups (background, foreground) keep the foreground's."""
+    for scope in _output_scopes(variables):
+        classes = variables[f"{scope}class/W"].shape[-1]
+        for leaf in ("W", "b"):
+            name = f"{scope}box/{leaf}"
+            if name in variables and variables[name].shape[-1] == 8 and classes > 2:
+                variables[name] = variables[name][..., 4:]
+
+
+def _without_mask_background(variables: dict[str, np.ndarray], report: Report) -> None:
+    """Mask logits that have a channel for the background, which no prediction reads, lose it."""
+    scopes = _output_scopes(variables)
+    classes = variables[f"{scopes[0]}class/W"].shape[-1] if scopes else 0
+    if "maskrcnn/conv/W" in variables and variables["maskrcnn/conv/W"].shape[-1] == classes:
+        variables["maskrcnn/conv/W"] = variables["maskrcnn/conv/W"][..., 1:]
+        if "maskrcnn/conv/b" in variables:
+            variables["maskrcnn/conv/b"] = variables["maskrcnn/conv/b"][1:]
+        report.notes.append("the mask channel of the background is left out")
+
+
+def _ratio_major_anchors(variables: dict[str, np.ndarray], ratios: int = 3) -> None:
+    """RPN channels in the order (ratio, size) -> this project's (size, ratio)."""
+    for name, per_anchor in (("rpn/class/W", 1), ("rpn/class/b", 1), ("rpn/box/W", 4), ("rpn/box/b", 4)):
+        if name in variables:
+            value = variables[name]
+            parts = value.reshape(*value.shape[:-1], ratios, -1, per_anchor)
+            variables[name] = np.swapaxes(parts, -3, -2).reshape(value.shape)
+
+
+def legacy_cell_anchors(stride: int, sizes: Iterable[float], ratios: Iterable[float] = (0.5, 1.0, 2.0)) -> np.ndarray:
+    """Anchors of Detectron's line of systems, float64 [sizes·ratios, 4], sizes outermost, in continuous coordinates.
+
+    They derive from a stride × stride cell whose sides are rounded to whole pixels per ratio and then scaled, centred
+    in the middle of the cell (pixel indices there: the last coordinate is inclusive).
+    """
+    cells = []
+    for size in sizes:
+        for ratio in ratios:
+            w = np.round(math.sqrt(stride * stride / ratio))
+            h = np.round(w * ratio)
+            half = np.array([w, h]) * (size / stride) / 2
+            cells.append([*(stride / 2 - half), *(stride / 2 + half)])
+    return np.array(cells)
+
+
+def _use_legacy_anchors(settings: dict[str, Any], variables: Mapping[str, np.ndarray]) -> None:
+    if any(name.startswith("fpn/") for name in variables):
+        cells = [legacy_cell_anchors(2**k, [8 * 2**k]) for k in range(2, 7)]
+    else:
+        cells = [legacy_cell_anchors(16, [32, 64, 128, 256, 512])]
+    if "rpn/class/b" in variables and variables["rpn/class/b"].size == len(cells[0]):
+        settings["RPN.CELL_ANCHORS"] = [level.tolist() for level in cells]
+
+
+def _use_cell_anchors(cells: list[np.ndarray], settings: dict[str, Any], variables: Mapping[str, np.ndarray]) -> None:
+    """Stores recorded cell anchors if they are not those that this project computes by default."""
+    sizes, ratios = (32, 64, 128, 256, 512), (0.5, 1.0, 2.0)
+    ours = [[[-s / math.sqrt(r) / 2, -s * math.sqrt(r) / 2, s / math.sqrt(r) / 2, s * math.sqrt(r) / 2] for r in ratios]
+            for s in sizes]  # fmt: skip
+    if not any(name.startswith("fpn/") for name in variables):
+        ours = [sum(ours, [])]
+    same = len(cells) == len(ours) and all(
+        np.shape(a) == np.shape(b) and np.allclose(a, b, atol=1e-3) for a, b in zip(cells, ours)
+    )
+    if cells and not same:
+        settings["RPN.CELL_ANCHORS"] = [np.asarray(level, np.float64).tolist() for level in cells]
+
+
+def _drop_gaps(variables: dict[str, np.ndarray], settings: dict[str, Any], names: list[str], path: Any) -> list[str]:
+    """Of classes numbered by COCO's category ids 1..90 keeps the 80 that exist."""
+    if settings.get("DATA.NUM_CATEGORY") != 90:
+        raise UserError(f"--drop-unused-classes is for 90 COCO ids, {path} has {settings.get('DATA.NUM_CATEGORY', 0)}")
+    kept = [i for i in range(1, 91) if i not in _GAPS_IN_COCO_IDS]
+    with_background = np.array([0, *kept])
+    for leaf in ("W", "b"):
+        name = f"fastrcnn/outputs/class/{leaf}"
+        variables[name] = variables[name][..., with_background]
+        name = f"fastrcnn/outputs/box/{leaf}"
+        if variables[name].shape[-1] == 4 * 91:
+            columns = (with_background[:, None] * 4 + np.arange(4)).reshape(-1)
+            variables[name] = variables[name][..., columns]
+        name = f"maskrcnn/conv/{leaf}"
+        if name in variables:
+            variables[name] = variables[name][..., np.array(kept) - 1]
+    settings["DATA.NUM_CATEGORY"] = 80
+    return [names[i - 1] for i in kept] if len(names) == 90 else names
+
+
+def _default_class_names(system: str, classes: int, report: Report) -> list[str]:
+    if classes == 80:
+        report.notes.append("80 classes are taken for COCO's, in the order of their ids; --class-names gives others")
+        return list(_COCO_NAMES)
+    if classes == 90 and system.startswith("torchvision"):
+        names = iter(_COCO_NAMES)
+        report.notes.append(
+            "90 classes are COCO's category ids, 10 of which do not exist; --drop-unused-classes keeps the other 80 "
+            "(the softmax then no longer sees the 10, which moves scores by what they took)"
+        )
+        return [f"unused {i}" if i in _GAPS_IN_COCO_IDS else next(names) for i in range(1, 91)]
+    return []
+
+
+# ---------------------------------------------------------------------------------------------------------- settings
+def _groups(variables: Mapping[str, np.ndarray]) -> int:
+    """Groups of the bottlenecks' 3x3 convolutions."""
+    try:
+        width = variables["group0/block0/conv1/W"].shape[3]
+        return width // variables["group0/block0/conv2/W"].shape[2]
+    except KeyError:
+        return 1
+
+
+def _check_known_structure(variables: Mapping[str, np.ndarray], path: Any) -> None:
+    if "conv0/W" not in variables or "group0/block0/conv1/W" not in variables:
+        raise UserError(f"{path}: no ResNet found in it")
+    if not any(re.match(r"group0/block0/conv3/", name) for name in variables):
+        raise UserError(f"{path}: a ResNet of basic blocks (18 or 34 layers); only bottleneck ResNets are supported")
+    stem = variables["conv0/W"].shape[3]
+    width = variables["group0/block0/conv1/W"].shape[3]
+    for name, value in variables.items():
+        match = re.fullmatch(r"group(\d)/block\d+/conv([123])/W", name)
+        if match:
+            want = (stem * 4 if match[2] == "3" else width) * 2 ** int(match[1])
+            if value.shape[3] != want:
+                raise UserError(f"{path}: {name} has {value.shape[3]} channels where this ResNet has {want}")
+
+
+def _derive_settings(variables: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """The settings that shapes and names determine."""
+    names = set(variables)
+
+    def out_channels(name: str) -> int:
+        return int(variables[name].shape[-1])
+
+    blocks = [0, 0, 0, 0]
+    for name in names:
+        match = re.match(r"group([0-3])/block(\d+)/", name)
+        if match:
+            blocks[int(match[1])] = max(blocks[int(match[1])], int(match[2]) + 1)
+    groups = _groups(variables)
+    settings: dict[str, Any] = {
+        "BACKBONE.RESNET_NUM_BLOCK": blocks,
+        "BACKBONE.NORM": "GN" if "conv0/gn/gamma" in names else "FreezeBN" if "conv0/bn/gamma" in names else None,
+        "BACKBONE.STEM_CHANNELS": out_channels("conv0/W"),
+        "BACKBONE.NUM_GROUPS": groups,
+        "BACKBONE.WIDTH_PER_GROUP": out_channels("group0/block0/conv1/W") // groups,
+        "BACKBONE.BN_EPSILON": _BN_EPSILON,
+        "BACKBONE.TF_PAD_MODE": False,
+        "BACKBONE.STRIDE_1X1": False,
+        "PREPROC.PIXEL_MEAN": [123.675, 116.28, 103.53],
+        "PREPROC.PIXEL_STD": [58.395, 57.12, 57.375],
+    }
+    if not any(name.startswith("rpn/") for name in names):
+        return settings
+    fpn = any(name.startswith("fpn/") for name in names)
+    scopes = _output_scopes(variables)
+    cascade = bool(scopes) and scopes[0].startswith("cascade")
+    settings.update(
+        {
+            "MODE_FPN": fpn,
+            "MODE_MASK": "maskrcnn/conv/W" in names,
+            "MODE_KEYPOINT": "keypointrcnn/deconv/W" in names,
+            "FPN.CASCADE": cascade,
+        }
+    )
+    if scopes and f"{scopes[0]}class/W" in names and f"{scopes[0]}box/W" in names:
+        classes = out_channels(f"{scopes[0]}class/W") - 1
+        settings["DATA.NUM_CATEGORY"] = classes
+        settings["FRCNN.CLASS_AGNOSTIC"] = not cascade and out_channels(f"{scopes[0]}box/W") == 4
+    if fpn:
+        head = "cascade_rcnn_stage1/head/" if cascade else "fastrcnn/"
+        norm = next((n for n in ("gn", "bn") if f"fpn/lateral_1x1_c2/{n}/gamma" in names), None)
+        settings["FPN.NORM"] = "GN" if norm == "gn" else None
+        if "fpn/lateral_1x1_c2/W" in names:
+            settings["FPN.NUM_CHANNEL"] = out_channels("fpn/lateral_1x1_c2/W")
+        if f"{head}conv0/W" in names:
+            kind = "fastrcnn_4conv1fc_gn_head" if f"{head}conv0/gn/gamma" in names else "fastrcnn_4conv1fc_head"
+            settings["FPN.FRCNN_CONV_HEAD_DIM"] = out_channels(f"{head}conv0/W")
+            fc = f"{head}fc/W"
+        else:
+            kind, fc = "fastrcnn_2fc_head", f"{head}fc6/W"
+        settings["FPN.FRCNN_HEAD_FUNC"] = kind
+        if fc in names:
+            settings["FPN.FRCNN_FC_HEAD_DIM"] = out_channels(fc)
+        gn_masks = "maskrcnn/fcn0/gn/gamma" in names
+        settings["FPN.MRCNN_HEAD_FUNC"] = "maskrcnn_up4conv_gn_head" if gn_masks else "maskrcnn_up4conv_head"
+    elif "rpn/conv0/W" in names:
+        settings["RPN.HEAD_DIM"] = out_channels("rpn/conv0/W")
+    if "maskrcnn/deconv/W" in names:
+        settings["MRCNN.HEAD_DIM"] = int(variables["maskrcnn/deconv/W"].shape[2])
+    if "keypointrcnn/deconv/W" in names:
+        settings["KRCNN.NUM_KEYPOINT"] = int(variables["keypointrcnn/deconv/W"].shape[2])
+        settings["KRCNN.HEAD_DIM"] = int(variables["keypointrcnn/deconv/W"].shape[3])
+    return settings
+
+
+def expected_names(settings: Mapping[str, Any]) -> tuple[set[str], set[str]]:
+    """(variables that a model with these settings has, variables that it may have besides)."""
+    expected: set[str] = set()
+
+    def layer(scope: str, norm: str | None = None) -> None:
+        leaves = {"bn": ["gamma", "beta", "mean/EMA", "variance/EMA"], "gn": ["gamma", "beta"]}
+        expected.add(f"{scope}/W")
+        expected.update([f"{scope}/b"] if norm is None else [f"{scope}/{norm}/{leaf}" for leaf in leaves[norm]])
+
+    norm = {"GN": "gn", None: None}.get(settings["BACKBONE.NORM"], "bn")
+    layer("conv0", norm)
+    for group, count in enumerate(settings["BACKBONE.RESNET_NUM_BLOCK"]):
+        for block in range(count):
+            for part in ("conv1", "conv2", "conv3", *(["convshortcut"] if block == 0 else [])):
+                layer(f"group{group}/block{block}/{part}", norm)
+    if "MODE_FPN" not in settings:
+        return expected, {"linear/W", "linear/b"}
+
+    fpn = settings["MODE_FPN"]
+    for part in ("conv0", "class", "box"):
+        layer(f"rpn/{part}")
+    if fpn:
+        norm = "gn" if settings["FPN.NORM"] == "GN" else None
+        for level in range(2, 6):
+            layer(f"fpn/lateral_1x1_c{level}", norm)
+            layer(f"fpn/posthoc_3x3_p{level}", norm)
+        heads = ["fastrcnn/"]
+        outputs = ["fastrcnn/outputs/"]
+        if settings["FPN.CASCADE"]:
+            heads = [f"cascade_rcnn_stage{k}/head/" for k in (1, 2, 3)]
+            outputs = [f"cascade_rcnn_stage{k}/outputs/" for k in (1, 2, 3)]
+        for head in heads:
+            if settings["FPN.FRCNN_HEAD_FUNC"] == "fastrcnn_2fc_head":
+                layer(f"{head}fc6")
+                layer(f"{head}fc7")
+            else:
+                for k in range(4):
+                    layer(f"{head}conv{k}", "gn" if "_gn_" in settings["FPN.FRCNN_HEAD_FUNC"] else None)
+                layer(f"{head}fc")
+    else:
+        outputs = ["fastrcnn/"]
+    for scope in outputs:
+        layer(f"{scope}class")
+        layer(f"{scope}box")
+    if settings["MODE_MASK"]:
+        for k in range(4 if fpn else 0):
+            layer(f"maskrcnn/fcn{k}", "gn" if "_gn_" in settings["FPN.MRCNN_HEAD_FUNC"] else None)
+        layer("maskrcnn/deconv")
+        layer("maskrcnn/conv")
+    if settings["MODE_KEYPOINT"]:
+        for k in range(8):
+            layer(f"keypointrcnn/conv{k}")
+        layer("keypointrcnn/deconv")
+    return expected, set()
+
+
+def _known_settings(settings: dict[str, Any], overrides: Iterable[str], report: Report) -> dict[str, Any]:
+    """The settings in the configuration's types with the user's `overrides`; what has no key becomes a note."""
+    cfg = default_config()
+    known = cfg.to_dict()
+    for key in [k for k in settings if k not in known]:
+        report.notes.append(f"the model also needs {key}={settings.pop(key)}, for which there is no setting")
+    cfg.update_from_dict(settings, "derived settings")
+    given = [arg.partition("=")[0].strip() for arg in overrides]
+    cfg.update_args(overrides)
+    flat = cfg.to_dict()
+    changed = [k for k in flat if flat[k] != known[k]]
+    return {k: flat[k] for k in flat if k in settings or k in given or k in changed}
+
+
+def _rounded(values: Iterable[float]) -> list[float]:
+    """float32 numbers as the decimals that were meant."""
+    return [float(f"{v:.6g}") for v in values]
+
+
+def _some(names: list[str], count: int) -> str:
+    return ", ".join(names[:count]) + (f" … ({len(names) - count} more)" if len(names) > count else "")
+
+
+# ------------------------------------------------------------------------------------------------------ command line
+def _parse_class_names(text: str | None) -> list[str] | None:
+    """Names from 'a,b,c', a text file with one per line, or a COCO-style annotation file (by ascending id)."""
+    if text is None:
+        return None
+    if text.endswith(".json"):
+        categories = read_json(text, "annotation file").get("categories", [])
+        return [c["name"] for c in sorted(categories, key=lambda c: c["id"])]
+    if os.path.isfile(text):
+        return [line.strip() for line in Path(text).read_text().splitlines() if line.strip()]
+    return [name.strip() for name in text.split(",")]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.add_argument("input", help="weights of another system (.npz .pkl .pth .h5, or a TensorFlow checkpoint)")
+    parser.add_argument("output", nargs="?", help="the .npz to write; without it only the report is printed")
+    parser.add_argument("--config", nargs="+", default=[], metavar="KEY=VAL", help="settings that win over the derived")
+    parser.add_argument("--class-names", help="a,b,c or a file: one per line, or annotations .json")
+    parser.add_argument("--drop-unused-classes", action="store_true", help="keep 80 of torchvision's 90 COCO ids")
+    parser.add_argument("--allow-unused", action="store_true", help="write although tensors of the file have no place")
+    parser.add_argument("--allow-missing", action="store_true", help="write although the model lacks tensors")
+    parser.add_argument("--verbose", action="store_true", help="list every tensor's new name")
+    args = parser.parse_args(argv)
+    try:
+        if args.output and not args.output.endswith(".npz"):
+            raise UserError(f"{args.output}: the output is an .npz file; give it that ending")
+        names = _parse_class_names(args.class_names)
+        variables, settings, report = convert(args.input, args.config, names, args.drop_unused_classes)
+        print(report.table(args.verbose))
+        print("settings: " + " ".join(f"{k}={v}".replace(" ", "") for k, v in settings.items()))
+        if (report.unused and not args.allow_unused) or (report.missing and not args.allow_missing):
+            problems = [f"{len(v)} {k}" for k, v in (("unused", report.unused), ("missing", report.missing)) if v]
+            flags = [f"--allow-{k}" for k, v in (("unused", report.unused), ("missing", report.missing)) if v]
+            logger.error(f"{args.input}: {' and '.join(problems)}, nothing written; {' '.join(flags)} accepts that")
+            return 3
+        if args.output:
+            meta = make_meta(settings, report.class_names, 0)
+            meta["source"] = {"file": Path(args.input).name, "system": report.system}
+            save_npz(args.output, variables, meta)
+            logger.info(f"{args.output} written: {len(variables)} variables, {len(settings)} settings")
+    except UserError as e:
+        logger.error(str(e))
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
