@@ -32,10 +32,17 @@ class _Formatter(logging.Formatter):
         return f"{stamp} {text}" if level == "INFO" else f"{stamp} {colored(level, self.COLORS.get(level))} {text}"
 
 
+class _Handler(logging.Handler):
+    """Writes to the standard error of the moment, which tests and progress bars replace."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr, flush=True)
+
+
 def _make_logger() -> logging.Logger:
     log = logging.getLogger("packrcnn")
     if not log.handlers:
-        handler = logging.StreamHandler(sys.stderr)
+        handler = _Handler()
         handler.setFormatter(_Formatter())
         log.addHandler(handler)
         log.setLevel(logging.INFO)
