@@ -26,6 +26,10 @@ __all__ = [
     "Masks",
     "Truth",
     "Detections",
+    "coco_run_lengths",
+    "join_by_box",
+    "mask_folders",
+    "read_mask_image",
     "read_truth",
     "read_detections",
     "truth_from_coco",
@@ -33,12 +37,15 @@ __all__ = [
     "evaluate",
     "average_precision",
     "best_overlaps",
+    "box_overlaps",
     "first_per_object",
     "write_detections_csv",
     "write_submission_csv",
 ]
 
 IOU_THRESHOLD = 0.5
+# Keys of a COCO-like annotation that make it a group-of box, or a difficult one.
+_SET_ASIDE = ("iscrowd", "IsGroupOf", "difficult", "ignore")
 
 
 class Masks(NamedTuple):
@@ -135,11 +142,12 @@ def read_truth(
         return truth
     if not files.masks:
         raise UserError(f"{directory}: no file {split}-annotations-object-segmentation.csv")
-    folders = [mask_folder] if mask_folder else _mask_folders(directory, split)
+    folders = [mask_folder] if mask_folder else mask_folders(directory, split)
     return _join_masks(truth, files.masks, [Path(f) for f in folders])
 
 
-def _mask_folders(directory: str | Path, split: str) -> list[Path]:
+def mask_folders(directory: str | Path, split: str) -> list[Path]:
+    """Where the masks of a split may have been unpacked."""
     directory = Path(directory)
     names = ["masks", f"{split}-masks", f"masks/{split}", f"{split}_masks"]
     return [d / n for d in (directory, directory.parent) for n in names if (d / n).is_dir()]
@@ -158,19 +166,15 @@ def _join_masks(truth: Truth, path: Path, folders: list[Path]) -> Truth:
     _report(len(keep) - keep.sum(), f"masks of {path.name} on images or classes outside the set are left out")
     image, label, names = rows["ImageID"][keep], rows["LabelName"][keep], rows["MaskPath"][keep]
     boxes = np.stack([rows[k] for k in ("BoxXMin", "BoxYMin", "BoxXMax", "BoxYMax")], 1)[keep]
-    order = np.argsort(truth.image, kind="stable")
-    mask_row, position = _pairs(image, truth.image[order])
-    box_row = order[position]
-    same = (label[mask_row] == truth.label[box_row]) & (boxes[mask_row] == truth.boxes[box_row]).all(1)
-    mask_row, box_row = mask_row[same], box_row[same]
-    alone = np.setdiff1d(np.arange(len(image)), mask_row)
+    mask_row, box_row, alone = join_by_box(image, label, boxes, truth.image, truth.label, truth.boxes)
     _report(len(alone), f"masks of {path.name} without a box of the same coordinates, taken as objects of their own")
     file_of = np.full(len(truth.image) + len(alone), -1)
     file_of[box_row] = mask_row
     file_of[len(truth.image) :] = alone
     counts, sizes = [b""] * len(file_of), np.zeros((len(file_of), 2), np.int32)
     for i in np.flatnonzero(file_of >= 0):
-        counts[i], sizes[i] = _read_mask(names[file_of[i]].decode(), folders, path)
+        bitmap = read_mask_image(names[file_of[i]].decode(), folders, path)
+        counts[i], sizes[i] = mask_utils.encode(np.asfortranarray(bitmap).view(np.uint8))["counts"], bitmap.shape
     return truth._replace(
         image=np.concatenate([truth.image, image[alone]]),
         label=np.concatenate([truth.label, label[alone]]),
@@ -180,14 +184,26 @@ def _join_masks(truth: Truth, path: Path, folders: list[Path]) -> Truth:
     )
 
 
-def _read_mask(name: str, folders: list[Path], origin: Path) -> tuple[bytes, tuple[int, int]]:
+def join_by_box(image, label, boxes, box_image, box_label, box_boxes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Which of M masks belong to which of G boxes: those with equal image, label and coordinates.
+
+    Returns the pairs as mask rows and box rows, and the masks without a box.
+    """
+    order = np.argsort(box_image, kind="stable")
+    mask_row, position = _pairs(image, box_image[order])
+    box_row = order[position]
+    same = (label[mask_row] == box_label[box_row]) & (boxes[mask_row] == box_boxes[box_row]).all(1)
+    return mask_row[same], box_row[same], np.setdiff1d(np.arange(len(image)), mask_row[same])
+
+
+def read_mask_image(name: str, folders: list[Path], origin: Path) -> np.ndarray:
+    """bool [h, w] of a published mask: non-zero is the object."""
     # The published archives are split by the first digit of the name and may be unpacked into folders of that name.
     for folder in folders:
         for path in (folder / name, folder / name[0] / name):
             bitmap = cv2.imread(str(path), cv2.IMREAD_GRAYSCALE) if path.is_file() else None
             if bitmap is not None:
-                run = mask_utils.encode(np.asfortranarray(bitmap > 0).view(np.uint8))
-                return run["counts"], bitmap.shape
+                return bitmap > 0
             if path.is_file():
                 raise UserError(f"mask {path} is not a readable image")
     where = ", ".join(map(str, folders)) or f"a masks/ folder beside {origin}"
@@ -286,7 +302,7 @@ def _masked_detections(image, label, score, texts, sizes, path) -> Detections:
 
 
 def truth_from_coco(content: dict[str, Any], with_masks: bool = False) -> Truth:
-    """The truth of a COCO-format json (boxes in pixels): a crowd, or a true IsGroupOf, is a group-of box.
+    """The truth of a COCO-format json (boxes in pixels): iscrowd, IsGroupOf, difficult or ignore = 1 make group_of.
 
     Image labels come from the optional image keys pos_category_ids and neg_category_ids; an image without them is
     verified for no class but those of its boxes.
@@ -317,7 +333,7 @@ def truth_from_coco(content: dict[str, Any], with_masks: bool = False) -> Truth:
         np.array([image_of[a["image_id"]] for a in annotations], np.int32),
         np.array([class_of[a["category_id"]] for a in annotations], np.int32),
         boxes,
-        np.array([bool(a.get("iscrowd")) or a.get("IsGroupOf") in (1, True) for a in annotations], bool),
+        np.array([any(a.get(key) in (1, True) for key in _SET_ASIDE) for a in annotations], bool),
         *(np.array([row[i] for row in labels], kind) for i, kind in enumerate((np.int32, np.int32, bool))),
         masks,
     )
@@ -595,6 +611,18 @@ def average_precision(scores: np.ndarray, hits: np.ndarray, number: float, image
     return float((np.diff(true / number, prepend=0.0) * precision).sum())
 
 
+def box_overlaps(detected: np.ndarray, annotated: np.ndarray, over_detection: bool = False) -> np.ndarray:
+    """IoU, or intersection over the first box's area, of P pairs of boxes float64 [P, 4]: float64 [P]."""
+    det, gt = detected.T, annotated.T
+    width = np.minimum(det[2], gt[2]) - np.maximum(det[0], gt[0])
+    height = np.minimum(det[3], gt[3]) - np.maximum(det[1], gt[1])
+    intersection = np.maximum(width, 0) * np.maximum(height, 0)
+    area = (det[2] - det[0]) * (det[3] - det[1])
+    if over_detection:
+        return intersection / area
+    return intersection / (area + (gt[2] - gt[0]) * (gt[3] - gt[1]) - intersection)
+
+
 class _BoxOverlaps:
     """Box IoU, or intersection over the detection's area, of pairs of detection and ground-truth rows."""
 
@@ -602,14 +630,7 @@ class _BoxOverlaps:
         self.gt_boxes, self.det_boxes = truth.boxes, detections.boxes
 
     def counted(self, d: np.ndarray, g: np.ndarray, over_detection: bool) -> np.ndarray:
-        det, gt = self.det_boxes[d].T, self.gt_boxes[g].T
-        width = np.minimum(det[2], gt[2]) - np.maximum(det[0], gt[0])
-        height = np.minimum(det[3], gt[3]) - np.maximum(det[1], gt[1])
-        intersection = np.maximum(width, 0) * np.maximum(height, 0)
-        area = (det[2] - det[0]) * (det[3] - det[1])
-        if over_detection:
-            return intersection / area
-        return intersection / (area + (gt[2] - gt[0]) * (gt[3] - gt[1]) - intersection)
+        return box_overlaps(self.det_boxes[d], self.gt_boxes[g], over_detection)
 
     ignored = counted
 

@@ -1,0 +1,1061 @@
+"""Data sets in other formats than COCO's, as `DatasetSplit`s: Open Images, Pascal VOC, LVIS, Cityscapes, csv files of
+boxes, and formats of one's own.
+
+A set is registered in the settings by a list whose first entry names the format, e.g.
+DATA.DATASETS="{'oid_train': ['openimages', 'open_images', 'train']}", with options as 'key=value' at its end:
+
+| list | files | options |
+|---|---|---|
+| ['openimages', dir, split] | the published csv and json files | group_of, expand, images (see `load_openimages`) |
+| ['voc', dir, split] | Annotations/*.xml, ImageSets/Main/<split>.txt (split '' = all) | difficult |
+| ['lvis', json, image folder] | LVIS v1 json | |
+| ['cityscapes', dir, split] | gtFine/<split>/*/*_gtFine_polygons.json, leftImg8bit/<split> | |
+| ['csv', file, image folder] | one row per box, see `read_csv_content` | classes |
+| ['module:function', …] | whatever the function reads, see `load_format` | its keyword arguments |
+"""
+
+import ast
+import csv
+import functools
+import hashlib
+import importlib
+import json
+import os
+import shutil
+import struct
+import time
+import xml.etree.ElementTree as ElementTree
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+import dataset
+from common import UserError, logger, read_json, write_json
+from dataset import DatasetSplit
+from utils import oid_eval, polygons
+from utils.oid_format import find_files, read_ancestors, read_classes, read_columns
+
+__all__ = [
+    "FormatSplit",
+    "OpenImagesSplit",
+    "class_aware_images",
+    "image_header_size",
+    "load_format",
+    "load_openimages",
+    "read_cityscapes_content",
+    "read_csv_content",
+    "read_voc_content",
+    "read_voc_detections",
+    "repeat_factors",
+    "split_from_coco",
+]
+
+VOC_CLASSES = [
+    "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
+    "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
+]  # fmt: skip
+CITYSCAPES_CLASSES = ["person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle"]
+
+
+# ------------------------------------------------------------------------------------------------ the entry point
+def load_format(
+    spec: Sequence[str], cfg: Any, name: str = "", class_names: Sequence[str] = (), training: bool = False
+) -> DatasetSplit:
+    """The set that a DATA.DATASETS entry with a format name describes.
+
+    Args:
+        spec: see the table above; paths are relative to DATA.BASEDIR or absolute.
+        class_names, training: as for `dataset.load_split`.
+
+    A 'module:function' is imported and called as function(name, *paths and words, cfg=cfg, class_names=class_names,
+    training=training, **options); it returns a DatasetSplit, most simply by `split_from_coco`.
+    """
+    form, words, options = _parse_spec(spec, name)
+    common = {"cfg": cfg, "class_names": class_names, "training": training}
+    if ":" in form:
+        module, _, function = form.partition(":")
+        try:
+            loader = getattr(importlib.import_module(module), function)
+        except (ImportError, AttributeError) as e:
+            raise UserError(f"DATA.DATASETS: {name}: cannot import {form}: {e}") from None
+        return loader(name, *words, **common, **options)
+    loaders = {"voc": _load_voc, "lvis": _load_lvis, "cityscapes": _load_cityscapes, "csv": _load_csv}
+    loaders["openimages"] = _load_openimages
+    if form not in loaders:
+        raise UserError(f"DATA.DATASETS: {name}: unknown format '{form}'; known are {', '.join(sorted(loaders))}")
+    if len(words) != 2:
+        raise UserError(f"DATA.DATASETS: {name}: ['{form}', …] takes two more entries and options, not {len(words)}")
+    path = dataset._own_path(Path(cfg.DATA.BASEDIR).expanduser(), words[0])
+    if not path.exists():
+        raise UserError(f"DATA.DATASETS: {name}: {path} does not exist")
+    try:
+        return loaders[form](name, path, words[1], **common, **options)
+    except TypeError as e:
+        if "unexpected keyword argument" not in str(e):
+            raise
+        raise UserError(f"DATA.DATASETS: {name}: format '{form}' has no option {str(e).split()[-1]}") from None
+
+
+def _parse_spec(spec: Sequence[str], name: str) -> tuple[str, list[str], dict[str, Any]]:
+    if not spec or not all(isinstance(s, str) for s in spec):
+        raise UserError(f"DATA.DATASETS: {name}: must be a list of strings that starts with a format name")
+    options = {}
+    words = list(spec[1:])
+    while words and "=" in words[-1] and not os.path.exists(words[-1]):
+        key, _, text = words.pop().partition("=")
+        try:
+            options[key] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            options[key] = text
+    return spec[0], words, options
+
+
+# ------------------------------------------------------------------------------------------------ COCO-like content
+class FormatSplit(DatasetSplit):
+    """A split whose ground truth is no COCO json on disk: `content()` gives it in COCO's form, for scoring.
+
+    Attributes:
+        read_content: picklable function without arguments that reads the ground truth again.
+        protocol: which scores `evaluate` adds to COCO's: "coco" (none), "voc" or "lvis" (instead).
+    """
+
+    read_content: Callable[[], dict[str, Any]]
+    protocol: str = "coco"
+
+    def content(self) -> dict[str, Any]:
+        return self.read_content()
+
+    def evaluate(self, results: list[dict], **options: Any) -> dict[str, float]:
+        """COCO's scores; for VOC also "voc07/mAP", "voc12/mAP" and their "AP_per_class/<name>", for LVIS its own.
+
+        Options are those of eval.evaluate_coco.
+        """
+        content = self.content()
+        ids = [self.image_id(i) for i in range(len(self))]
+        results = [r for r in results if r["category_id"] is not None]
+        if self.protocol == "lvis":
+            return _lvis_scores(content, results, ids, **options)
+        from eval import evaluate_coco
+
+        metrics = evaluate_coco(content, results, **{"image_ids": ids, **options})
+        if self.protocol == "voc":
+            metrics |= _voc_scores(_only_images(content, ids), results)
+        return metrics
+
+
+def _only_images(content: dict[str, Any], ids: Iterable) -> dict[str, Any]:
+    wanted = set(ids)
+    if len(wanted) == len(content["images"]):
+        return content
+    images = [image for image in content["images"] if image["id"] in wanted]
+    return {**content, "images": images, "annotations": [a for a in content["annotations"] if a["image_id"] in wanted]}
+
+
+def _voc_scores(content: dict[str, Any], results: list[dict]) -> dict[str, float]:
+    from utils.voc_eval import evaluate_voc
+
+    truth = oid_eval.truth_from_coco(content)
+    detections = oid_eval.detections_from_coco(results, content, truth)
+    metrics = {}
+    for mark, eleven in (("voc07", True), ("voc12", False)):
+        scores = evaluate_voc(truth, detections, eleven)
+        metrics |= _named_scores(mark, scores, truth.class_ids, truth.class_names)
+    return metrics
+
+
+def _named_scores(mark: str, scores: dict[str, Any], ids: Sequence, names: Sequence[str]) -> dict[str, float]:
+    nan = float("nan")
+    per_class = {f"{mark}/AP_per_class/{n}": scores["per_class_AP"][i] for i, n in zip(ids, names)}
+    return {k: nan if v is None else v for k, v in {f"{mark}/mAP": scores["mAP"], **per_class}.items()}
+
+
+def _lvis_scores(content, results, ids, iou_types=None, image_ids=None, verbose=True) -> dict[str, float]:
+    from tabulate import tabulate
+
+    from utils.lvis_eval import evaluate_lvis
+
+    content = _only_images(content, image_ids or ids)
+    metrics: dict[str, float] = {}
+    for kind, key in (("bbox", "bbox"), ("segm", "segmentation")):
+        if kind in iou_types if iou_types else kind == "bbox" or any(r.get(key) for r in results):
+            scores = evaluate_lvis(content, results, kind)
+            metrics |= {f"{kind}/{k}": v for k, v in scores.items()}
+            if verbose:
+                shown = {k: v for k, v in scores.items() if "/" not in k}
+                table = tabulate([list(shown.values())], list(shown), floatfmt=".3f")
+                logger.info(f"LVIS {kind} scores of {len(content['images'])} images\n{table}")
+    return metrics
+
+
+def split_from_coco(
+    name: str,
+    read_content: Callable[[], dict[str, Any]],
+    folder: str | Path,
+    cfg: Any,
+    class_names: Sequence[str] = (),
+    training: bool = False,
+    origin: str = "",
+    protocol: str = "coco",
+) -> FormatSplit:
+    """A split from COCO-like content: {"images": […], "annotations": […], "categories": […]}.
+
+    Args:
+        read_content: returns that content; it is called again when the set is scored, and must be picklable (a
+            function of a module, or functools.partial of one).
+        folder: where the images' file_name are found.
+        origin: what error messages call the source; `name` if empty.
+    """
+    started = time.time()
+    origin = origin or name
+    content = read_content()
+    raw = dataset._Collector(origin, cfg.MODE_KEYPOINT)
+    for image in content["images"]:
+        raw.add_image(image)
+    for annotation in content["annotations"]:
+        raw.add_annotation(annotation)
+    ids, names = dataset._order_categories(origin, content["categories"])
+    category_ids = dataset._match_classes(origin, ids, names, class_names) if class_names else ids
+    label_of_category = {c: label for label, c in enumerate(category_ids, 1) if c is not None}
+    num_keypoints = dataset._count_keypoints(cfg, origin, content["categories"], raw)
+    columns, dropped = dataset._build_columns(raw, label_of_category, training and cfg.MODE_MASK, num_keypoints)
+    split = FormatSplit(
+        name, origin, [str(Path(folder).absolute())], list(class_names) or names, category_ids, columns, dict(dropped),
+        len(content["annotations"]), dataset._keypoint_flip(content["categories"], num_keypoints),
+    )  # fmt: skip
+    split.read_content, split.protocol = read_content, protocol
+    dataset._check_images(cfg, split, str(folder))
+    dataset._report(split, time.time() - started)
+    return split
+
+
+# ------------------------------------------------------------------------------------------------ image headers
+def image_header_size(path: str | Path) -> tuple[int, int]:
+    """Height and width of a JPEG or PNG from its header; other kinds, and damaged headers, are decoded."""
+    try:
+        with open(path, "rb") as f:
+            start = f.read(26)
+            if start.startswith(b"\x89PNG\r\n\x1a\n") and len(start) >= 24:
+                width, height = struct.unpack(">II", start[16:24])
+                return height, width
+            if start.startswith(b"\xff\xd8"):
+                size = _jpeg_size(f)
+                if size is not None:
+                    return size
+    except OSError as e:
+        raise UserError(f"image {path} cannot be read: {e.strerror}") from None
+    image = cv2.imread(str(path), cv2.IMREAD_UNCHANGED | cv2.IMREAD_IGNORE_ORIENTATION)
+    if image is None:
+        raise UserError(f"image {path} is not a readable image")
+    return image.shape[:2]
+
+
+def _jpeg_size(f) -> tuple[int, int] | None:
+    """Walks the segments to the frame header (SOF0 to SOF15 without the tables DHT, JPG and DAC)."""
+    f.seek(2)
+    while True:
+        head = f.read(4)
+        if len(head) < 4 or head[0] != 0xFF:
+            return None
+        if head[1] == 0xFF:  # fill byte
+            f.seek(-3, os.SEEK_CUR)
+            continue
+        length = struct.unpack(">H", head[2:])[0]
+        if 0xC0 <= head[1] <= 0xCF and head[1] not in (0xC4, 0xC8, 0xCC):
+            frame = f.read(5)
+            return struct.unpack(">HH", frame[1:]) if len(frame) == 5 else None
+        f.seek(length - 2, os.SEEK_CUR)
+
+
+def _header_sizes(files: Sequence[str]) -> np.ndarray:
+    """int32 [n, 2] heights and widths; several files at once, since reading them is mostly waiting."""
+    with ThreadPoolExecutor(16) as pool:
+        return np.array(list(pool.map(image_header_size, files, chunksize=64)), np.int32).reshape(-1, 2)
+
+
+# ------------------------------------------------------------------------------------------------ Pascal VOC
+def read_voc_content(
+    directory: str | Path, split: str = "", difficult: str = "ignore", image_folder: str | Path | None = None
+) -> dict[str, Any]:
+    """A VOC folder in COCO's form: image ids are the xml files' stems, category ids count from 1.
+
+    Args:
+        directory: holds Annotations/, JPEGImages/ and ImageSets/Main/; or one of VOCdevkit's parents of that.
+        split: a list of ImageSets/Main, or "" for every annotation.
+        difficult: what to do with difficult objects: "ignore" (as regions that are neither right nor wrong), "object".
+
+    VOC's pixels are 1-based and inclusive, so a box spans [xmin - 1, xmax). Classes are VOC's twenty if these suffice,
+    else all names that occur in Annotations/, sorted.
+    """
+    directory = _voc_directory(Path(directory))
+    if difficult not in ("ignore", "object"):
+        raise UserError(f"VOC data {directory}: difficult={difficult!r} must be ignore or object")
+    stems = sorted(p.stem for p in (directory / "Annotations").glob("*.xml"))
+    if not stems:
+        raise UserError(f"VOC data {directory}: Annotations/ holds no xml file")
+    wanted = stems
+    if split:
+        listing = directory / "ImageSets" / "Main" / f"{split}.txt"
+        try:
+            wanted = [line.split()[0] for line in listing.read_text().splitlines() if line.strip()]
+        except OSError as e:
+            raise UserError(f"VOC data: image list {listing} cannot be read: {e.strerror}") from None
+        lacking = sorted(set(wanted) - set(stems))
+        if lacking:
+            raise UserError(f"VOC data {directory}: {listing.name} names {lacking[0]}, which has no xml file")
+    roots = {stem: _read_xml(directory / "Annotations" / f"{stem}.xml") for stem in stems}
+    names = {o.findtext("name", "").strip() for root in roots.values() for o in root.iter("object")}
+    classes = VOC_CLASSES if names <= set(VOC_CLASSES) else sorted(names)
+    ids = {n: i for i, n in enumerate(classes, 1)}
+    folder = Path(image_folder) if image_folder else directory / "JPEGImages"
+    images, annotations = [], []
+    for stem in wanted:
+        file = directory / "Annotations" / f"{stem}.xml"
+        root = roots[stem]
+        try:
+            file_name = (root.findtext("filename") or f"{stem}.jpg").strip()
+            if not Path(file_name).suffix:
+                file_name += ".jpg"
+            height, width = (int(float(root.findtext(f"size/{k}") or 0)) for k in ("height", "width"))
+            if height < 1 or width < 1:
+                height, width = image_header_size(folder / file_name)
+            images.append({"id": stem, "file_name": file_name, "height": height, "width": width})
+            for o in root.iter("object"):
+                x1, y1, x2, y2 = (float(o.findtext(f"bndbox/{k}")) for k in ("xmin", "ymin", "xmax", "ymax"))
+                hard = int(o.findtext("difficult") or 0) == 1
+                annotations.append({
+                    "id": len(annotations) + 1, "image_id": stem, "category_id": ids[o.findtext("name", "").strip()],
+                    "bbox": [x1 - 1, y1 - 1, x2 - x1 + 1, y2 - y1 + 1], "area": (x2 - x1 + 1) * (y2 - y1 + 1),
+                    "iscrowd": int(hard and difficult == "ignore"), "difficult": int(hard),
+                })  # fmt: skip
+        except (TypeError, ValueError) as e:
+            raise UserError(f"VOC annotation {file}: an object lacks a number in bndbox or difficult: {e}") from None
+    categories = [{"id": i, "name": n} for n, i in ids.items()]
+    return {"images": images, "annotations": annotations, "categories": categories}
+
+
+def _voc_directory(directory: Path) -> Path:
+    if (directory / "Annotations").is_dir():
+        return directory
+    inside = sorted(
+        p.parent for pattern in ("*/Annotations", "VOCdevkit/*/Annotations") for p in directory.glob(pattern)
+    )
+    if len(inside) != 1:
+        found = f"several: {', '.join(p.name for p in inside)}; name one" if inside else "no Annotations/ folder"
+        raise UserError(f"VOC data {directory}: {found}")
+    return inside[0]
+
+
+def _read_xml(path: Path) -> ElementTree.Element:
+    try:
+        return ElementTree.parse(path).getroot()
+    except (OSError, ElementTree.ParseError) as e:
+        raise UserError(f"VOC annotation {path} cannot be read: {e}") from None
+
+
+def read_voc_detections(folder: str | Path, content: dict[str, Any]) -> list[dict[str, Any]]:
+    """VOC result files <anything>_<class>.txt (image id, confidence, xmin, ymin, xmax, ymax a line) as COCO results."""
+    results = []
+    for category in content["categories"]:
+        files = sorted(Path(folder).glob(f"*_{category['name']}.txt")) + sorted(
+            Path(folder).glob(f"{category['name']}.txt")
+        )
+        for path in files:
+            for number, line in enumerate(path.read_text().splitlines(), 1):
+                words = line.split()
+                try:
+                    score, x1, y1, x2, y2 = map(float, words[1:])
+                except ValueError:
+                    raise UserError(f"detections {path}, line {number}: not 'image score x1 y1 x2 y2'") from None
+                results.append({
+                    "image_id": words[0], "category_id": category["id"], "score": score,
+                    "bbox": [x1 - 1, y1 - 1, x2 - x1 + 1, y2 - y1 + 1],
+                })  # fmt: skip
+    if not results:
+        raise UserError(f"detections: {folder} holds no file *_<class>.txt with a detection")
+    return results
+
+
+def _load_voc(name, path, split, difficult="ignore", **common) -> FormatSplit:
+    read = functools.partial(read_voc_content, path, split, difficult)
+    return split_from_coco(
+        name, read, _voc_directory(path) / "JPEGImages", **common, origin=f"VOC data {path} {split}", protocol="voc"
+    )
+
+
+# ------------------------------------------------------------------------------------------------ LVIS
+def _load_lvis(name, path, folder, cfg, **common) -> FormatSplit:
+    """LVIS's json is COCO's with more keys; images are <folder>/<last two parts of coco_url>, or file_name."""
+    folder = dataset._own_path(Path(cfg.DATA.BASEDIR).expanduser(), folder)
+    read = functools.partial(read_json, path, "annotation file")
+    return split_from_coco(name, read, folder, cfg, **common, origin=str(path), protocol="lvis")
+
+
+# ------------------------------------------------------------------------------------------------ Cityscapes
+def read_cityscapes_content(directory: str | Path, split: str) -> dict[str, Any]:
+    """Cityscapes' instances in COCO's form; image ids are <city>_<sequence>_<frame>, masks uncompressed.
+
+    The polygons are painted in the file's order, so a later object hides what lies behind it, as in the official
+    instance images. Labels ending in "group" are crowd regions of their class. Objects without a visible pixel are
+    left out, as they are in the instance images.
+    """
+    directory = Path(directory)
+    files = sorted((directory / "gtFine" / split).glob("*/*_gtFine_polygons.json"))
+    if not files:
+        raise UserError(f"Cityscapes data: {directory}/gtFine/{split} holds no <city>/*_gtFine_polygons.json")
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        parts = list(pool.map(_read_cityscapes_file, files))
+    annotations = [a for _, found in parts for a in found]
+    for number, annotation in enumerate(annotations, 1):
+        annotation["id"] = number
+    categories = [{"id": i, "name": n} for i, n in enumerate(CITYSCAPES_CLASSES, 1)]
+    return {"images": [image for image, _ in parts], "annotations": annotations, "categories": categories}
+
+
+def _read_cityscapes_file(path: Path) -> tuple[dict, list[dict]]:
+    content = read_json(path, "Cityscapes annotation")
+    stem = path.name.removesuffix("_gtFine_polygons.json")
+    try:
+        height, width = int(content["imgHeight"]), int(content["imgWidth"])
+        objects = [(str(o["label"]), np.array(o["polygon"], np.float64)) for o in content["objects"]
+                   if not o.get("deleted")]  # fmt: skip
+    except (KeyError, TypeError, ValueError) as e:
+        raise UserError(
+            f"Cityscapes annotation {path}: no imgHeight, imgWidth, or objects' label and polygon: {e}"
+        ) from None
+    image = {
+        "id": stem, "file_name": f"{path.parent.name}/{stem}_leftImg8bit.png", "height": height, "width": width,
+    }  # fmt: skip
+    painted = np.zeros((height, width), np.int32)
+    for number, (label, polygon) in enumerate(objects, 1):
+        if label != "license plate" and len(polygon) >= 3:  # plates lie on cars and are no object of their own
+            cv2.fillPoly(painted, [np.round(polygon).astype(np.int32)], number)
+    annotations = []
+    for number, (label, polygon) in enumerate(objects, 1):
+        kind = label.removesuffix("group")
+        if kind not in CITYSCAPES_CLASSES or len(polygon) < 3:
+            continue
+        left, top = np.clip(np.floor(polygon.min(0)).astype(int) - 1, 0, None)
+        right, bottom = np.ceil(polygon.max(0)).astype(int) + 2
+        rings = polygons.mask_to_rings(painted[top:bottom, left:right] == number)
+        if not rings:
+            continue
+        rings = [ring + np.array([left, top], np.float32) for ring in rings]
+        points = np.concatenate(rings)
+        (x1, y1), (x2, y2) = points.min(0).tolist(), points.max(0).tolist()
+        annotations.append({
+            "image_id": stem, "category_id": CITYSCAPES_CLASSES.index(kind) + 1, "iscrowd": int(kind != label),
+            "bbox": [x1, y1, x2 - x1, y2 - y1], "area": float(sum(polygons.signed_area(r) for r in rings)),
+            "segmentation": _painted_rle(painted == number),
+        })  # fmt: skip
+    return image, annotations
+
+
+def _painted_rle(mask: np.ndarray) -> dict[str, Any]:
+    from pycocotools import mask as mask_utils
+
+    run = mask_utils.encode(np.asfortranarray(mask).view(np.uint8))
+    return {"size": run["size"], "counts": run["counts"].decode()}
+
+
+def _load_cityscapes(name, path, split, **common) -> FormatSplit:
+    read = functools.partial(read_cityscapes_content, path, split)
+    return split_from_coco(name, read, path / "leftImg8bit" / split, **common, origin=f"Cityscapes data {path} {split}")
+
+
+# ------------------------------------------------------------------------------------------------ csv of boxes
+_CSV_COLUMNS = {
+    "image": ("image", "file", "filename", "file_name", "image_path", "path", "imageid", "image_id"),
+    "label": ("label", "class", "class_name", "category", "name", "labelname"),
+    "x1": ("x1", "xmin", "left"),
+    "y1": ("y1", "ymin", "top"),
+    "x2": ("x2", "xmax", "right"),
+    "y2": ("y2", "ymax", "bottom"),
+    "crowd": ("iscrowd", "crowd", "ignore", "isgroupof"),
+}
+_CSV_HEADLESS = ["image", "x1", "y1", "x2", "y2", "label"]
+
+
+def read_csv_content(path: str | Path, folder: str | Path, classes: str | Path | None = None) -> dict[str, Any]:
+    """A csv of boxes in COCO's form; image ids are the file names, sizes are those of the image files.
+
+    The header names the columns: an image (image, file, filename, path, …), a label (label, class, …), and x1 y1 x2 y2
+    (or xmin, left, …) in continuous pixels; iscrowd marks ignored regions. Without a header, the columns are image,
+    x1, y1, x2, y2, label. A row with an image alone is an image without objects. `classes` is a file of class names,
+    one a line, in the order of their ids; without it they are the labels that occur, sorted.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as f:
+            rows = [row for row in csv.reader(f) if any(cell.strip() for cell in row)]
+    except (OSError, UnicodeDecodeError, csv.Error) as e:
+        raise UserError(f"csv of boxes {path} cannot be read: {e}") from None
+    if not rows:
+        raise UserError(f"csv of boxes {path} is empty")
+    header = [cell.strip().lower() for cell in rows[0]]
+    columns = {key: header.index(n) for key, names in _CSV_COLUMNS.items() for n in names[::-1] if n in header}
+    if not columns and len(header) == len(_CSV_HEADLESS):
+        columns = {key: i for i, key in enumerate(_CSV_HEADLESS)}
+        first = 1
+    else:
+        first, rows = 2, rows[1:]
+    lacking = [key for key in _CSV_HEADLESS if key not in columns]
+    if lacking:
+        raise UserError(f"csv of boxes {path}: no column for {lacking[0]} in its header {','.join(header)[:80]}")
+    boxes: dict[str, list] = {}
+    for number, row in enumerate(rows, first):
+        cells = {key: row[i].strip() if i < len(row) else "" for key, i in columns.items()}
+        objects = boxes.setdefault(cells["image"], [])
+        if not any(cells[key] for key in _CSV_HEADLESS[1:]):
+            continue
+        try:
+            x1, y1, x2, y2 = (float(cells[key]) for key in ("x1", "y1", "x2", "y2"))
+            crowd = int(float(cells.get("crowd") or 0)) == 1
+        except ValueError:
+            raise UserError(f"csv of boxes {path}, row {number}: a coordinate is not a number") from None
+        if not cells["label"]:
+            raise UserError(f"csv of boxes {path}, row {number}: no label")
+        objects.append((cells["label"], [x1, y1, x2 - x1, y2 - y1], crowd))
+    found = sorted({label for objects in boxes.values() for label, _, _ in objects})
+    names = (
+        [line.split(",")[0].strip() for line in Path(classes).read_text().splitlines() if line.strip()]
+        if classes
+        else found
+    )
+    unknown = [n for n in found if n not in names]
+    if unknown:
+        raise UserError(f"csv of boxes {path}: label '{unknown[0]}' is not in {classes}")
+    ids = {n: i for i, n in enumerate(names, 1)}
+    there = [n for n in boxes if os.path.exists(os.path.join(folder, n))]
+    sizes = dict(zip(there, _header_sizes([os.path.join(folder, n) for n in there]).tolist()))
+    # An image that is missing is counted by the caller, for whom its size does not matter.
+    images = [{"id": n, "file_name": n, "height": h, "width": w} for n in boxes for h, w in [sizes.get(n, (1, 1))]]
+    annotations = [
+        {"id": 0, "image_id": n, "category_id": ids[label], "bbox": box, "area": box[2] * box[3], "iscrowd": int(crowd)}
+        for n, objects in boxes.items()
+        for label, box, crowd in objects
+    ]
+    for number, annotation in enumerate(annotations, 1):
+        annotation["id"] = number
+    categories = [{"id": i, "name": n} for n, i in ids.items()]
+    return {"images": images, "annotations": annotations, "categories": categories}
+
+
+def _load_csv(name, path, folder, cfg, classes=None, **common) -> FormatSplit:
+    base = Path(cfg.DATA.BASEDIR).expanduser()
+    folder = dataset._own_path(base, folder)
+    read = functools.partial(read_csv_content, path, folder, classes and dataset._own_path(base, classes))
+    return split_from_coco(name, read, folder, cfg, **common, origin=str(path))
+
+
+# ------------------------------------------------------------------------------------------------ Open Images
+class OpenImagesSplit(DatasetSplit):
+    """One split of Open Images. Its columns are views of the cache files, shared by all processes of a machine.
+
+    Attributes:
+        directory, split: where it was read from.
+        missing: how many of its images are not on disk (they are not part of the split).
+        first_verified: int64 [len + 1]; verified_labels int32, verified_positive bool: the image labels, by image.
+    """
+
+    directory: str
+    split: str
+    missing: int
+    first_verified: np.ndarray
+    verified_labels: np.ndarray
+    verified_positive: np.ndarray
+
+    def verified(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        """Labels int32 of the classes that people saw in image i, and of those they looked for and did not see.
+
+        Of all other classes nothing is known there, unless the image has a box of them.
+        """
+        first, last = self.first_verified[i], self.first_verified[i + 1]
+        labels, positive = self.verified_labels[first:last], self.verified_positive[first:last]
+        return labels[positive], labels[~positive]
+
+    def _result_rows(self, results: Iterable[dict]) -> Iterable[dict]:
+        place = {self.image_id(i): self.image_size(i) for i in range(len(self))}
+        for r in results:
+            height, width = place[r["image_id"]]
+            x, y, w, h = r["bbox"]
+            row = {"image_id": r["image_id"], "label": r["category_id"], "score": r["score"], "width": width}
+            yield row | {"height": height, "box": (x, y, x + w, y + h), "segmentation": r.get("segmentation")}
+
+    def write_submission(self, path: str | Path, results: list[dict]) -> list[str]:
+        """Writes COCO-format results beside `path` for the official evaluator and for the challenge server.
+
+        The files are <stem>.csv and <stem>-submission.csv, with masks also <stem>-segm.csv and
+        <stem>-segm-submission.csv; their names are returned.
+        """
+        path = Path(path)
+        results = [r for r in results if r["category_id"] is not None]
+        images = [(self.image_id(i), *self.image_size(i)) for i in range(len(self))]
+        written = []
+        for mark in ("", "-segm"):
+            rows = list(self._result_rows(r for r in results if not mark or r.get("segmentation")))
+            if mark and not rows:
+                break
+            written += [str(path.with_name(f"{path.stem}{mark}{end}.csv")) for end in ("", "-submission")]
+            oid_eval.write_detections_csv(written[-2], rows, bool(mark))
+            oid_eval.write_submission_csv(written[-1], rows, images, bool(mark))
+        return written
+
+    def evaluate(self, results: list[dict], verbose: bool = True, **_: Any) -> dict[str, float]:
+        """The official metrics: oid-v2/mAP and, with a hierarchy, oid-challenge/mAP (detections expanded), with masks
+        oid-challenge-segm/mAP; each with AP_per_class/<class name>. Images missing on disk are not scored.
+        """
+        results = [r for r in results if r["category_id"] is not None]
+        masked = (
+            any(r.get("segmentation") for r in results) and find_files(self.directory, self.split).masks is not None
+        )
+        truth = oid_eval.read_truth(self.directory, self.split, masked)
+        truth = _only_truth_of(truth, [str(self.image_id(i)).encode() for i in range(len(self))])
+        rows = list(self._result_rows(results))
+        class_of = {c: i for i, c in enumerate(truth.class_ids)}
+        ids = np.array([str(r["image_id"]).encode() for r in rows], truth.image_ids.dtype)
+        place = np.searchsorted(truth.image_ids, ids)
+        place = np.minimum(place, max(0, len(truth.image_ids) - 1))
+        known = truth.image_ids[place] == ids if len(ids) else np.zeros(0, bool)
+        rows, place = [r for r, k in zip(rows, known) if k], place[known]
+        boxes = np.array([r["box"] for r in rows], np.float64).reshape(-1, 4)
+        if rows:
+            boxes /= np.array([[r["width"], r["height"], r["width"], r["height"]] for r in rows])
+        detections = oid_eval.Detections(
+            place.astype(np.int32),
+            np.array([class_of[r["label"]] for r in rows], np.int32),
+            np.array([r["score"] for r in rows], np.float64),
+            boxes,
+        )
+        protocols = {"v2": detections}
+        if truth.ancestors is not None:
+            protocols["challenge"] = detections
+            if masked:
+                protocols["challenge-segm"] = _with_masks(detections, rows)
+        metrics: dict[str, float] = {}
+        for protocol, found in protocols.items():
+            scores = oid_eval.evaluate(truth, found, protocol, expand_detections=protocol != "v2")
+            metrics |= _named_scores(f"oid-{protocol}", scores, truth.class_ids, truth.class_names)
+            if verbose:
+                logger.info(f"{self.name}: Open Images {protocol} mAP {metrics[f'oid-{protocol}/mAP']:.4f}")
+        return metrics
+
+
+def _with_masks(detections: oid_eval.Detections, rows: list[dict]) -> oid_eval.Detections:
+    from pycocotools import mask as mask_utils
+
+    keep = np.array([bool(r["segmentation"]) for r in rows], bool)
+    rows = [r for r in rows if r["segmentation"]]
+    sizes = np.array([r["segmentation"]["size"] for r in rows], np.int32).reshape(-1, 2)
+    counts = [oid_eval.coco_run_lengths(r["segmentation"], *r["segmentation"]["size"]) for r in rows]
+    boxes = np.array([mask_utils.toBbox({"counts": c, "size": s.tolist()}) for c, s in zip(counts, sizes)]).reshape(
+        -1, 4
+    )
+    boxes[:, 2:] += boxes[:, :2]
+    boxes /= sizes[:, [1, 0, 1, 0]]
+    columns = (detections.image[keep], detections.label[keep], detections.score[keep])
+    return oid_eval.Detections(*columns, boxes, oid_eval.Masks(counts, sizes))
+
+
+def _only_truth_of(truth: oid_eval.Truth, ids: list[bytes]) -> oid_eval.Truth:
+    keep = np.isin(truth.image_ids, np.array(ids, truth.image_ids.dtype))
+    if keep.all():
+        return truth
+    number = np.cumsum(keep) - 1
+    box, label = keep[truth.image], keep[truth.label_image]
+    masks = truth.masks
+    if masks is not None:
+        masks = oid_eval.Masks([c for c, k in zip(masks.counts, box) if k], masks.sizes[box])
+    return truth._replace(
+        image_ids=truth.image_ids[keep],
+        image=number[truth.image[box]].astype(np.int32),
+        label=truth.label[box],
+        boxes=truth.boxes[box],
+        group_of=truth.group_of[box],
+        label_image=number[truth.label_image[label]].astype(np.int32),
+        label_class=truth.label_class[label],
+        label_positive=truth.label_positive[label],
+        masks=masks,
+    )
+
+
+def _load_openimages(name, path, split, cfg, class_names, training, **options) -> OpenImagesSplit:
+    images = options.pop("images", None)
+    return load_openimages(
+        name,
+        path,
+        split,
+        class_names,
+        masks=cfg.MODE_MASK,
+        need_masks=training and cfg.MODE_MASK,
+        keep_missing=cfg.DATA.KEEP_MISSING_IMAGES,
+        image_folder=images and dataset._own_path(Path(cfg.DATA.BASEDIR).expanduser(), images),
+        **options,
+    )
+
+
+# Rises when the meaning of the cached columns changes.
+_CACHE_VERSION = 1
+_OPEN_IMAGES_COLUMNS = (
+    "file_bytes", "file_offsets", "id_bytes", "id_offsets", "folder", "sizes", "first_object", "boxes", "labels",
+    "crowd", "first_ring", "first_vertex", "vertices", "first_verified", "verified_labels", "verified_positive",
+)  # fmt: skip
+
+
+def load_openimages(
+    name: str,
+    directory: str | Path,
+    split: str,
+    class_names: Sequence[str] = (),
+    *,
+    group_of: str = "ignore",
+    expand: bool = False,
+    masks: bool = False,
+    need_masks: bool = False,
+    keep_missing: bool = False,
+    image_folder: str | Path | None = None,
+    check_images: bool = True,
+) -> OpenImagesSplit:
+    """The published files of one split, through a cache of columns that is made once and then memory-mapped.
+
+    Args:
+        directory: holds the csv and json files; images are <ImageID>.jpg in <split>/, images/<split>/ or the folders
+            <split>_0 to <split>_f that the archives unpack to, unless `image_folder` is given.
+        class_names: display names of the classes wanted, in the order of their labels; all if empty.
+        group_of: what a group-of box becomes: "ignore" (a crowd region), "object", or "drop".
+        expand: add a box for each ancestor class of the hierarchy, as in the challenges' ground truth.
+        masks: trace the segmentation masks into outlines.
+        need_masks: leave out the boxes without a mask that are no crowd region.
+        keep_missing: go on without images that are missing on disk, instead of an error.
+        check_images: False: do not look for the images; their sizes then come from <split>-image-sizes.csv.
+
+    The cache is in <directory>/.packrcnn-cache (or ~/.cache/packrcnn when that cannot be written). It is made anew
+    when a source file's size or time stamp, an image folder's time stamp, or an option changes. An image's size is
+    read from its header, unless <split>-image-sizes.csv (ImageID,Width,Height) gives it.
+    """
+    started = time.time()
+    directory = Path(directory).absolute()
+    if group_of not in ("ignore", "object", "drop"):
+        raise UserError(f"Open Images {directory}: group_of={group_of!r} must be ignore, object or drop")
+    files = find_files(directory, split)
+    size_file = directory / f"{split}-image-sizes.csv"
+    folders = _image_folders(directory, split, image_folder) if check_images else [directory / split]
+    sources = [p for p in (*files, size_file if size_file.is_file() else None) if p is not None]
+    stamps = {str(p): [p.stat().st_size, p.stat().st_mtime_ns] for p in sources}
+    if check_images:
+        stamps |= {str(p): [0, p.stat().st_mtime_ns] for p in folders}
+    options = {
+        "version": _CACHE_VERSION, "split": split, "classes": list(class_names), "group_of": group_of, "expand": expand,
+        "masks": masks, "need_masks": need_masks, "check_images": check_images, "folders": [str(f) for f in folders],
+    }  # fmt: skip
+    key = hashlib.sha256(json.dumps(options).encode()).hexdigest()[:16]
+    columns, meta = _read_cache(directory, f"{split}-{key}", stamps)
+    if columns is None:
+        columns, meta = _build_open_images(files, size_file, folders, options)
+        cached = _write_cache(directory, f"{split}-{key}", stamps, columns, meta)
+        columns = cached or columns
+    if meta["missing"]:
+        what = f"{name}: {meta['missing']} of {meta['listed']} images are missing, e.g. {meta['first_missing']}"
+        if not keep_missing or meta["missing"] == meta["listed"]:
+            raise UserError(f"{what}; DATA.KEEP_MISSING_IMAGES=True goes on without them")
+        logger.warning(f"{what}: going on without them")
+    result = OpenImagesSplit(
+        name, str(files.boxes), [str(f) for f in folders], meta["class_names"], meta["class_ids"],
+        {
+            "folder": columns["folder"], "sizes": columns["sizes"], "first_object": columns["first_object"],
+            "boxes": columns["boxes"], "labels": columns["labels"], "crowd": columns["crowd"],
+            "first_ring": columns["first_ring"], "first_vertex": columns["first_vertex"],
+            "vertices": columns["vertices"], "keypoints": None,
+            "file": (columns["file_bytes"], columns["file_offsets"]),
+            "id": (columns["id_bytes"], columns["id_offsets"]),
+        },
+        meta["dropped"], meta["num_annotations"], np.zeros(0, np.int64),
+    )  # fmt: skip
+    result.directory, result.split, result.missing = str(directory), split, meta["missing"]
+    for key in ("first_verified", "verified_labels", "verified_positive"):
+        setattr(result, key, columns[key])
+    dataset._report(result, time.time() - started)
+    return result
+
+
+def _image_folders(directory: Path, split: str, image_folder: str | Path | None) -> list[Path]:
+    if image_folder is not None:
+        if not Path(image_folder).is_dir():
+            raise UserError(f"Open Images: image folder {image_folder} does not exist")
+        return [Path(image_folder).absolute()]
+    for folder in (directory / split, directory / "images" / split):
+        if folder.is_dir():
+            return [folder]
+    folders = sorted(p for p in directory.glob(f"{split}_?") if p.is_dir())
+    if not folders:
+        raise UserError(
+            f"Open Images {directory}: no image folder {split}/, images/{split}/ or {split}_0/ … {split}_f/"
+        )
+    return folders
+
+
+def _cache_folders(directory: Path) -> list[Path]:
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    mark = hashlib.sha256(str(directory).encode()).hexdigest()[:16]
+    return [directory / ".packrcnn-cache", home / "packrcnn" / mark]
+
+
+def _read_cache(directory: Path, entry: str, stamps: dict) -> tuple[dict | None, dict]:
+    for parent in _cache_folders(directory):
+        folder = parent / entry
+        try:
+            meta = json.loads((folder / "meta.json").read_text())
+            if meta["stamps"] == stamps:
+                # Plain views: slicing a numpy.memmap costs several times as much, and pickling one would copy it too.
+                names = _OPEN_IMAGES_COLUMNS
+                return {n: np.asarray(np.load(folder / f"{n}.npy", mmap_mode="r")) for n in names}, meta
+        except (OSError, ValueError, KeyError):
+            continue  # absent or damaged: made anew
+    return None, {}
+
+
+def _write_cache(directory: Path, entry: str, stamps: dict, columns: dict, meta: dict) -> dict | None:
+    """Writes a folder, renames it into place and returns its columns as memory maps; None if nothing can be written."""
+    for parent in _cache_folders(directory):
+        temporary = parent / f".{entry}.{os.getpid()}"
+        try:
+            temporary.mkdir(parents=True)
+            for name in _OPEN_IMAGES_COLUMNS:
+                np.save(temporary / f"{name}.npy", columns[name])
+            write_json(temporary / "meta.json", {**meta, "stamps": stamps})
+            if (parent / entry).exists():
+                os.rename(parent / entry, parent / f".{entry}.{os.getpid()}.old")
+            os.rename(temporary, parent / entry)
+        except OSError as e:
+            shutil.rmtree(temporary, ignore_errors=True)
+            cached, _ = _read_cache(directory, entry, stamps)  # another process may have been faster
+            if cached is not None:
+                return cached
+            logger.info(f"no cache in {parent}: {e.strerror}")
+            continue
+        shutil.rmtree(parent / f".{entry}.{os.getpid()}.old", ignore_errors=True)
+        logger.info(f"cache of the annotations: {parent / entry}")
+        return _read_cache(directory, entry, stamps)[0]
+    return None
+
+
+def _pack(words: np.ndarray, before: bytes, after: bytes) -> tuple[np.ndarray, np.ndarray]:
+    """Bytes and offsets, as in dataset's columns of strings, of `before` + word + `after` for an array of bytes."""
+    words = np.char.add(np.char.add(np.bytes_(before), words), np.bytes_(after)) if len(words) else words.astype("S1")
+    table = words.view(np.uint8).reshape(len(words), -1)
+    used = table != 0
+    return table[used], dataset._offsets(used.sum(1))
+
+
+def _build_open_images(files, size_file: Path, folders: list[Path], options: dict) -> tuple[dict, dict]:
+    """The columns of a split from its csv files, and what else is known of it."""
+    all_ids, all_names = read_classes(files.classes)
+    class_names = options["classes"] or all_names
+    if len(set(all_names)) < len(all_names):
+        raise UserError(f"{files.classes}: class name '{Counter(all_names).most_common(1)[0][0]}' occurs twice")
+    if not set(class_names) & set(all_names):
+        raise UserError(f"{files.classes} has none of the model's classes, e.g. {class_names[0]}")
+    by_name = dict(zip(all_names, all_ids))
+    class_ids = [by_name.get(n) for n in class_names]
+    label_of = np.zeros(len(all_ids) + 1, np.int32)  # the last element is for classes outside the list
+    for label, class_id in enumerate(class_ids, 1):
+        if class_id is not None:
+            label_of[all_ids.index(class_id)] = label
+    dropped: Counter = Counter()
+    sides = dict.fromkeys(("XMin", "YMin", "XMax", "YMax"), np.float32)
+    rows = read_columns(
+        files.boxes, "box annotations", sides | {"IsGroupOf": np.int8}, {"ImageID": None, "LabelName": all_ids}
+    )
+    number = len(rows["LabelName"])
+    ids, image = rows.pop("ImageID values"), rows.pop("ImageID")
+    labels = {"ImageID": np.zeros(0, np.int32), "LabelName": np.zeros(0, np.int32), "Confidence": np.zeros(0)}
+    if files.image_labels:
+        labels = read_columns(
+            files.image_labels, "image labels", {"Confidence": np.float32}, {"ImageID": None, "LabelName": all_ids}
+        )
+        more = labels.pop("ImageID values")
+        ids, inverse = np.unique(np.concatenate([ids, more]), return_inverse=True)
+        inverse = inverse.astype(np.int32)
+        image, labels["ImageID"] = inverse[: len(inverse) - len(more)][image], inverse[-len(more) :][labels["ImageID"]]
+    present, folder, sizes = _open_images_on_disk(ids, size_file, folders, options["check_images"])
+
+    group = rows.pop("IsGroupOf") > 0  # -1 = unknown
+    class_index = rows.pop("LabelName")
+    boxes = np.stack([rows.pop(n) for n in sides], 1)
+    outlines = _open_images_masks(files, ids, all_ids, options["split"], image, class_index, boxes, sizes, present) if (
+        options["masks"] and files.masks) else None  # fmt: skip
+    source = np.arange(number)
+    if options["expand"]:
+        if files.hierarchy is None:
+            raise UserError(f"{files.boxes.parent}: expand needs the class hierarchy (bbox_labels_hierarchy.json)")
+        ancestors = read_ancestors(files.hierarchy, all_ids)
+        copies = np.append(ancestors.sum(1), 0)[class_index]
+        above = [np.flatnonzero(a) for a in ancestors] + [np.zeros(0, np.int64)]
+        source = np.concatenate([source, np.repeat(source, copies)])
+        added = [above[c] for c in class_index[copies > 0]]
+        class_index = np.concatenate([class_index, *added]) if added else class_index
+    label = label_of[class_index]
+    scale = sizes[:, [1, 0, 1, 0]].astype(np.float32)
+    boxes *= scale[image]
+    np.clip(boxes, 0, scale[image], out=boxes)
+    solid = ((boxes[:, 2:] - boxes[:, :2]) >= dataset.MIN_SIDE).all(1)
+    crowd = group if options["group_of"] == "ignore" else np.zeros(number, bool)
+    bad = [("image is missing on disk", ~present[image]), ("box is empty inside the image", ~solid)]
+    if options["group_of"] == "drop":
+        bad.append(("group-of box (group_of=drop)", group))
+    if options["need_masks"]:
+        lacking = np.ones(number, bool)
+        if outlines is not None:
+            lacking[outlines[0]] = False
+        bad.append(("no outline (MODE_MASK trains masks)", lacking & ~crowd))
+    keep = label > 0
+    if not keep.all():
+        dropped["class is unknown or not trained"] = int((~keep).sum())
+    for why, which in bad:
+        which = which[source]
+        if (which & keep).any():
+            dropped[why] = int((which & keep).sum())
+        keep &= ~which
+    source, label = source[keep], label[keep]
+    order = image[source]
+    if len(order) and (np.diff(order) < 0).any():
+        order = np.argsort(order, kind="stable")
+        source, label = source[order], label[order]
+    number_of = np.cumsum(present) - 1  # the row of each listed image among those that are there
+    there = np.flatnonzero(present)
+    first_ring, first_vertex, vertices = _outline_columns(outlines, source)
+    columns = {
+        "folder": folder[there],
+        "sizes": sizes[there],
+        "first_object": dataset._offsets(np.bincount(number_of[image[source]], minlength=len(there))),
+        "boxes": boxes[source],
+        "labels": label,
+        "crowd": crowd[source],
+        "first_ring": first_ring,
+        "first_vertex": first_vertex,
+        "vertices": vertices,
+    }
+    columns["file_bytes"], columns["file_offsets"] = _pack(ids[there], b"", b".jpg")
+    columns["id_bytes"], columns["id_offsets"] = _pack(ids[there], b'"', b'"')
+    keep = (label_of[labels["LabelName"]] > 0) & present[labels["ImageID"]]
+    who = number_of[labels["ImageID"][keep]]
+    order = np.argsort(who, kind="stable")
+    columns["first_verified"] = dataset._offsets(np.bincount(who, minlength=len(there)))
+    columns["verified_labels"] = label_of[labels["LabelName"][keep]][order]
+    columns["verified_positive"] = labels["Confidence"][keep][order] > 0.5
+    lost = np.flatnonzero(~present)
+    return columns, {
+        "class_names": list(class_names), "class_ids": class_ids, "dropped": dict(dropped), "num_annotations": number,
+        "listed": len(ids), "missing": len(lost),
+        "first_missing": str(folders[0] / f"{ids[lost[0]].decode()}.jpg") if len(lost) else "",
+    }  # fmt: skip
+
+
+def _open_images_on_disk(
+    ids: np.ndarray, size_file: Path, folders: list[Path], check: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For each image id: bool, whether it is there; int16, in which folder; int32 [n, 2], height and width."""
+    present, folder = np.full(len(ids), not check), np.zeros(len(ids), np.int16)
+    sizes = np.ones((len(ids), 2), np.int32)
+    if check:
+        for number, path in enumerate(folders):
+            with os.scandir(path) as entries:
+                names = [e.name[:-4].encode() for e in entries if e.name.endswith(".jpg")]
+            found = np.isin(ids, np.array(names, np.bytes_)) if names else np.zeros(len(ids), bool)
+            folder[found & ~present] = number
+            present |= found
+    known = np.zeros(len(ids), bool)
+    if size_file.is_file():
+        rows = read_columns(
+            size_file, "image sizes", {"Height": np.int32, "Width": np.int32}, {"ImageID": [i.decode() for i in ids]}
+        )
+        listed = rows["ImageID"] >= 0
+        sizes[rows["ImageID"][listed]] = np.stack([rows["Height"], rows["Width"]], 1)[listed]
+        known[rows["ImageID"][listed]] = True
+    todo = np.flatnonzero(present & ~known)
+    if len(todo) and not check:
+        raise UserError(f"{size_file} lacks image {ids[todo[0]].decode()}")
+    if len(todo):
+        sizes[todo] = _header_sizes([f"{folders[folder[i]]}/{ids[i].decode()}.jpg" for i in todo])
+    return present, folder, sizes
+
+
+def _open_images_masks(files, ids, class_ids, split, image, class_index, boxes, sizes, present):
+    """Outlines of the boxes with a mask: rows [K] ascending, and for each a list of rings in the image's pixels."""
+    rows = read_columns(
+        files.masks, "segmentation masks", dict.fromkeys(("BoxXMin", "BoxYMin", "BoxXMax", "BoxYMax"), np.float32),
+        {"ImageID": [i.decode() for i in ids], "LabelName": class_ids}, ["MaskPath"],
+    )  # fmt: skip
+    keep = (rows["ImageID"] >= 0) & (rows["LabelName"] >= 0)
+    keep[keep] = present[rows["ImageID"][keep]]
+    mask_boxes = np.stack([rows[n] for n in ("BoxXMin", "BoxYMin", "BoxXMax", "BoxYMax")], 1)
+    joined, box_rows, alone = oid_eval.join_by_box(
+        rows["ImageID"][keep], rows["LabelName"][keep], mask_boxes[keep], image, class_index, boxes
+    )
+    if len(alone):
+        logger.warning(f"{files.masks}: {len(alone)} masks without a box of the same coordinates are left out")
+    names = rows["MaskPath"][keep][joined]
+    folders = oid_eval.mask_folders(files.masks.parent, split)
+
+    def trace(k: int) -> list[np.ndarray]:
+        height, width = sizes[image[box_rows[k]]]
+        bitmap = oid_eval.read_mask_image(names[k].decode(), folders, files.masks)
+        stretch = np.array([width / bitmap.shape[1], height / bitmap.shape[0]], np.float32)
+        return [ring * stretch for ring in polygons.mask_to_rings(bitmap)]
+
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        rings = list(pool.map(trace, range(len(names))))
+    order = np.argsort(box_rows, kind="stable")
+    return box_rows[order], [rings[k] for k in order]
+
+
+def _outline_columns(outlines, source: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """first_ring, first_vertex and vertices for the boxes `source` (rows of the csv, in their final order)."""
+    if outlines is None or not len(outlines[0]):
+        return np.zeros(len(source) + 1, np.int64), np.zeros(1, np.int64), np.zeros((0, 2), np.float32)
+    rows, rings = outlines
+    at = np.minimum(np.searchsorted(rows, source), len(rows) - 1)
+    chosen = [rings[k] if rows[k] == s else [] for k, s in zip(at, source)]
+    flat = [ring for some in chosen for ring in some]
+    vertices = np.concatenate(flat) if flat else np.zeros((0, 2), np.float32)
+    first_vertex = dataset._offsets(np.array([len(ring) for ring in flat], np.int64))
+    return dataset._offsets(np.array([len(some) for some in chosen], np.int64)), first_vertex, vertices
+
+
+# ------------------------------------------------------------------------------------------------ the long tail
+def repeat_factors(split: DatasetSplit, threshold: float) -> np.ndarray:
+    """float32 [len]: how often each image should come up per epoch (Gupta et al., LVIS, CVPR 2019, section 4).
+
+    A class shown by a fraction f of the images has the factor max(1, sqrt(threshold / f)), an image the largest factor
+    of its classes, 1 if it has none. LVIS uses threshold = 0.001.
+    """
+    c = split._columns
+    _, images_with = split.class_counts()
+    fraction = np.maximum(images_with, 1) / max(1, len(split))
+    per_class = np.maximum(1.0, np.sqrt(threshold / fraction))
+    factors = np.ones(len(split), np.float32)
+    owners = np.repeat(np.arange(len(split)), np.diff(c["first_object"]))[~c["crowd"]]
+    np.maximum.at(factors, owners, per_class[c["labels"][~c["crowd"]] - 1].astype(np.float32))
+    return factors
+
+
+def class_aware_images(split: DatasetSplit, number: int, seed: int) -> np.ndarray:
+    """int64 [number]: images drawn by choosing a class uniformly among those that occur, then one of its images.
+
+    (Shen et al., "Relay Backpropagation", ECCV 2016, section 4.1.) Equal seeds give equal draws.
+    """
+    c = split._columns
+    solid = ~c["crowd"]
+    owners = np.repeat(np.arange(len(split)), np.diff(c["first_object"]))[solid]
+    pairs = np.unique(c["labels"][solid].astype(np.int64) * len(split) + owners)  # by class, then image
+    labels, images = pairs // max(1, len(split)), pairs % max(1, len(split))
+    first = np.flatnonzero(np.concatenate([[True], labels[1:] != labels[:-1]])) if len(labels) else labels
+    if not len(first):
+        raise UserError(f"{split.name}: no image with an object to draw from")
+    counts = np.diff(np.append(first, len(labels)))
+    rng = np.random.default_rng(seed)
+    chosen = rng.integers(0, len(first), number)
+    return images[first[chosen] + rng.integers(0, counts[chosen])]

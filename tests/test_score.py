@@ -1,0 +1,184 @@
+"""The scoring tool's command line: every protocol, its json, and its refusals."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DATA = Path(__file__).parent / "data"
+GOLDEN = DATA / "golden_oid"
+EXPECTED = json.loads((GOLDEN / "expected.json").read_text())
+sys.path.insert(0, str(ROOT / "tools"))
+
+import score  # noqa: E402
+
+
+def run(tmp_path, *args: str) -> dict:
+    out = tmp_path / "scores.json"
+    assert score.main([*map(str, args), "--json", str(out)]) == 0
+    return json.loads(out.read_text())
+
+
+@pytest.mark.parametrize(
+    "metric, args",
+    [
+        ("v2_detection", ["oid-v2", "detections.csv"]),
+        ("challenge_detection", ["oid-challenge", "expected/detections_expanded.csv"]),
+        ("challenge_detection", ["oid-challenge", "detections.csv", "--expand-detections"]),
+        ("challenge_detection_raw_detections", ["oid-challenge", "detections.csv"]),
+        ("challenge_segmentation_raw_detections", ["oid-challenge-segm", "detections_segm.csv"]),
+        ("challenge_segmentation", ["oid-challenge-segm", "detections_segm.csv", "--expand-detections"]),
+    ],
+)
+def test_open_images_protocols_give_the_reference_numbers_by_class_name(tmp_path, metric, args):
+    protocol, file, *more = args
+    result = run(tmp_path, "--protocol", protocol, "--gt", GOLDEN, "--detections", GOLDEN / file, *more)
+    expected = EXPECTED["results"][metric]
+    assert result["protocol"] == protocol
+    assert result["mAP"] == pytest.approx(expected["mAP"], abs=1e-9)
+    assert len(result["per_class_AP"]) == len(expected["per_class_AP"])
+    for label, ap in expected["per_class_AP"].items():
+        assert result["per_class_AP"][EXPECTED["classes"][label]] == (
+            None if ap is None else pytest.approx(ap, abs=1e-9)
+        )
+
+
+def open_images_as_coco() -> tuple[dict, list]:
+    """The golden validation set and its detections as a COCO json (100 x 100 pixels) and COCO results."""
+
+    def rows(name: str) -> list[dict]:
+        with open(GOLDEN / name, newline="") as f:
+            return list(csv.DictReader(f))
+
+    def box(r: dict) -> list[float]:
+        x1, x2, y1, y2 = (100 * float(r[k]) for k in ("XMin", "XMax", "YMin", "YMax"))
+        return [x1, y1, x2 - x1, y2 - y1]
+
+    classes = {label: i for i, label in enumerate(EXPECTED["classes"], 1)}
+    annotated = rows("validation-annotations-bbox.csv")
+    labels = rows("validation-annotations-human-imagelabels-boxable.csv")
+    images = {}
+    for r in annotated + labels:
+        keys = ("pos_category_ids", "neg_category_ids")
+        image = {"id": r["ImageID"], "height": 100, "width": 100, "file_name": r["ImageID"] + ".jpg"}
+        images.setdefault(r["ImageID"], image | {k: [] for k in keys})
+    for r in labels:
+        key = "pos_category_ids" if r["Confidence"] == "1" else "neg_category_ids"
+        images[r["ImageID"]][key].append(classes[r["LabelName"]])
+    annotations = [
+        {"id": i, "image_id": r["ImageID"], "category_id": classes[r["LabelName"]], "bbox": box(r), "area": 1,
+         "iscrowd": int(r["IsGroupOf"] == "1")}
+        for i, r in enumerate(annotated, 1)
+    ]  # fmt: skip
+    results = [
+        {"image_id": r["ImageID"], "category_id": classes[r["LabelName"]], "bbox": box(r), "score": float(r["Score"])}
+        for r in rows("detections.csv")
+        if r["ImageID"] in images and float(r["XMin"]) < float(r["XMax"]) and float(r["YMin"]) < float(r["YMax"])
+    ]
+    categories = [{"id": i, "name": EXPECTED["classes"][label], "freebase_id": label} for label, i in classes.items()]
+    return {"images": list(images.values()), "annotations": annotations, "categories": categories}, results
+
+
+@pytest.mark.parametrize(
+    "metric, args",
+    [
+        ("v2_detection", ["oid-v2"]),
+        (
+            "challenge_detection",
+            ["oid-challenge", "--expand-detections", "--hierarchy", GOLDEN / "bbox_labels_hierarchy.json"],
+        ),
+    ],
+)
+def test_open_images_in_coco_format_gives_the_same_numbers(tmp_path, metric, args):
+    content, results = open_images_as_coco()
+    (tmp_path / "gt.json").write_text(json.dumps(content))
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    result = run(tmp_path, "--protocol", *args, "--gt", tmp_path / "gt.json", "--detections", tmp_path / "results.json")
+    assert result["mAP"] == pytest.approx(EXPECTED["results"][metric]["mAP"], abs=1e-6)
+
+
+def test_coco_protocol_reports_the_ap_of_pycocotools(tmp_path):
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    gt, results = DATA / "lvis_mini/lvis_v1_mini.json", DATA / "lvis_mini/results.json"
+    content = json.loads(gt.read_text())
+    for annotation in content["annotations"]:
+        annotation["iscrowd"] = 0
+    (tmp_path / "gt.json").write_text(json.dumps(content))
+    coco = COCO(str(tmp_path / "gt.json"))
+    reference = COCOeval(coco, coco.loadRes(str(results)), "bbox")
+    reference.evaluate()
+    reference.accumulate()
+    reference.summarize()
+    result = run(tmp_path, "--protocol", "coco", "--gt", tmp_path / "gt.json", "--detections", results)
+    assert result["mAP"] == pytest.approx(reference.stats[0], abs=1e-9)
+    per_class = reference.eval["precision"][:, :, 4, 0, 2].mean()
+    assert result["per_class_AP"]["thing_4"] == pytest.approx(per_class, abs=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["bbox", "segm"])
+def test_lvis_protocol_gives_the_numbers_of_the_lvis_package(tmp_path, kind):
+    folder = DATA / "lvis_mini"
+    expected = json.loads((folder / "expected.json").read_text())[f"{kind}-300"]
+    args = ("--gt", folder / "lvis_v1_mini.json", "--detections", folder / "results.json", "--iou-type", kind)
+    result = run(tmp_path, "--protocol", "lvis", *args)
+    assert result["mAP"] == pytest.approx(expected["AP"], abs=1e-9)
+    assert result["metrics"]["APr"] == pytest.approx(expected["APr"], abs=1e-9)
+    assert result["per_class_AP"] == pytest.approx(expected["per_class"], abs=1e-9)
+    assert result["metrics"]["APl"] is None
+
+
+def test_voc_files_and_json_results_give_the_same_scores(tmp_path):
+    voc = tmp_path / "voc"
+    voc.mkdir()
+    (voc / "comp4_det_test_dog.txt").write_text("000001 0.9 5 4 30 30\n000002 0.8 1 1 50 50\n000002 0.7 10 10 20 20\n")
+    (voc / "comp4_det_test_person.txt").write_text(
+        "000001 0.6 30 2 60 40\n000003 0.9 1 1 10 10\n000003 0.5 3 5 20 47\n"
+    )
+    # dog: both found, the difficult one is ignored. person: 1 right at 0.6 and 0.5 after a wrong one, of 3.
+    area = {"dog": 1.0, "person": 2 / 3 * 2 / 3, "cat": 0.0}
+    eleven = {"dog": 1.0, "person": 7 * (2 / 3) / 11, "cat": 0.0}
+    categories = {n: i for i, n in enumerate(("cat", "dog", "person"))}
+    results = []
+    from dataset_formats import VOC_CLASSES
+
+    for name in ("dog", "person"):
+        for line in (voc / f"comp4_det_test_{name}.txt").read_text().splitlines():
+            image, score_, x1, y1, x2, y2 = line.split()
+            box = [float(x1) - 1, float(y1) - 1, float(x2) - float(x1) + 1, float(y2) - float(y1) + 1]
+            category = VOC_CLASSES.index(name) + 1
+            results.append({"image_id": image, "category_id": category, "bbox": box, "score": float(score_)})
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    for protocol, expected in (("voc12", area), ("voc07", eleven)):
+        for detections in (voc, tmp_path / "results.json"):
+            result = run(tmp_path, "--protocol", protocol, "--gt", DATA / "voc_mini", "--detections", detections)
+            assert {n: result["per_class_AP"][n] for n in categories} == pytest.approx(expected)
+            assert result["per_class_AP"]["bird"] is None
+            assert result["mAP"] == pytest.approx(sum(expected.values()) / 3)
+
+
+def test_command_line_ends_with_2_and_one_line(tmp_path):
+    call = [
+        sys.executable,
+        ROOT / "tools/score.py",
+        "--protocol",
+        "oid-v2",
+        "--gt",
+        tmp_path,
+        "--detections",
+        "nowhere",
+    ]
+    done = subprocess.run(call, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "error: --detections nowhere does not exist\n"
+
+
+def test_json_detections_for_a_folder_are_refused_with_the_way_out(tmp_path, capsys):
+    (tmp_path / "d.json").write_text("[]")
+    assert score.main(["--protocol", "oid-v2", "--gt", str(GOLDEN), "--detections", str(tmp_path / "d.json")]) == 2
+    assert "give the csv that --evaluate writes" in capsys.readouterr().err
