@@ -33,6 +33,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+from pycocotools import mask as mask_utils
 
 import dataset
 from common import UserError, logger, read_json, write_json
@@ -397,7 +398,7 @@ def _load_lvis(name, path, folder, cfg, **common) -> FormatSplit:
 
 # ------------------------------------------------------------------------------------------------ Cityscapes
 def read_cityscapes_content(directory: str | Path, split: str) -> dict[str, Any]:
-    """Cityscapes' instances in COCO's form; image ids are <city>_<sequence>_<frame>, masks uncompressed.
+    """Cityscapes' instances in COCO's form; image ids are <city>_<sequence>_<frame>, masks as run lengths.
 
     The polygons are painted in the file's order, so a later object hides what lies behind it, as in the official
     instance images. Labels ending in "group" are crowd regions of their class. Objects without a visible pixel are
@@ -441,25 +442,17 @@ def _read_cityscapes_file(path: Path) -> tuple[dict, list[dict]]:
             continue
         left, top = np.clip(np.floor(polygon.min(0)).astype(int) - 1, 0, None)
         right, bottom = np.ceil(polygon.max(0)).astype(int) + 2
-        rings = polygons.mask_to_rings(painted[top:bottom, left:right] == number)
-        if not rings:
+        visible = painted[top:bottom, left:right] == number
+        if not visible.any():
             continue
-        rings = [ring + np.array([left, top], np.float32) for ring in rings]
-        points = np.concatenate(rings)
-        (x1, y1), (x2, y2) = points.min(0).tolist(), points.max(0).tolist()
+        x, y, w, h = cv2.boundingRect(visible.view(np.uint8))
+        run = mask_utils.encode(np.asfortranarray(painted == number).view(np.uint8))
         annotations.append({
             "image_id": stem, "category_id": CITYSCAPES_CLASSES.index(kind) + 1, "iscrowd": int(kind != label),
-            "bbox": [x1, y1, x2 - x1, y2 - y1], "area": float(sum(polygons.signed_area(r) for r in rings)),
-            "segmentation": _painted_rle(painted == number),
+            "bbox": [int(left) + x, int(top) + y, w, h], "area": int(visible.sum()),
+            "segmentation": {"size": run["size"], "counts": run["counts"].decode()},
         })  # fmt: skip
     return image, annotations
-
-
-def _painted_rle(mask: np.ndarray) -> dict[str, Any]:
-    from pycocotools import mask as mask_utils
-
-    run = mask_utils.encode(np.asfortranarray(mask).view(np.uint8))
-    return {"size": run["size"], "counts": run["counts"].decode()}
 
 
 def _load_cityscapes(name, path, split, **common) -> FormatSplit:
@@ -645,8 +638,6 @@ class OpenImagesSplit(DatasetSplit):
 
 
 def _with_masks(detections: oid_eval.Detections, rows: list[dict]) -> oid_eval.Detections:
-    from pycocotools import mask as mask_utils
-
     keep = np.array([bool(r["segmentation"]) for r in rows], bool)
     rows = [r for r in rows if r["segmentation"]]
     sizes = np.array([r["segmentation"]["size"] for r in rows], np.int32).reshape(-1, 2)
@@ -812,7 +803,7 @@ def _read_cache(directory: Path, entry: str, stamps: dict) -> tuple[dict | None,
                 # Plain views: slicing a numpy.memmap costs several times as much, and pickling one would copy it too.
                 names = _OPEN_IMAGES_COLUMNS
                 return {n: np.asarray(np.load(folder / f"{n}.npy", mmap_mode="r")) for n in names}, meta
-        except (OSError, ValueError, KeyError):
+        except (OSError, EOFError, ValueError, KeyError):
             continue  # absent or damaged: made anew
     return None, {}
 

@@ -1,0 +1,421 @@
+"""Every format's fixture loads to known boxes, scores its own annotations perfectly, and refuses what is wrong."""
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+import dataset_formats
+from common import UserError
+from config import default_config, finalize_config
+from dataset_formats import class_aware_images, image_header_size, load_format, load_openimages, repeat_factors
+from utils import polygons
+
+DATA = Path(__file__).parent / "data"
+EXPECTED = json.loads((DATA / "golden_oid/expected.json").read_text())
+
+
+def settings(basedir: Path, *more: str):
+    return finalize_config(default_config().update_args([f"DATA.BASEDIR={basedir}", "MODE_MASK=False", *more]))
+
+
+def annotations_as_results(split, score=lambda i: 0.9, masks: bool = False) -> list[dict]:
+    """The split's own objects as detections."""
+    results = []
+    for i in range(len(split)):
+        found = split.annotations(i)
+        height, width = split.image_size(i)
+        for box, label, crowd, rings in zip(found["boxes"], found["labels"], found["is_crowd"], found["rings"]):
+            if crowd:
+                continue
+            x1, y1, x2, y2 = box.astype(float).tolist()
+            result = {"image_id": split.image_id(i), "category_id": split.label_to_category_id(int(label))}
+            result |= {"bbox": [x1, y1, x2 - x1, y2 - y1], "score": score(i)}
+            if masks:
+                from pycocotools import mask as mask_utils
+
+                bitmap = polygons.rasterize(
+                    polygons.rings_to_edges(rings), np.array([0, 0, width, height], np.float32), (height, width)
+                )
+                run = mask_utils.encode(np.asfortranarray(bitmap.astype(np.uint8)))
+                result["segmentation"] = {"size": run["size"], "counts": run["counts"].decode()}
+            results.append(result)
+    return results
+
+
+# ------------------------------------------------------------------------------------------------ image headers
+@pytest.mark.quick
+def test_header_sizes_equal_decoding(tmp_path):
+    image = np.zeros((31, 47, 3), np.uint8)
+    files = []
+    for name, options in {
+        "a.jpg": [],
+        "b.jpg": [cv2.IMWRITE_JPEG_PROGRESSIVE, 1],
+        "c.png": [],
+        "d.bmp": [],
+    }.items():
+        files.append(tmp_path / name)
+        cv2.imwrite(str(files[-1]), image, options)
+    assert [image_header_size(f) for f in files] == [(31, 47)] * 4
+    (tmp_path / "e.jpg").write_bytes(b"\xff\xd8\xff\xe0\x00")
+    with pytest.raises(UserError, match="e.jpg is not a readable image"):
+        image_header_size(tmp_path / "e.jpg")
+
+
+# ------------------------------------------------------------------------------------------------ Pascal VOC
+@pytest.mark.quick
+def test_voc_pixels_become_continuous_boxes():
+    split = load_format(["voc", "voc_mini", "trainval"], settings(DATA), "voc")
+    assert [split.image_id(i) for i in range(len(split))] == ["000001", "000002"]
+    assert split.class_names == dataset_formats.VOC_CLASSES
+    first, second = split.annotations(0), split.annotations(1)
+    assert first["boxes"].tolist() == [[4, 3, 30, 30], [27, 1, 60, 40]]
+    assert [split.class_names[label - 1] for label in first["labels"]] == ["dog", "person"]
+    assert second["boxes"][0].tolist() == [0, 0, 50, 50]  # the whole image
+    assert second["is_crowd"].tolist() == [False, True, False]
+    assert Path(split.image_file(0)).is_file() and split.image_size(0) == (40, 60)
+    kept = load_format(["voc", "voc_mini", "trainval", "difficult=object"], settings(DATA), "voc")
+    assert not kept.annotations(1)["is_crowd"].any()
+
+
+@pytest.mark.quick
+def test_voc_annotations_as_detections_score_one():
+    split = load_format(["voc", "voc_mini", ""], settings(DATA), "voc")
+    metrics = split.evaluate(annotations_as_results(split), verbose=False)
+    for name in ("voc07/mAP", "voc12/mAP", "voc12/AP_per_class/cat", "bbox/AP"):
+        assert metrics[name] == pytest.approx(1.0), name
+    assert np.isnan(metrics["voc12/AP_per_class/bird"])
+
+
+@pytest.mark.quick
+def test_voc_errors_name_the_file(tmp_path):
+    with pytest.raises(UserError, match="ImageSets/Main/val.txt cannot be read"):
+        load_format(["voc", "voc_mini", "val"], settings(DATA), "voc")
+    shutil.copytree(DATA / "voc_mini", tmp_path / "voc")
+    file = tmp_path / "voc/Annotations/000001.xml"
+    file.write_text(file.read_text().replace("<xmin>5</xmin>", "<xmin>five</xmin>"))
+    with pytest.raises(UserError, match="000001.xml: an object lacks a number"):
+        load_format(["voc", "voc", ""], settings(tmp_path), "voc")
+    file.write_text("<annotation>")
+    with pytest.raises(UserError, match="000001.xml cannot be read"):
+        load_format(["voc", "voc", ""], settings(tmp_path), "voc")
+
+
+# ------------------------------------------------------------------------------------------------ LVIS
+@pytest.mark.quick
+def test_lvis_loads_by_url_and_scores_like_the_package(tmp_path):
+    content = json.loads((DATA / "lvis_mini/lvis_v1_mini.json").read_text())
+    (tmp_path / "val2017").mkdir()
+    for image in content["images"]:
+        name = image["coco_url"].rsplit("/", 1)[1]
+        cv2.imwrite(str(tmp_path / "val2017" / name), np.zeros((image["height"], image["width"], 3), np.uint8))
+    shutil.copy(DATA / "lvis_mini/lvis_v1_mini.json", tmp_path)
+    split = load_format(["lvis", "lvis_v1_mini.json", "."], settings(tmp_path), "lvis")
+    assert len(split) == 14 and len(split.class_names) == 9
+    assert Path(split.image_file(3)).is_file()
+    results = json.loads((DATA / "lvis_mini/results.json").read_text())
+    metrics = split.evaluate(results, verbose=False)
+    expected = json.loads((DATA / "lvis_mini/expected.json").read_text())
+    for kind in ("bbox", "segm"):
+        for name in ("AP", "APr", "APc", "APf", "AR"):
+            assert metrics[f"{kind}/{name}"] == pytest.approx(expected[f"{kind}-300"][name], abs=1e-9)
+
+
+# ------------------------------------------------------------------------------------------------ Cityscapes
+@pytest.mark.quick
+def test_cityscapes_instances_are_what_stays_visible():
+    cfg = settings(DATA, "MODE_MASK=True")
+    split = load_format(["cityscapes", "cityscapes_mini", "val"], cfg, "city")
+    assert [split.image_id(i) for i in range(len(split))] == [
+        "aachen_000000_000019", "aachen_000001_000019", "bonn_000000_000019",
+    ]  # fmt: skip
+    assert split.class_names == dataset_formats.CITYSCAPES_CLASSES
+    first, second = split.annotations(0), split.annotations(1)
+    # A corner of the first car and a strip of it lie behind later objects; the licence plate hides nothing.
+    assert first["boxes"].tolist() == [[10, 15, 40, 35], [30, 20, 60, 40], [70, 10, 86, 31]]
+    assert first["is_crowd"].tolist() == [False, False, True]
+    areas = [sum(polygons.signed_area(r) for r in rings) for rings in first["rings"][:2]]
+    assert areas == [30 * 20 - 10 * 15 - 5 * 20, 30 * 20]
+    # A person entirely behind a bus is not visible and no instance.
+    assert [split.class_names[label - 1] for label in second["labels"]] == ["bus", "rider", "bicycle"]
+    assert len(split.annotations(2)["labels"]) == 0
+    assert all(Path(split.image_file(i)).is_file() for i in range(3))
+
+
+@pytest.mark.quick
+def test_cityscapes_annotations_as_detections_score_one():
+    split = load_format(["cityscapes", "cityscapes_mini", "val"], settings(DATA, "MODE_MASK=True"), "city")
+    metrics = split.evaluate(annotations_as_results(split, masks=True), verbose=False)
+    assert metrics["bbox/AP"] == pytest.approx(1.0) and metrics["segm/AP"] == pytest.approx(1.0)
+
+
+# ------------------------------------------------------------------------------------------------ csv of boxes
+@pytest.mark.quick
+def test_csv_of_boxes_loads_with_and_without_a_header():
+    split = load_format(["csv", "csv_mini/boxes.csv", "csv_mini/images"], settings(DATA), "boxes")
+    assert [split.image_id(i) for i in range(3)] == ["a.jpg", "b.jpg", "sub/c.jpg"]
+    assert split.class_names == ["fruit, ripe", "leaf"]
+    assert [split.image_size(i) for i in range(3)] == [(40, 50), (30, 30), (25, 45)]
+    assert split.annotations(0)["boxes"].tolist() == [[5, 5, 20.5, 30], [25, 3, 48, 36]]
+    assert len(split.annotations(1)["labels"]) == 0
+    assert split.annotations(2)["is_crowd"].tolist() == [True, False]
+    plain = load_format(["csv", "csv_mini/headless.csv", "csv_mini/images"], settings(DATA), "boxes")
+    assert plain.class_names == ["fruit", "leaf"] and plain.annotations(0)["boxes"].tolist() == [[5, 5, 20, 30]]
+
+
+@pytest.mark.quick
+def test_csv_annotations_as_detections_score_one():
+    split = load_format(["csv", "csv_mini/boxes.csv", "csv_mini/images"], settings(DATA), "boxes")
+    assert split.evaluate(annotations_as_results(split), verbose=False)["bbox/AP"] == pytest.approx(1.0)
+
+
+@pytest.mark.quick
+def test_csv_errors_name_the_row(tmp_path):
+    shutil.copytree(DATA / "csv_mini", tmp_path / "c")
+    spec, cfg = ["csv", "c/boxes.csv", "c/images"], settings(tmp_path)
+    text = (tmp_path / "c/boxes.csv").read_text()
+    (tmp_path / "c/boxes.csv").write_text(text.replace("20.5", "2O.5"))
+    with pytest.raises(UserError, match="row 2: a coordinate is not a number"):
+        load_format(spec, cfg, "boxes")
+    (tmp_path / "c/boxes.csv").write_text(text.replace("ymax", "bottom edge"))
+    with pytest.raises(UserError, match="no column for y2 in its header"):
+        load_format(spec, cfg, "boxes")
+    (tmp_path / "c/boxes.csv").write_text(text.replace("b.jpg", "gone.jpg"))
+    with pytest.raises(UserError, match="1 of 3 images are missing, e.g. .*gone.jpg"):
+        load_format(spec, cfg, "boxes")
+
+
+# ------------------------------------------------------------------------------------------------ Open Images
+@pytest.fixture
+def open_images(tmp_path) -> Path:
+    folder = tmp_path / "oid"
+    shutil.copytree(DATA / "golden_oid", folder)
+    # The box coordinates mean the image's size, which the csv files do not hold.
+    return folder
+
+
+@pytest.mark.quick
+def test_open_images_boxes_are_in_pixels_of_the_images(open_images):
+    split = load_openimages("oid", open_images, "validation")
+    assert split.class_names == list(EXPECTED["classes"].values())
+    lines = (open_images / "validation-annotations-bbox.csv").read_text().splitlines()[1:]
+    assert sum(len(split.annotations(i)["labels"]) for i in range(len(split))) == len(lines)
+    place = {split.image_id(i): i for i in range(len(split))}
+    names = list(EXPECTED["classes"])
+    expected = {i: [] for i in range(len(split))}
+    for line in lines:
+        image, _, label, _, x1, x2, y1, y2, _, _, group, _, _ = line.split(",")
+        i = place[image]
+        height, width = cv2.imread(split.image_file(i)).shape[:2]
+        assert split.image_size(i) == (height, width)
+        box = [float(x1) * width, float(y1) * height, float(x2) * width, float(y2) * height]
+        expected[i].append((names.index(label) + 1, group == "1", box))
+    for i, objects in expected.items():
+        found = split.annotations(i)
+        assert found["labels"].tolist() == [label for label, _, _ in objects]
+        assert found["is_crowd"].tolist() == [group for _, group, _ in objects]
+        assert np.allclose(found["boxes"], np.array([b for _, _, b in objects]).reshape(-1, 4), atol=1e-3)
+
+
+@pytest.mark.quick
+def test_open_images_options_change_the_boxes(open_images):
+    plain = load_openimages("oid", open_images, "validation")
+    objects = load_openimages("oid", open_images, "validation", group_of="object")
+    dropped = load_openimages("oid", open_images, "validation", group_of="drop")
+    expanded = load_openimages("oid", open_images, "validation", expand=True)
+    stats = EXPECTED["stats"]
+
+    def count(split, crowd):
+        return sum(int((split.annotations(i)["is_crowd"] == crowd).sum()) for i in range(len(split)))
+
+    assert (count(plain, False), count(plain, True)) == (stats["gt_boxes"] - stats["group_of"], stats["group_of"])
+    assert (count(objects, False), count(objects, True)) == (stats["gt_boxes"], 0)
+    assert (count(dropped, False), count(dropped, True)) == (stats["gt_boxes"] - stats["group_of"], 0)
+    assert dropped.dropped == {"group-of box (group_of=drop)": stats["group_of"]}
+    assert count(expanded, False) + count(expanded, True) == stats["gt_boxes_expanded"]
+    with pytest.raises(UserError, match="group_of='keep' must be"):
+        load_openimages("oid", open_images, "validation", group_of="keep")
+
+
+@pytest.mark.quick
+def test_open_images_verified_labels_are_those_of_the_file(open_images):
+    split = load_openimages("oid", open_images, "validation")
+    expected: dict = {}
+    for line in (open_images / "validation-annotations-human-imagelabels-boxable.csv").read_text().splitlines()[1:]:
+        image, _, label, confidence = line.split(",")
+        expected.setdefault((image, confidence), []).append(list(EXPECTED["classes"]).index(label) + 1)
+    for i in range(len(split)):
+        for confidence, labels in zip("10", split.verified(i)):
+            assert sorted(labels.tolist()) == sorted(expected.get((split.image_id(i), confidence), []))
+
+
+@pytest.mark.quick
+def test_open_images_masks_become_outlines_of_their_boxes(open_images):
+    split = load_openimages("oid", open_images, "validation", masks=True)
+    traced = [r for i in range(len(split)) for r in split.annotations(i)["rings"] if r]
+    assert len(traced) == EXPECTED["stats"]["masks"]
+    lines = (open_images / "validation-annotations-object-segmentation.csv").read_text().splitlines()[1:]
+    areas = []
+    for line in lines:
+        name, image = line.split(",")[:2]
+        mask = cv2.imread(str(open_images / "masks" / name), cv2.IMREAD_GRAYSCALE) > 0
+        height, width = cv2.imread(str(open_images / f"images/validation/{image}.jpg")).shape[:2]
+        areas.append(mask.mean() * height * width)
+    found = [sum(polygons.signed_area(r) for r in rings) for rings in traced]
+    assert np.allclose(sorted(found), sorted(areas), rtol=1e-4)
+    trained = load_openimages("oid", open_images, "validation", masks=True, need_masks=True)
+    for i in range(len(trained)):
+        found = trained.annotations(i)
+        assert all(rings or crowd for rings, crowd in zip(found["rings"], found["is_crowd"]))
+
+
+@pytest.mark.quick
+def test_open_images_cache_is_used_until_a_file_changes(open_images, monkeypatch):
+    first = load_openimages("oid", open_images, "validation")
+    reader = dataset_formats.read_columns
+    monkeypatch.setattr(dataset_formats, "read_columns", lambda *a, **k: pytest.fail("the cache was not used"))
+    second = load_openimages("oid", open_images, "validation")
+    assert np.array_equal(first._columns["boxes"], second._columns["boxes"])
+    assert [second.image_file(i) for i in range(len(second))] == [first.image_file(i) for i in range(len(first))]
+    assert not second._columns["boxes"].flags.owndata  # mapped, not read
+    monkeypatch.setattr(dataset_formats, "read_columns", reader)
+    path = open_images / "validation-annotations-bbox.csv"
+    path.write_text("\n".join(path.read_text().splitlines()[:-1]) + "\n")
+    assert len(load_openimages("oid", open_images, "validation")._columns["boxes"]) == len(first._columns["boxes"]) - 1
+    # A damaged cache is made anew.
+    for file in (open_images / ".packrcnn-cache").glob("*/boxes.npy"):
+        file.write_bytes(b"")
+    assert len(load_openimages("oid", open_images, "validation")._columns["boxes"]) == len(first._columns["boxes"]) - 1
+
+
+@pytest.mark.quick
+def test_open_images_without_a_writable_folder_caches_at_home(open_images, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    (open_images / ".packrcnn-cache").write_text("a file in the way of the folder")
+    load_openimages("oid", open_images, "validation")
+    assert list((tmp_path / "home/packrcnn").glob("*/validation-*/meta.json"))
+
+
+@pytest.mark.quick
+def test_open_images_missing_images_are_counted_and_refused_unless_allowed(open_images):
+    files = sorted((open_images / "images/validation").iterdir())
+    for file in files[:3]:
+        file.unlink()
+    with pytest.raises(UserError, match=f"3 of 40 images are missing, e.g. .*{files[0].name}"):
+        load_openimages("oid", open_images, "validation")
+    split = load_openimages("oid", open_images, "validation", keep_missing=True)
+    assert len(split) == 37 and split.missing == 3
+    assert split.dropped["image is missing on disk"] > 0
+    assert all(Path(split.image_file(i)).is_file() for i in range(len(split)))
+    split.evaluate([], verbose=False)
+
+
+@pytest.mark.quick
+def test_open_images_results_score_and_submit_like_the_csv(open_images, tmp_path):
+    """Golden detections as COCO-format results of the split: official scores, and files that score the same."""
+    from utils.oid_eval import evaluate, read_detections, read_truth
+
+    split = load_openimages("oid", open_images, "validation")
+    place = {split.image_id(i): split.image_size(i) for i in range(len(split))}
+    results = []
+    for line in (open_images / "detections.csv").read_text().splitlines()[1:]:
+        image, label, score, *sides = line.split(",")
+        if image in place:
+            height, width = place[image]
+            x1, x2, y1, y2 = (float(v) * s for v, s in zip(sides, (width, width, height, height)))
+            results.append(
+                {"image_id": image, "category_id": label, "score": float(score), "bbox": [x1, y1, x2 - x1, y2 - y1]}
+            )
+    metrics = split.evaluate(results, verbose=False)
+    assert metrics["oid-v2/mAP"] == pytest.approx(EXPECTED["results"]["v2_detection"]["mAP"], abs=1e-6)
+    assert metrics["oid-challenge/mAP"] == pytest.approx(EXPECTED["results"]["challenge_detection"]["mAP"], abs=1e-6)
+    expected = EXPECTED["results"]["v2_detection"]["per_class_AP"]["/m/0k4j"]
+    assert metrics["oid-v2/AP_per_class/Car"] == pytest.approx(expected, abs=1e-6)
+    truth = read_truth(open_images)
+    for path in split.write_submission(tmp_path / "results.json", results):
+        scores = evaluate(truth, read_detections(path, truth), "v2")
+        assert scores["mAP"] == pytest.approx(EXPECTED["results"]["v2_detection"]["mAP"], abs=1e-6), path
+
+
+@pytest.mark.quick
+def test_open_images_masks_score_one_against_themselves(open_images, tmp_path):
+    split = load_openimages("oid", open_images, "validation", masks=True, need_masks=True)
+    results = annotations_as_results(split, masks=True)
+    metrics = split.evaluate(results, verbose=False)
+    assert metrics["oid-challenge-segm/mAP"] == pytest.approx(1.0)
+    assert len(split.write_submission(tmp_path / "r.json", results)) == 4
+
+
+@pytest.mark.quick
+def test_open_images_classes_follow_the_given_order(open_images):
+    split = load_openimages("oid", open_images, "validation", ["Dog", "Unicorn", "Car"])
+    assert split.label_to_category_id(1) == "/m/0bt9lr" and split.label_to_category_id(2) is None
+    labels = np.concatenate([split.annotations(i)["labels"] for i in range(len(split))])
+    everything = load_openimages("oid", open_images, "validation")
+    names = np.concatenate([everything.annotations(i)["labels"] for i in range(len(everything))])
+    names = [everything.class_names[label - 1] for label in names]
+    assert [["Dog", "", "Car"][label - 1] for label in labels] == [n for n in names if n in ("Dog", "Car")]
+    assert split.dropped["class is unknown or not trained"] == len(names) - len(labels)
+
+
+@pytest.mark.quick
+def test_open_images_is_reached_by_the_settings_with_options(open_images):
+    spec = ["openimages", "oid", "validation", "expand=True", "group_of=object"]
+    split = load_format(spec, settings(open_images.parent), "oid")
+    assert split.name == "oid"
+    assert sum(len(split.annotations(i)["labels"]) for i in range(len(split))) == EXPECTED["stats"]["gt_boxes_expanded"]
+    with pytest.raises(UserError, match="format 'openimages' has no option 'colour'"):
+        load_format([*spec, "colour=red"], settings(open_images.parent), "oid")
+
+
+# ------------------------------------------------------------------------------------------------ the long tail
+@pytest.mark.quick
+def test_repeat_factors_equal_the_formula(open_images):
+    split = load_openimages("oid", open_images, "validation", group_of="object")
+    threshold = 0.5
+    shown = [set(split.annotations(i)["labels"].tolist()) for i in range(len(split))]
+    for i, factor in enumerate(repeat_factors(split, threshold)):
+        fractions = [sum(c in s for s in shown) / len(shown) for c in shown[i]]
+        assert factor == pytest.approx(max([max(1, (threshold / f) ** 0.5) for f in fractions], default=1))
+    assert (repeat_factors(split, 1e-9) == 1).all()
+
+
+@pytest.mark.quick
+def test_class_aware_draws_show_every_class_equally_often(open_images):
+    split = load_openimages("oid", open_images, "validation", group_of="object")
+    images = class_aware_images(split, 40000, seed=1)
+    assert np.array_equal(images, class_aware_images(split, 40000, seed=1))
+    c = split._columns
+    owners = np.repeat(np.arange(len(split)), np.diff(c["first_object"]))
+    present = np.unique(c["labels"])
+    drawn = np.bincount(images, minlength=len(split))
+    # Each class is drawn 40000 / C times, and seen at least that often, since images show other classes too.
+    for label in present:
+        assert drawn[np.unique(owners[c["labels"] == label])].sum() > 0.95 * 40000 / len(present)
+    assert (drawn[np.diff(c["first_object"]) == 0] == 0).all()
+
+
+# ------------------------------------------------------------------------------------------------ formats of one's own
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    "spec", [["voc", "voc_mini", "trainval"], ["csv", "csv_mini/boxes.csv", "csv_mini/images"]], ids=lambda s: s[0]
+)
+def test_splits_survive_pickling_and_can_still_be_scored(spec):
+    split = load_format(spec, settings(DATA), "set")
+    copy = pickle.loads(pickle.dumps(split))
+    results = annotations_as_results(split)
+    assert copy.evaluate(results, verbose=False) == pytest.approx(split.evaluate(results, verbose=False), nan_ok=True)
+
+
+@pytest.mark.quick
+def test_unknown_formats_and_modules_are_named():
+    with pytest.raises(UserError, match="unknown format 'yolo'; known are cityscapes, csv, lvis, openimages, voc"):
+        load_format(["yolo", "a", "b"], settings(DATA), "mine")
+    with pytest.raises(UserError, match="cannot import no_such_module:load"):
+        load_format(["no_such_module:load", "a"], settings(DATA), "mine")
+    with pytest.raises(UserError, match="'voc_nowhere' does not exist|voc_nowhere does not exist"):
+        load_format(["voc", "voc_nowhere", ""], settings(DATA), "mine")
