@@ -135,8 +135,8 @@ def _short_edge(cfg: Any, rng: np.random.Generator) -> int:
     return int(rng.integers(edges[0], edges[1], endpoint=True) if len(edges) == 2 else rng.choice(edges))
 
 
-def _new_zeros(shape: tuple[int, ...]) -> np.ndarray:
-    return np.zeros(shape, np.uint8)
+def _new_image(shape: tuple[int, ...]) -> np.ndarray:
+    return np.empty(shape, np.uint8)
 
 
 def make_batch(
@@ -144,13 +144,13 @@ def make_batch(
     images: Sequence[int],
     seeds: Sequence[Sequence[int]],
     cfg: Any,
-    new_image: Callable[[tuple[int, ...]], np.ndarray] = _new_zeros,
+    new_image: Callable[[tuple[int, ...]], np.ndarray] = _new_image,
 ) -> list[np.ndarray]:
     """A training batch of these images of the split, in the order of `training_keys`.
 
     Args:
         seeds: for each image what its random decisions depend on.
-        new_image: gives zeroed uint8 memory of a shape.
+        new_image: gives uint8 memory of a shape, to be overwritten.
 
     image uint8 [N, H, W, 3] BGR zero-padded at the bottom and right, image_shape int32 [N, 2], image_seed int32 [N]
     for the random choices that the graph makes for an image, gt_boxes float32 [N, G, 4], gt_labels int32 [N, G] with 0
@@ -168,6 +168,8 @@ def make_batch(
     objects = []
     for n, (i, image, (height, width), flip) in enumerate(zip(images, pixels, sizes, flips)):
         _resize_into(batch[n, :height, :width], image, flip)
+        batch[n, height:] = 0
+        batch[n, :height, width:] = 0
         objects.append(_place_objects(split, i, (height, width), flip, cfg))
     padded = {
         key: _stack_padded([o[key] for o in objects]) for key in objects[0]
@@ -300,7 +302,7 @@ class _BatchMaker:
         places = np.arange(part * each, (part + 1) * each) * self.size + self.rank
         return self.images[self.plan.images(step)[places]], [[self.cfg.TRAIN.SEED, 1, step, p] for p in places.tolist()]
 
-    def make(self, batch: int, new_image: Callable[[tuple[int, ...]], np.ndarray] = _new_zeros) -> list[np.ndarray]:
+    def make(self, batch: int, new_image: Callable[[tuple[int, ...]], np.ndarray] = _new_image) -> list[np.ndarray]:
         return make_batch(self.split, *self.members(batch), self.cfg, new_image)
 
 
@@ -478,8 +480,7 @@ class _Worker:
             is_users, text = content
             raise UserError(text) if is_users else RuntimeError(f"data worker {self.number} failed:\n{text}")
         slot, shape, others = content
-        view = np.frombuffer(self._memory, np.uint8, math.prod(shape), slot * self._slot_bytes)
-        image = view.reshape(shape).copy()
+        image = _array_in(self._memory, slot * self._slot_bytes, shape).copy()
         with contextlib.suppress(ConnectionError):  # it has died since: its next batch will say so
             self._socket.sendall(bytes([slot]))
         return [image, *others]
@@ -504,10 +505,8 @@ class _Worker:
         self.process.wait()
 
 
-def _zeros_in(memory: mmap.mmap, offset: int, shape: tuple[int, ...]) -> np.ndarray:
-    array = np.frombuffer(memory, np.uint8, math.prod(shape), offset).reshape(shape)
-    array[...] = 0
-    return array
+def _array_in(memory: mmap.mmap, offset: int, shape: tuple[int, ...]) -> np.ndarray:
+    return np.frombuffer(memory, np.uint8, math.prod(shape), offset).reshape(shape)
 
 
 def _work(memory: int, shared: int, connection: int, slots: int, number: int) -> None:
@@ -549,7 +548,7 @@ def _work(memory: int, shared: int, connection: int, slots: int, number: int) ->
                     os._exit(0)
                 free.extend(freed)
             slot = free.popleft()
-            image, *others = maker.make(batch, partial(_zeros_in, slot_memory, slot * slot_bytes))
+            image, *others = maker.make(batch, partial(_array_in, slot_memory, slot * slot_bytes))
             send(("batch", slot, image.shape, others))
             batch += step
     except UserError as e:

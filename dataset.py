@@ -317,22 +317,20 @@ class _Collector:
         self.image_entries.append((name, height, width))
 
     def add_annotation(self, entry: Any) -> None:
+        number, rings, values, masks = len(self.image), len(self.ring_sizes), len(self.coordinates), len(self.masks)
         try:
-            number = len(self.image)
             image = self.image_numbers.setdefault(entry["image_id"], len(self.image_numbers))
             category = self.category_numbers.setdefault(entry["category_id"], len(self.category_numbers))
             box = entry.get("bbox")
-            box = [float(v) for v in box] if box else None
-            if box is not None and len(box) != 4:
-                raise ValueError
+            if box:
+                x, y, width, height = map(float, box)
             crowd = bool(int(entry.get("iscrowd") or 0))
             outline = entry.get("segmentation")
-            coordinates, sizes, short = array("f"), [], 0
+            short = 0
             if isinstance(outline, dict):
-                if "counts" not in outline:
-                    raise ValueError
-                if not crowd or box is None:
-                    self.masks.append((number, _compact_rle(outline)))
+                rle = _compact_rle(outline)
+                if not crowd or not box:
+                    self.masks.append((number, rle))
             elif outline:
                 for ring in [outline] if isinstance(outline[0], (int, float)) else outline:
                     if len(ring) < 6:
@@ -340,8 +338,8 @@ class _Collector:
                         continue
                     if len(ring) % 2:
                         raise ValueError
-                    coordinates.extend(ring)
-                    sizes.append(len(ring) // 2)
+                    self.coordinates.extend(ring)
+                    self.ring_sizes.append(len(ring) // 2)
             if self.with_keypoints and entry.get("keypoints"):
                 points = [float(v) for v in entry["keypoints"]]
                 if len(points) % 3:
@@ -349,17 +347,14 @@ class _Collector:
                 self.keypoints.append((number, points))
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
             self.broken += 1
-            if self.masks and self.masks[-1][0] == number:
-                self.masks.pop()
+            del self.ring_sizes[rings:], self.coordinates[values:], self.masks[masks:]
             return
         self.image.append(image)
         self.category.append(category)
         self.crowd.append(crowd)
-        self.has_box.append(box is not None)
-        self.boxes.extend(box or (0.0, 0.0, 0.0, 0.0))
-        self.ring_counts.append(len(sizes))
-        self.ring_sizes.extend(sizes)
-        self.coordinates.extend(coordinates)
+        self.has_box.append(bool(box))
+        self.boxes.extend((x, y, width, height) if box else (0.0, 0.0, 0.0, 0.0))
+        self.ring_counts.append(len(self.ring_sizes) - rings)
         self.short_rings += short
 
 

@@ -1,0 +1,164 @@
+"""Measures the dataflow: images per second and worker core, bytes shipped per image, memory with COCO's full size.
+
+python benchmarks/data_speed.py [--basedir ../shared/data/coco_tiny]     speed on real images at short edge 800
+python benchmarks/data_speed.py --synthetic 118287                       load time and memory of so many images
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from itertools import islice
+from pathlib import Path
+
+import cv2
+import numpy as np
+import psutil
+from tabulate import tabulate
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from common import UserError, logger
+from config import Config, default_config, finalize_config
+from data import training_dataflow
+from dataset import load_training_split
+
+ANNOTATIONS_PER_IMAGE = 7.27  # train2017
+MEGABYTE = 2**20
+
+
+def settings(basedir: Path, *args: str) -> Config:
+    cfg = default_config().update_args(["MODE_FPN=True", f"DATA.BASEDIR={basedir}", *args])
+    return finalize_config(cfg)
+
+
+def write_synthetic(basedir: Path, images: int, seed: int = 0) -> Path:
+    """A train2017 of this many 640x480 images (hard links to one) and 7.27 annotations each, as long as COCO's."""
+    rng = np.random.default_rng(seed)
+    folder = basedir / "train2017"
+    folder.mkdir(parents=True)
+    cv2.imwrite(str(basedir / "image.jpg"), cv2.resize(rng.integers(0, 255, (30, 40, 3), np.uint8), (640, 480)))
+    names = [f"{i:012d}.jpg" for i in range(images)]
+    for i, name in enumerate(names):
+        if i % 50000 == 0:  # file systems limit the links to one file
+            os.replace(basedir / "image.jpg", folder / name)
+            source = folder / name
+            (basedir / "image.jpg").write_bytes(source.read_bytes())
+        else:
+            os.link(source, folder / name)
+    path = basedir / "annotations" / "instances_train2017.json"
+    path.parent.mkdir()
+    count = int(images * ANNOTATIONS_PER_IMAGE)
+    with open(path, "w") as f:
+        f.write('{"info": {}, "licenses": [], "images": [')
+        for i, name in enumerate(names):
+            entry = {
+                "license": 3, "file_name": name, "coco_url": f"http://images.cocodataset.org/train2017/{name}",
+                "height": 480, "width": 640, "date_captured": "2013-11-14 11:18:45",
+                "flickr_url": "http://farm9.staticflickr.com/8186/8119368305_4e622c8349_z.jpg", "id": i,
+            }  # fmt: skip
+            f.write(", " * (i > 0) + json.dumps(entry))
+        f.write('], "annotations": [')
+        owners = rng.integers(0, images, count)
+        categories = rng.integers(1, 81, count)
+        sizes = np.clip(rng.geometric(1 / 23, count), 3, 400)  # vertices: 23 on average
+        for a in range(count):
+            angles = np.linspace(0, 2 * np.pi, sizes[a], endpoint=False)
+            points = np.stack([320 + 200 * np.cos(angles), 240 + 150 * np.sin(angles)], 1) + rng.random(2) * 30
+            low, high = points.min(0), points.max(0)
+            entry = {
+                "segmentation": [np.round(points, 2).ravel().tolist()], "area": 94247.78, "iscrowd": 0,
+                "image_id": int(owners[a]), "bbox": np.round([*low, *(high - low)], 2).tolist(),
+                "category_id": int(categories[a]), "id": 1000000 + a,
+            }  # fmt: skip
+            f.write(", " * (a > 0) + json.dumps(entry))
+        kinds = [{"supercategory": "thing", "id": i + 1, "name": f"class {i + 1}"} for i in range(80)]
+        f.write('], "categories": ' + json.dumps(kinds) + "}")
+    return path
+
+
+def memory(pid: int) -> list[float]:
+    """Resident and private (unique set) megabytes."""
+    info = psutil.Process(pid).memory_full_info()
+    return [info.rss / MEGABYTE, info.uss / MEGABYTE]
+
+
+def measure_memory(images: int) -> None:
+    before = memory(os.getpid())
+    with tempfile.TemporaryDirectory() as temporary:
+        path = write_synthetic(Path(temporary), images)
+        cfg = settings(temporary, "DATA.NUM_WORKERS=4")
+        size = path.stat().st_size / MEGABYTE
+        started = time.time()
+        split = load_training_split(cfg)
+        loaded, after = time.time() - started, memory(os.getpid())
+        flow = training_dataflow(split, cfg)
+        started = time.time()
+        batches = iter(flow)
+        next(batches)
+        first = time.time() - started
+        for _ in islice(batches, 200):
+            pass
+        rows = [["before loading", *before], ["after loading", *after], ["while training", *memory(os.getpid())]]
+        rows += [[f"worker {n}", *memory(pid)] for n, pid in enumerate(flow.worker_pids)]
+        print(f"{images} images, {len(split._columns['labels'])} annotations, json of {size:.0f} MB")
+        print(f"loaded in {loaded:.1f} s, first batch {first:.1f} s after the workers were started")
+        print(f"peak of the training process while loading: {peak():.0f} MB")
+        print(tabulate(rows, ["process", "resident MB", "private MB"], floatfmt=".0f", tablefmt="pipe"))
+        batches.close()
+
+
+def peak() -> float:
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
+
+
+def measure_speed(basedir: Path, count: int) -> None:
+    if not (basedir / "annotations").is_dir():
+        raise UserError(f"--basedir: {basedir} has no annotations/; give a directory in COCO's layout")
+    rows = []
+    for workers, batch in ((0, 1), (1, 1), (1, 2), (1, 4)):
+        cfg = settings(basedir, f"DATA.NUM_WORKERS={workers}", f"TRAIN.BATCH_SIZE_PER_GPU={batch}")
+        flow = training_dataflow(load_training_split(cfg), cfg)
+        batches = iter(flow)
+        for _ in islice(batches, 8):
+            pass
+        processes = [psutil.Process(p) for p in flow.worker_pids] or [psutil.Process()]
+        parent = psutil.Process()
+        busy = sum(sum(p.cpu_times()[:2]) for p in processes)
+        parent_busy, shipped, pixels, valid, images = sum(parent.cpu_times()[:2]), 0, 0, 0, 0
+        started = time.time()
+        for parts in islice(batches, count // batch):
+            images += len(parts[0])
+            shipped += sum(p.nbytes for p in parts)
+            pixels += parts[0].nbytes
+            valid += int((parts[1][:, 0] * parts[1][:, 1]).sum()) * 3
+        seconds = time.time() - started
+        busy = sum(sum(p.cpu_times()[:2]) for p in processes) - busy
+        parent_busy = sum(parent.cpu_times()[:2]) - parent_busy
+        batches.close()
+        rows.append(
+            [workers, batch, images / seconds, images / busy, 1e3 * parent_busy / images if workers else None,
+             shipped / images / 1e6, shipped / pixels, shipped / valid]
+        )  # fmt: skip
+    head = ["workers", "batch", "images/s", "images per CPU second of a worker", "CPU ms/image in the training process",
+            "MB/image", "/ uint8 batch", "/ unpadded pixels"]  # fmt: skip
+    print(tabulate(rows, head, floatfmt=".2f", tablefmt="pipe"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--basedir", type=Path, default=Path(__file__).resolve().parents[2] / "shared/data/coco_tiny")
+    parser.add_argument("--images", type=int, default=400, help="images to time in each row")
+    parser.add_argument("--synthetic", type=int, metavar="N", help="measure memory with N made-up images instead")
+    args = parser.parse_args()
+    logger.setLevel("WARNING")
+    try:
+        measure_memory(args.synthetic) if args.synthetic else measure_speed(args.basedir, args.images)
+    except UserError as e:
+        sys.exit(f"error: {e}")
+
+
+if __name__ == "__main__":
+    main()

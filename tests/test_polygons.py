@@ -1,0 +1,238 @@
+"""Outlines against pycocotools' masks, and against geometry that must hold for any outline."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pycocotools.mask as coco_mask
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from utils import polygons
+
+settings.register_profile("no deadline", deadline=None)  # a busy machine is not a failure
+settings.load_profile("no deadline")
+COCO = Path(__file__).parent / "data" / "coco_mini" / "annotations" / "instances_train2017.json"
+
+masks = st.tuples(st.integers(1, 12), st.integers(1, 12)).flatmap(lambda shape: arrays(bool, shape))
+rings = st.integers(3, 10).flatmap(
+    lambda n: arrays(np.float64, (n, 2), elements=st.floats(0, 60).map(lambda v: round(v, 3)))
+)
+
+
+def real_polygons():
+    """(image size, rings) of every object of the bundled COCO images that is not a crowd."""
+    content = json.loads(COCO.read_text())
+    sizes = {i["id"]: (i["height"], i["width"]) for i in content["images"]}
+    for a in content["annotations"]:
+        if not a["iscrowd"]:
+            yield sizes[a["image_id"]], [np.array(p).reshape(-1, 2) for p in a["segmentation"]]
+
+
+def coco_raster(object_rings, box, size):
+    """pycocotools' mask of the part inside the box at size x size, from polygons scaled into it."""
+    x1, y1, x2, y2 = box
+    scaled = [((r - [x1, y1]) * [size / (x2 - x1), size / (y2 - y1)]).ravel().tolist() for r in object_rings]
+    return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(scaled, size, size))).astype(bool)
+
+
+def oriented_edges(object_rings):
+    return polygons.rings_to_edges([polygons.orient_outer(r) for r in object_rings])
+
+
+# ---------------------------------------------------------------- masks to rings
+@pytest.mark.quick
+@given(masks)
+@settings(max_examples=300)
+def test_tracing_a_mask_and_filling_it_gives_the_mask_back(mask):
+    traced = polygons.mask_to_rings(mask)
+    filled = polygons.rasterize(polygons.rings_to_edges(traced), [0, 0, mask.shape[1], mask.shape[0]], mask.shape)
+    np.testing.assert_array_equal(filled, mask)
+
+
+@pytest.mark.quick
+@given(masks)
+@settings(max_examples=200)
+def test_traced_rings_enclose_exactly_the_area_of_the_mask(mask):
+    assert sum(polygons.signed_area(r) for r in polygons.mask_to_rings(mask)) == mask.sum()
+
+
+@pytest.mark.quick
+def test_a_hole_is_a_ring_of_the_other_orientation():
+    mask = np.ones((5, 6), bool)
+    mask[2, 2:4] = False
+    areas = sorted(polygons.signed_area(r) for r in polygons.mask_to_rings(mask))
+    assert areas == [-2, 30]
+
+
+@pytest.mark.quick
+def test_pixels_that_touch_at_a_corner_are_two_rings():
+    for mask in (np.eye(2, dtype=bool), np.eye(2, dtype=bool)[::-1]):
+        assert [polygons.signed_area(r) for r in polygons.mask_to_rings(mask)] == [1, 1]
+
+
+@pytest.mark.quick
+def test_traced_vertices_are_corners_of_pixels():
+    mask = np.zeros((8, 9), bool)
+    mask[2:5, 3:7] = True
+    (ring,) = polygons.mask_to_rings(mask)
+    assert sorted(map(tuple, ring.tolist())) == [(3, 2), (3, 5), (7, 2), (7, 5)]
+    assert polygons.mask_to_rings(np.zeros((4, 4), bool)) == []
+
+
+@pytest.mark.quick
+@given(masks)
+def test_rle_decoding_equals_pycocotools(mask):
+    compressed = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
+    height, width = mask.shape
+    np.testing.assert_array_equal(polygons.decode_rle(compressed, height, width), mask)
+    as_text = {"size": [height, width], "counts": compressed["counts"].decode()}
+    np.testing.assert_array_equal(polygons.decode_rle(as_text, height, width), mask)
+
+
+def test_compressed_rle_of_large_runs_equals_pycocotools():
+    rng = np.random.default_rng(0)
+    for density in (0.0, 1e-5, 1e-3, 0.5, 1.0):
+        mask = rng.random((700, 900)) < density
+        compressed = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
+        np.testing.assert_array_equal(polygons.decode_rle(compressed, 700, 900), mask)
+
+
+@pytest.mark.quick
+def test_uncompressed_rle_starts_with_background():
+    rle = {"size": [2, 3], "counts": [1, 2, 3]}
+    assert polygons.decode_rle(rle, 2, 3).T.ravel().tolist() == [False, True, True, False, False, False]
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    "rle",
+    [
+        {"size": [3, 2], "counts": [6]},
+        {"size": [2, 3], "counts": [1, 2]},
+        {"size": [2, 3], "counts": [8, -2]},
+        {"size": [2, 3], "counts": "~~"},
+        {"size": [2, 3], "counts": "\x01"},
+        {"size": [2, 3], "counts": ""},
+        {"size": [2, 3], "counts": "o" * 40},
+        {"size": [2, 3], "counts": "é"},
+    ],
+)
+def test_rle_that_does_not_fit_is_a_value_error(rle):
+    with pytest.raises(ValueError):
+        polygons.decode_rle(rle, 2, 3)
+
+
+# ---------------------------------------------------------------- the rasteriser
+@pytest.mark.parametrize("size, least_iou", [(28, 0.98), (14, 0.96)])
+def test_rasteriser_agrees_with_pycocotools_on_real_polygons(size, least_iou):
+    rng = np.random.default_rng(0)
+    ious, area, coco_area = [], 0, 0
+    for _, object_rings in real_polygons():
+        points = np.concatenate(object_rings)
+        low, high = points.min(0), points.max(0)
+        for _ in range(3):  # a proposal: the object's box with its corners moved by up to a tenth
+            box = np.concatenate([low, high]) + rng.uniform(-0.1, 0.1, 4) * np.tile(high - low, 2)
+            ours = polygons.rasterize(oriented_edges(object_rings), box, size)
+            coco = coco_raster(object_rings, box, size)
+            area, coco_area = area + ours.sum(), coco_area + coco.sum()
+            if ours.any() or coco.any():
+                ious.append((ours & coco).sum() / (ours | coco).sum())
+    assert len(ious) > 100
+    assert np.mean(ious) >= least_iou
+    assert abs(area / coco_area - 1) < 0.01
+
+
+@pytest.mark.quick
+@given(st.integers(0, 10**6))
+@settings(max_examples=30)
+def test_rasteriser_equals_counting_the_winding_of_every_pixel_centre(seed):
+    rng = np.random.default_rng(seed)
+    object_rings = [rng.uniform(0, 20, (rng.integers(3, 8), 2)) for _ in range(rng.integers(1, 4))]
+    box = np.array([*rng.uniform(0, 8, 2), *rng.uniform(10, 20, 2)])
+    filled = polygons.rasterize(polygons.rings_to_edges(object_rings), box, 9)
+    for row in range(9):
+        for column in range(9):
+            centre = box[:2] + (np.array([column, row]) + 0.5) * (box[2:] - box[:2]) / 9
+            turns = 0.0
+            for ring in object_rings:
+                angles = np.arctan2(*(ring - centre).T[::-1])
+                steps = np.diff(np.append(angles, angles[0]))
+                turns += ((steps + np.pi) % (2 * np.pi) - np.pi).sum()
+            assert filled[row, column] == (abs(turns) > 1), (row, column)
+
+
+@pytest.mark.quick
+def test_overlapping_parts_unite_and_holes_stay_holes():
+    square = np.array([[0.0, 0], [6, 0], [6, 6], [0, 6]])
+    united = polygons.rasterize(polygons.rings_to_edges([square, square + 3]), [0, 0, 10, 10], 10)
+    assert united.sum() == 36 + 36 - 9
+    hole = (square / 3 + 2)[::-1]
+    with_hole = polygons.rasterize(polygons.rings_to_edges([square, hole]), [0, 0, 6, 6], 6)
+    assert with_hole.sum() == 36 - 4 and not with_hole[2:4, 2:4].any()
+
+
+@pytest.mark.quick
+def test_rasteriser_outside_of_the_outline_and_without_edges_is_empty():
+    square = polygons.rings_to_edges([np.array([[0.0, 0], [6, 0], [6, 6], [0, 6]])])
+    assert not polygons.rasterize(square, [50, 50, 60, 60], 14).any()
+    assert not polygons.rasterize(square, [-30, 0, -20, 6], 14).any()
+    assert polygons.rasterize(square, [1, 1, 5, 5], 14).all()
+    assert not polygons.rasterize(np.zeros((0, 4)), [0, 0, 5, 5], 14).any()
+
+
+# ---------------------------------------------------------------- rings and edges
+@pytest.mark.quick
+@given(rings)
+def test_orient_outer_gives_positive_area_to_both_directions(ring):
+    assert polygons.signed_area(polygons.orient_outer(ring)) >= 0
+    assert polygons.signed_area(polygons.orient_outer(ring[::-1])) >= 0
+
+
+@pytest.mark.quick
+@given(st.lists(rings, min_size=1, max_size=4))
+def test_areas_of_many_rings_equal_those_of_each(several):
+    areas = polygons.ring_areas(np.concatenate(several), np.array([len(r) for r in several]))
+    np.testing.assert_allclose(areas, [polygons.signed_area(r) for r in several], atol=1e-6)
+
+
+@pytest.mark.quick
+@given(st.lists(rings, min_size=1, max_size=4))
+def test_edges_of_every_ring_are_a_closed_walk(several):
+    edges = polygons.rings_to_edges(several)
+    np.testing.assert_allclose((edges[:, 2:] - edges[:, :2]).sum(0), 0, atol=1e-9)
+    np.testing.assert_array_equal(edges[:, :2], np.concatenate(several))
+
+
+@pytest.mark.quick
+@given(rings, st.floats(1, 100).map(lambda v: round(v, 3)))
+def test_polygon_flip_is_an_involution_and_keeps_the_orientation(ring, width):
+    edges = polygons.rings_to_edges([ring])
+    flipped = polygons.flip_edges(edges, width)
+    np.testing.assert_allclose(polygons.flip_edges(flipped, width), edges, atol=1e-9)
+    area = (edges[:, 0] * edges[:, 3] - edges[:, 2] * edges[:, 1]).sum() / 2
+    flipped_area = (flipped[:, 0] * flipped[:, 3] - flipped[:, 2] * flipped[:, 1]).sum() / 2
+    np.testing.assert_allclose(flipped_area, area, atol=1e-6)
+
+
+@pytest.mark.quick
+def test_packing_pads_with_zero_length_edges_and_leaves_out_horizontal_ones():
+    triangle, square = np.array([[0.0, 0], [4, 0], [0, 4]]), np.array([[0.0, 0], [2, 0], [2, 2], [0, 2]])
+    edges = np.concatenate([polygons.rings_to_edges([triangle]), polygons.rings_to_edges([square, square + 5])])
+    packed = polygons.pack_edges(edges, np.repeat([0, 2], [3, 8]), 3)
+    assert packed.shape == (3, 4, 4)
+    assert (packed[0, 2:] == 0).all() and (packed[1] == 0).all()
+    for n, object_rings in ((0, [triangle]), (2, [square, square + 5])):
+        np.testing.assert_array_equal(
+            polygons.rasterize(packed[n], [0, 0, 8, 8], 16),
+            polygons.rasterize(polygons.rings_to_edges(object_rings), [0, 0, 8, 8], 16),
+        )
+
+
+@pytest.mark.quick
+def test_packing_nothing_gives_one_padding_edge():
+    assert polygons.pack_edges(np.zeros((0, 4), np.float32), np.zeros(0, int), 2).shape == (2, 1, 4)
+    assert polygons.pack_edges(np.zeros((0, 4), np.float32), np.zeros(0, int), 0).shape == (0, 1, 4)
+    assert polygons.vertices_to_edges(np.zeros((0, 2), np.float32), np.zeros(0, int)).shape == (0, 4)
