@@ -83,12 +83,12 @@ def group_norm(x, trainable=True):
     groups = GN_GROUPS
     if channels % groups:
         raise ValueError(f"group norm needs a multiple of {groups} channels, got {channels} in {x.name}")
-    with tf.variable_scope("gn"):
-        gamma, beta = _affine(channels, trainable)
     shape = tf.shape(x)
     # Per-channel moments first (a reduction over contiguous rows), then over the channels of a group: both reductions
     # stay cheap on CPUs, and x is read twice only.
-    wide = tf.cast(x, tf.float32)
+    wide = x if x.dtype == tf.float64 else tf.cast(x, tf.float32)
+    with tf.variable_scope("gn"):
+        gamma, beta = (tf.cast(v, wide.dtype) for v in _affine(channels, trainable))
     mean_c = tf.reduce_mean(wide, [1, 2])  # [N, C]
     square_c = tf.reduce_mean(tf.square(wide), [1, 2])
     mean = tf.reduce_mean(tf.reshape(mean_c, [-1, groups, channels // groups]), 2, keepdims=True)

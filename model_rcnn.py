@@ -15,6 +15,7 @@ from model_frcnn import (
     fastrcnn_outputs,
     sample_rois,
 )  # fmt: skip
+from model_keypoint import decode_keypoints, keypoint_head, keypoint_losses, keypoint_targets
 from model_mrcnn import mask_head, mask_losses, mask_probabilities, mask_targets
 from model_rpn import rpn_anchors, rpn_head, rpn_losses, rpn_proposals
 from utils.tf_v1 import tf
@@ -55,26 +56,30 @@ def _mean_over_pixels(x):
 
 
 def _box_branch(pool, boxes, cfg):
-    """RoIs [N,R,4] -> class logits [N·R,C+1], deltas [N·R,B,4]."""
+    """RoIs [N,R,4] -> class logits [N·R,C+1], deltas [N·R,B,4], and in C4 stage 5's features [N·R,7,7,C5], which the
+    mask branch shares (None with FPN)."""
     flat, index = tf.reshape(boxes, [-1, 4]), _image_index(boxes)
     if cfg.MODE_FPN:
         with tf.variable_scope("fastrcnn"):
             hidden = fastrcnn_head(pool(flat, index, 7), cfg)
             with tf.variable_scope("outputs"):
-                return fastrcnn_outputs(hidden, cfg.DATA.NUM_CATEGORY, cfg.FRCNN.CLASS_AGNOSTIC)
-    hidden = _mean_over_pixels(c5_on_rois(pool(flat, index, 14), cfg))
+                return *fastrcnn_outputs(hidden, cfg.DATA.NUM_CATEGORY, cfg.FRCNN.CLASS_AGNOSTIC), None
+    features = c5_on_rois(pool(flat, index, 14), cfg)
     with tf.variable_scope("fastrcnn"):
-        return fastrcnn_outputs(hidden, cfg.DATA.NUM_CATEGORY, cfg.FRCNN.CLASS_AGNOSTIC)
+        outputs = fastrcnn_outputs(_mean_over_pixels(features), cfg.DATA.NUM_CATEGORY, cfg.FRCNN.CLASS_AGNOSTIC)
+    return *outputs, features
 
 
-def _mask_branch(pool, boxes, image_index, cfg):
-    """RoIs [F,4] -> mask logits [F,M,M,C]; M = 28 with FPN, 14 in C4."""
-    features = pool(boxes, image_index, 14)
-    if not cfg.MODE_FPN:
-        with tf.variable_scope("", reuse=True):
-            features = c5_on_rois(features, cfg)
+def _mask_branch(features, cfg):
+    """RoI features [F,14,14,C] of FPN, or [F,7,7,C5] of C4 -> mask logits [F,M,M,C]; M = 28 with FPN, 14 in C4."""
     with tf.variable_scope("maskrcnn"):
         return mask_head(features, cfg.DATA.NUM_CATEGORY, cfg)
+
+
+def _keypoint_branch(features, cfg):
+    """RoI features [F,14,14,C] -> logits [F,56,56,K]."""
+    with tf.variable_scope("keypointrcnn"):
+        return keypoint_head(features, cfg)
 
 
 def mask_resolution(cfg):
@@ -99,22 +104,37 @@ def build_training(batch, cfg):
 
         box_losses, box_stats = cascade_losses(pool_boxes, rois, batch, cfg)
     else:
-        class_logits, box_deltas = _box_branch(pool, rois["boxes"], cfg)
+        class_logits, box_deltas, c5 = _box_branch(pool, rois["boxes"], cfg)
         box_losses, box_stats = fastrcnn_losses(class_logits, box_deltas, rois, batch, cfg.FRCNN.BBOX_REG_WEIGHTS, cfg)
     losses.update(box_losses)
     stats.update(box_stats)
 
-    if cfg.MODE_MASK:
-        # Only real foreground RoIs go through the mask branch: most images have far fewer than the limit.
+    if cfg.MODE_MASK or cfg.MODE_KEYPOINT:
+        # Only real foreground RoIs go through these branches: most images have far fewer than the limit.
         members = rois["labels"][:, : rois["fg_limit"]] > 0  # [N, F']
         where = tf.where(members)  # [F, 2] image, row
         boxes = tf.gather_nd(rois["boxes"], where)
-        labels = tf.gather_nd(rois["labels"], where)
         image_index = tf.cast(where[:, 0], tf.int32)
         gt_index = tf.stack([image_index, tf.gather_nd(rois["match"], where)], 1)
+    if cfg.MODE_MASK:
+        labels = tf.gather_nd(rois["labels"], where)
         targets = mask_targets(boxes, tf.gather_nd(batch["gt_edges"], gt_index), mask_resolution(cfg))
-        mask_logits = _mask_branch(pool, boxes, image_index, cfg)
+        if cfg.MODE_FPN:
+            roi_features = pool(boxes, image_index, 14)
+        else:
+            row = image_index * tf.shape(rois["labels"])[1] + tf.cast(where[:, 1], tf.int32)
+            roi_features = tf.gather(c5, row)
+        mask_logits = _mask_branch(roi_features, cfg)
         branch_losses, branch_stats = mask_losses(mask_logits, labels, targets, members, cfg)
+        losses.update(branch_losses)
+        stats.update(branch_stats)
+    if cfg.MODE_KEYPOINT:
+        cells, visible = keypoint_targets(boxes, tf.gather_nd(batch["gt_keypoints"], gt_index))
+        used = tf.where(tf.reduce_any(visible, 1))[:, 0]  # the other RoIs have nothing to say
+        cells, visible, image_index = (tf.gather(x, used) for x in (cells, visible, image_index))
+        keypoint_logits = _keypoint_branch(pool(tf.gather(boxes, used), image_index, 14), cfg)
+        num_images = tf.shape(batch["image"])[0]
+        branch_losses, branch_stats = keypoint_losses(keypoint_logits, cells, visible, image_index, num_images, cfg)
         losses.update(branch_losses)
         stats.update(branch_stats)
     return losses, stats
@@ -122,7 +142,8 @@ def build_training(batch, cfg):
 
 def build_inference(image, image_shape, cfg):
     """uint8 image [N,H,W,3], image_shape int32 [N,2] -> {boxes [N,D,4], scores [N,D], labels [N,D], count [N]}, plus
-    masks [N,D,M,M] in MODE_MASK, all in the frame of `image`; rows beyond count are zero."""
+    masks [N,D,M,M] in MODE_MASK and keypoints [N,D,K,3] in MODE_KEYPOINT, all in the frame of `image`; rows beyond
+    count are zero."""
     features = backbone_features(image, image_shape, cfg)
     anchors = rpn_anchors(features, cfg)
     logits, deltas = rpn_head(features, cfg)
@@ -138,17 +159,27 @@ def build_inference(image, image_shape, cfg):
 
         boxes, scores = cascade_inference(pool_boxes, proposals, image_shape, cfg)
     else:
-        class_logits, box_deltas = _box_branch(pool, proposals, cfg)
+        class_logits, box_deltas, _ = _box_branch(pool, proposals, cfg)
         shape = tf.shape(proposals)
         scores = tf.reshape(tf.nn.softmax(class_logits), [shape[0], shape[1], -1])[:, :, 1:]
         boxes = decode_class_boxes(box_deltas, proposals, cfg.FRCNN.BBOX_REG_WEIGHTS)
         boxes = clip_boxes(boxes, image_shape)
     boxes, scores, labels, count = decode_detections(boxes, scores, valid, image_shape, cfg)
     outputs = {"boxes": boxes, "scores": scores, "labels": labels, "count": count}
-    if cfg.MODE_MASK:
+    if cfg.MODE_MASK or cfg.MODE_KEYPOINT:
         where = tf.where(labels > 0)  # [F, 2]
-        found_labels = tf.gather_nd(labels, where)
-        mask_logits = _mask_branch(pool, tf.gather_nd(boxes, where), tf.cast(where[:, 0], tf.int32), cfg)
-        shape = tf.cast(tf.concat([tf.shape(labels), [mask_resolution(cfg)] * 2], 0), tf.int64)
-        outputs["masks"] = tf.scatter_nd(where, mask_probabilities(mask_logits, found_labels), shape)
+        found = tf.gather_nd(boxes, where)
+        roi_features = pool(found, tf.cast(where[:, 0], tf.int32), 14)
+        leading = tf.shape(labels, out_type=tf.int64)
+    if cfg.MODE_MASK:
+        mask_features = roi_features
+        if not cfg.MODE_FPN:
+            with tf.variable_scope(tf.get_variable_scope(), reuse=True):
+                mask_features = c5_on_rois(roi_features, cfg)
+        mask_logits = _mask_branch(mask_features, cfg)
+        probabilities = mask_probabilities(mask_logits, tf.gather_nd(labels, where))
+        outputs["masks"] = tf.scatter_nd(where, probabilities, tf.concat([leading, [mask_resolution(cfg)] * 2], 0))
+    if cfg.MODE_KEYPOINT:
+        points = decode_keypoints(_keypoint_branch(roi_features, cfg), found)
+        outputs["keypoints"] = tf.scatter_nd(where, points, tf.concat([leading, [cfg.KRCNN.NUM_KEYPOINT, 3]], 0))
     return outputs
