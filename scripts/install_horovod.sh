@@ -14,7 +14,9 @@
 # passed the check: two processes that reduce in a TensorFlow graph over gloo.
 #
 # Why a build of our own: Horovod's last release does not compile against TensorFlow's current headers because of its
-# optional operators inside XLA programs; without that one source file it does. PyTorch, MXNet and MPI are left out.
+# optional operators inside XLA programs; without that one source file it does. Three more lines are amended, for newer
+# Python, for checkpoints on SIGTERM, and for hosts whose name resolves to a loopback address (see `build` below).
+# PyTorch, MXNet and MPI are left out.
 
 set -euo pipefail
 
@@ -77,7 +79,8 @@ PY
 
 tensorflow=$(installed tensorflow tensorflow-cpu)
 [ -n "$tensorflow" ] || die "TensorFlow is missing in $python: install the project's requirements first"
-local_version=tf$tensorflow${gpu:+.nccl}
+# r4: the version of the recipe in `build`; raise it when a change must replace what is cached and installed.
+local_version=tf$tensorflow${gpu:+.nccl}.r4
 wanted=$VERSION+$local_version
 
 # Checks what `$python` imports as horovod (PYTHONPATH may point it elsewhere); prints why it fails.
@@ -145,8 +148,7 @@ if [ -n "$gpu" ]; then
     command -v "$nvcc" >/dev/null || die "nvcc is missing: install the CUDA toolkit, put its bin on PATH or set HOROVOD_CUDA_HOME"
     platform=$platform-cuda$("$nvcc" --version | sed -n 's/.*release \([0-9.]*\).*/\1/p')
 fi
-# The 3 counts the versions of the recipe below; raise it when a change must not reuse older wheels.
-cache=${XDG_CACHE_HOME:-$HOME/.cache}/packrcnn/horovod-$wanted-$platform-r3
+cache=${XDG_CACHE_HOME:-$HOME/.cache}/packrcnn/horovod-$wanted-$platform
 mkdir -p "$cache"
 if command -v flock >/dev/null; then
     exec 9>"$cache/.lock"
@@ -159,6 +161,14 @@ accept() {
     "$python" -m pip install -q --disable-pip-version-check --no-deps --no-index --target "$work/site" "$1" \
         >>"$log" 2>&1 || { echo "pip cannot unpack it"; return 1; }
     PYTHONPATH=$work/site check "$log"
+}
+
+# Edits a file of the source with a sed script, which must change it.
+amend() {
+    local file=$work/horovod-$VERSION/$1
+    cp "$file" "$work/before"
+    sed -i "$2" "$file"
+    ! cmp -s "$work/before" "$file" || die "$1 of horovod $VERSION is not as expected: $2 changes nothing"
 }
 
 build() {
@@ -187,18 +197,21 @@ build() {
             fail "pip cannot download horovod $VERSION (offline? point HOROVOD_SDIST at horovod-$VERSION.tar.gz)"
     fi
     tar -xzf "$work"/sdist/*.tar.gz -C "$work"
-    local source=$work/horovod-$VERSION
-    sed -i '/xla_mpi_ops\.cc/d' "$source/horovod/tensorflow/CMakeLists.txt"
+    amend horovod/tensorflow/CMakeLists.txt '/xla_mpi_ops\.cc/d'
     # distutils left Python with 3.12.
-    sed -i 's/^from distutils\.spawn import find_executable$/from shutil import which as find_executable/' \
-        "$source/horovod/runner/js_run.py"
+    amend horovod/runner/js_run.py \
+        's/^from distutils\.spawn import find_executable$/from shutil import which as find_executable/'
     # horovodrun lets a stopped process live for 5 s, which no checkpoint is written in: let the environment say more.
-    sed -i 's/^\(GRACEFUL_TERMINATION_TIME_S\) = 5$/\1 = int(os.environ.get("HOROVOD_\1", "5"))/' \
-        "$source/horovod/runner/common/util/safe_shell_exec.py"
+    amend horovod/runner/common/util/safe_shell_exec.py \
+        's/^\(GRACEFUL_TERMINATION_TIME_S\) = 5$/\1 = int(os.environ.get("HOROVOD_\1", "5"))/'
+    # The interface chosen for gloo is forgotten for process sets, the one of all ranks included. They then take the
+    # address of the host's name, which on many machines is 127.0.0.1 or 127.0.1.1: no two hosts would find each other.
+    amend horovod/common/gloo/gloo_context.cc \
+        '/InitializeForProcessSet/,/^}/s/^  device_attr\.iface = gloo_iface_;$/  gloo_iface_ = global_context.gloo_iface_;\n&/'
 
     echo "building horovod $wanted with cmake $release (minutes) ..."
     (
-        cd "$source"
+        cd "$work/horovod-$VERSION"
         export PYTHONPATH=$work/tools TF_CPP_MIN_LOG_LEVEL=3
         export HOROVOD_LOCAL_VERSION=$local_version
         export HOROVOD_WITH_TENSORFLOW=1 HOROVOD_WITH_GLOO=1

@@ -1,0 +1,227 @@
+"""Horovod as it is built here, started by each launcher that can run on one machine: ranks reduce, stop and fail."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("horovod", reason="horovod is not installed: make horovod")
+
+REPOSITORY = Path(__file__).resolve().parent.parent.parent
+NODE = str(REPOSITORY / "scripts/horovod_node.py")
+RUN = [str(Path(sys.executable).parent / "horovodrun"), "--gloo"]
+CLEAN = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "JOB_COMPLETION", "HOROVOD_"))}
+CLEAN |= {
+    "CUDA_VISIBLE_DEVICES": "-1",
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+    "PYTHONPATH": str(REPOSITORY),
+    "OMP_NUM_THREADS": "1",
+}
+
+REDUCE = """
+import horovod.tensorflow as hvd
+from utils.tf_v1 import tf
+hvd.init()
+total = hvd.allreduce(tf.constant([1.0, 10.0]) * (hvd.rank() + 1), op=hvd.Sum)
+with tf.Session() as session:
+    a, b = session.run(total)
+text = f"rank {hvd.rank()}/{hvd.size()} local {hvd.local_rank()}/{hvd.local_size()} "
+print(text + f"cross {hvd.cross_rank()}/{hvd.cross_size()} sum {a:.0f} {b:.0f}", flush=True)
+"""
+
+
+@pytest.fixture
+def program(tmp_path):
+    def write(text):
+        (tmp_path / "rank.py").write_text(text)
+        return [sys.executable, str(tmp_path / "rank.py")]
+
+    return write
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def sums(text):
+    """The lines that REDUCE prints, without what horovodrun puts before them."""
+    return sorted(line[line.index("rank ") :] for line in text.splitlines() if " sum " in line)
+
+
+def test_two_ranks_of_horovodrun_reduce_in_graph_mode(program):
+    command = [*RUN, "-np", "2", "-H", "localhost:2", *program(REDUCE)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, env=CLEAN)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert sums(result.stdout) == ["rank 0/2 local 0/2 cross 0/1 sum 3 30", "rank 1/2 local 1/2 cross 0/1 sum 3 30"]
+
+
+def test_machines_with_different_numbers_of_ranks_reduce_together(program):
+    port, command = free_port(), program(REDUCE)
+    machines = [
+        subprocess.Popen(
+            [sys.executable, NODE, "--nodes", "2", "--node-rank", str(node), "--port", str(port), "--slots", str(slots),
+             "--poll", "0.3", "--", *command],
+            env=CLEAN, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for node, slots in enumerate([1, 2])
+    ]  # fmt: skip
+    outputs = [machine.communicate(timeout=120)[0] for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], outputs
+    assert sums(outputs[0]) == ["rank 0/3 local 0/1 cross 0/2 sum 6 60"]
+    assert sums(outputs[1]) == ["rank 1/3 local 0/2 cross 1/2 sum 6 60", "rank 2/3 local 1/2 cross 0/1 sum 6 60"]
+
+
+def test_sigterm_to_horovodrun_leaves_the_time_it_was_told_to_save(program, tmp_path):
+    """Horovod's own limit is 5 s; the environment variable is the build's."""
+    save = (
+        "import os, signal, sys, time\nos.chdir(sys.argv[1])\nrank = os.environ['HOROVOD_RANK']\n"
+        "def save(*_):\n    time.sleep(8); open('saved' + rank, 'w').close(); sys.exit(0)\n"
+        "signal.signal(signal.SIGTERM, save)\nopen('up' + rank, 'w').close()\ntime.sleep(100)\n"
+    )
+    job = subprocess.Popen(
+        [*RUN, "-np", "2", "-H", "localhost:2", *program(save), str(tmp_path)],
+        env={**CLEAN, "HOROVOD_GRACEFUL_TERMINATION_TIME_S": "30"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 60
+        while not all((tmp_path / f"up{rank}").exists() for rank in (0, 1)):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        job.send_signal(signal.SIGTERM)
+        job.communicate(timeout=60)
+    finally:
+        job.kill()
+    assert (tmp_path / "saved0").exists() and (tmp_path / "saved1").exists()
+
+
+def can_make_networks():
+    if os.geteuid() != 0 or not shutil.which("ip"):
+        return False
+    made = subprocess.run(["ip", "netns", "add", "packrcnn-probe"], capture_output=True).returncode == 0
+    if made:
+        subprocess.run(["ip", "netns", "del", "packrcnn-probe"], check=True)
+    return made
+
+
+@pytest.fixture
+def two_hosts():
+    """Two network namespaces with one address each, joined by a cable; yields {name: address}."""
+    if not can_make_networks():
+        pytest.skip("network namespaces need root and iproute2")
+    names = [f"packrcnn{os.getpid() % 10000}{side}" for side in "ab"]
+    hosts = {names[0]: "10.213.7.1", names[1]: "10.213.7.2"}
+    try:
+        for name in names:
+            subprocess.run(["ip", "netns", "add", name], check=True)
+        cable = f"type veth peer name eth0 netns {names[1]}".split()
+        subprocess.run(["ip", "link", "add", "eth0", "netns", names[0], *cable], check=True)
+        for name, address in hosts.items():
+            for words in (f"addr add {address}/24 dev eth0", "link set eth0 up", "link set lo up"):
+                subprocess.run(["ip", "-n", name, *words.split()], check=True)
+        yield hosts
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
+def test_ranks_on_hosts_with_their_own_addresses_reduce_over_the_network_between_them(two_hosts, program):
+    command = program(REDUCE)
+    (first, master), _ = two_hosts.items()
+    machines = [
+        subprocess.Popen(
+            ["ip", "netns", "exec", name, sys.executable, NODE, "--nodes", "2", "--node-rank", str(node),
+             "--master", master, "--poll", "0.3", "--", *command],
+            env=CLEAN, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for node, name in enumerate(two_hosts)
+    ]  # fmt: skip
+    try:
+        outputs = [machine.communicate(timeout=120)[0] for machine in machines]
+    finally:
+        for machine in machines:
+            machine.kill()
+    assert [machine.returncode for machine in machines] == [0, 0], outputs
+    assert "interface eth0" in outputs[0]
+    assert sums("".join(outputs)) == ["rank 0/2 local 0/1 cross 0/2 sum 3 30", "rank 1/2 local 0/1 cross 1/2 sum 3 30"]
+
+
+@pytest.mark.slow
+def test_a_cut_cable_between_hosts_ends_the_job_with_a_reason(two_hosts, program):
+    command = program(REDUCE + "while True:\n    with tf.Session() as session: session.run(total)\n")
+    (first, master), _ = two_hosts.items()
+    machines = [
+        subprocess.Popen(
+            ["ip", "netns", "exec", name, sys.executable, NODE, "--nodes", "2", "--node-rank", str(node),
+             "--master", master, "--poll", "0.3", "--grace", "5", "--", *command],
+            env=CLEAN, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for node, name in enumerate(two_hosts)
+    ]  # fmt: skip
+    try:
+        assert any(" sum " in line for line in machines[0].stdout)
+        subprocess.run(["ip", "-n", first, "link", "set", "eth0", "down"], check=True)
+        outputs = [machine.communicate(timeout=60)[0] for machine in machines]
+    finally:
+        for machine in machines:
+            machine.terminate()
+    assert all(machine.returncode not in (0, None) for machine in machines)
+    assert "machine 1 has been silent" in outputs[0] and "machine 0 does not answer" in outputs[1], outputs
+
+
+@pytest.fixture
+def ssh_to_second_host(two_hosts, tmp_path):
+    """An ssh server on the second host that admits a new key; yields horovodrun's options and the PATH to use it."""
+    sshd = shutil.which("sshd", path=os.environ["PATH"] + ":/usr/sbin")
+    if not sshd or not shutil.which("ssh"):
+        pytest.skip("openssh-server is not installed")
+    for name in ("host", "user"):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(tmp_path / name)], check=True)
+    (tmp_path / "config").write_text(
+        f"HostKey {tmp_path}/host\nAuthorizedKeysFile {tmp_path}/user.pub\nPermitRootLogin yes\nStrictModes no\n"
+        "UsePAM no\nPasswordAuthentication no\nPidFile none\n"
+    )
+    Path("/run/sshd").mkdir(exist_ok=True)
+    # An ssh that leaves the known hosts of whoever runs the tests alone.
+    ssh = tmp_path / "bin/ssh"
+    ssh.parent.mkdir()
+    ssh.write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} -o UserKnownHostsFile={tmp_path}/known "$@"\n')
+    ssh.chmod(0o755)
+    second, address = list(two_hosts.items())[1]
+    server = subprocess.Popen(
+        ["ip", "netns", "exec", second, sshd, "-D", "-q", "-f", str(tmp_path / "config"), "-p", "2222"]
+    )
+    options = ["-p", "2222", "-i", str(tmp_path / "user")]
+    login = ["ip", "netns", "exec", next(iter(two_hosts)), str(ssh), "-o", "BatchMode=yes"]
+    login += ["-o", "StrictHostKeyChecking=no", *options, address]
+    try:
+        deadline = time.monotonic() + 20
+        while subprocess.run([*login, "true"], capture_output=True).returncode:
+            assert time.monotonic() < deadline, "the ssh server does not answer"
+            time.sleep(0.2)
+        yield options, f"{ssh.parent}:{os.environ['PATH']}"
+    finally:
+        server.terminate()
+        server.wait(10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("interface", [["--network-interfaces", "eth0"], []], ids=["named", "found"])
+def test_horovodrun_starts_ranks_on_another_host_over_ssh(two_hosts, ssh_to_second_host, program, interface):
+    first, second = two_hosts.values()
+    options, path = ssh_to_second_host
+    result = subprocess.run(
+        ["ip", "netns", "exec", next(iter(two_hosts)), *RUN, "-np", "2", "-H", f"{first}:1,{second}:1", *interface,
+         *options, *program(REDUCE)],
+        capture_output=True, text=True, timeout=120, env={**CLEAN, "PATH": path}, cwd=REPOSITORY,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+    lines = ["rank 0/2 local 0/1 cross 0/2 sum 3 30", "rank 1/2 local 0/1 cross 1/2 sum 3 30"]
+    assert sums(result.stdout) == lines
