@@ -438,6 +438,8 @@ def test_detectron_comes_back_with_equal_arithmetic(tmp_path, kind):
     want = model(kind, 6)
     blobs = to_caffe2(want)
     extra = {"conv1_w_momentum": blobs["conv1_w"], "kps_score_w": np.ones((17, 17, 4, 4), np.float32)}
+    if kind != "gn":
+        extra["conv1_b"] = np.zeros(16, np.float32)
     content = {"blobs": {**blobs, **extra}, "cfg": "MODEL:\n  TYPE: generalized_rcnn\nRESNETS:\n  STRIDE_1X1: false\n"}
     (tmp_path / "model_final.pkl").write_bytes(pickle.dumps(content, protocol=2))
     variables, settings, report = convert(tmp_path / "model_final.pkl")

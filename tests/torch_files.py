@@ -1,5 +1,5 @@
 """Writes PyTorch's file formats without PyTorch, for the tests: the zip of torch.save, its older stream, and pickles
-that hold tensors. The layouts were checked against files that PyTorch itself wrote.
+that hold tensors. The zip is laid out like a recorded file that PyTorch itself wrote; the stream as documented.
 """
 
 import contextlib
@@ -60,9 +60,9 @@ def _torch_names():
 class _Pickler(pickle.Pickler):
     """`storages`: key -> tensor, filled in; None: storages become nested streams, as pickle.dump of a tensor does."""
 
-    def __init__(self, file, modules, storages):
+    def __init__(self, file, modules, storages, with_views=False):
         super().__init__(file, protocol=2)
-        self.modules, self.storages, self.keys = modules, storages, {}
+        self.modules, self.storages, self.keys, self.with_views = modules, storages, {}, with_views
 
     def persistent_id(self, obj):
         if self.storages is None or not isinstance(obj, _Storage):
@@ -71,7 +71,8 @@ class _Pickler(pickle.Pickler):
         key = self.keys.setdefault(id(tensor.storage), str(len(self.keys)))
         self.storages[key] = tensor
         kind = getattr(self.modules["torch"], STORAGES[tensor.kind])
-        return ("storage", kind, key, "cpu", tensor.storage.size)
+        pid = ("storage", kind, key, "cpu", tensor.storage.size)
+        return (*pid, None) if self.with_views else pid
 
     def reducer_override(self, obj):
         if isinstance(obj, Tensor):
@@ -87,7 +88,7 @@ def _stream(content, modules):
     for header in (0x1950A86A20F9469CFC6C, 1001, {"protocol_version": 1001, "little_endian": True, "type_sizes": {}}):
         pickle.dump(header, out, protocol=2)
     storages = {}
-    _Pickler(out, modules, storages).dump(content)
+    _Pickler(out, modules, storages, with_views=True).dump(content)
     pickle.dump(sorted(storages), out, protocol=2)
     for key in sorted(storages):
         out.write(struct.pack("<q", storages[key].storage.size) + storages[key].raw())

@@ -483,6 +483,12 @@ def _from_caffe2(tensors: dict, facts: dict, report: Report) -> tuple[dict, dict
     leaves = {"w": "W", "b": "b", "bn_s": "bn/gamma", "bn_b": "bn/beta", "bn_rm": "bn/mean/EMA",
               "bn_riv": "bn/variance/EMA", "gn_s": "gn/gamma", "gn_b": "gn/beta"}  # fmt: skip
     compiled = [(re.compile(pattern), rename) for pattern, rename in rules]
+    blob_name = re.compile(r"(.+?)_(bn_s|bn_b|bn_rm|bn_riv|gn_s|gn_b|w|b)")
+
+    def scope_of(stem: str) -> str | None:
+        return next((rename(m) for pattern, rename in compiled if (m := pattern.fullmatch(stem))), None)
+
+    normalised = {scope_of(name[: -len("_bn_s")]) for name in tensors if name.endswith("_bn_s")}
     variables: dict[str, np.ndarray] = {}
     for name, value in tensors.items():
         if name.endswith("_momentum"):
@@ -491,11 +497,11 @@ def _from_caffe2(tensors: dict, facts: dict, report: Report) -> tuple[dict, dict
         if re.fullmatch(r"kps_score_[wb]", name):
             report.ignored.append((name, "fixed upsampling, done when keypoints are decoded"))
             continue
-        split = re.fullmatch(r"(.+?)_(bn_s|bn_b|bn_rm|bn_riv|gn_s|gn_b|w|b)", name)
-        scope = next((rename(m) for p, rename in compiled if split and (m := p.fullmatch(split[1]))), None)
+        split = blob_name.fullmatch(name)
+        scope = scope_of(split[1]) if split else None
         if scope is None:
             report.unused.append(name)
-        elif split[2] == "b" and f"{split[1]}_bn_s" in tensors | {"conv1_bn_s": tensors.get("res_conv1_bn_s")}:
+        elif split[2] == "b" and scope in normalised:
             # A convolution before a batch norm has no bias in these networks; some files carry a zero one.
             if np.any(value):
                 report.unused.append(name)
@@ -655,6 +661,8 @@ def _ratio_major_anchors(variables: dict[str, np.ndarray], ratios: int = 3) -> N
     for name, per_anchor in (("rpn/class/W", 1), ("rpn/class/b", 1), ("rpn/box/W", 4), ("rpn/box/b", 4)):
         if name in variables:
             value = variables[name]
+            if value.shape[-1] % (ratios * per_anchor):
+                raise UserError(f"{name} has {value.shape[-1]} channels: only anchors of {ratios} ratios are supported")
             parts = value.reshape(*value.shape[:-1], ratios, -1, per_anchor)
             variables[name] = np.swapaxes(parts, -3, -2).reshape(value.shape)
 
