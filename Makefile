@@ -1,0 +1,60 @@
+# Everything that needs an environment builds it first, from the pinned requirements, in .venv.
+#   make demo          train, score and draw a small Mask R-CNN on the CPU, in minutes
+#   make test          the whole test suite; make quick = the part that takes seconds
+#   make lint          style and common mistakes
+#   make test-pythons  the quick tests under every supported Python that is installed
+#   make parity        compare with the reference results at ../shared, where they are there
+#   make horovod       build and install Horovod; make test-horovod = its tests
+#   make venv REQUIREMENTS=requirements-gpu.txt   the environment for NVIDIA GPUs
+#   make clean         remove caches; the environment, data and runs stay
+PYTHON ?= python3
+VENV ?= .venv
+REQUIREMENTS ?= requirements.txt
+PY := $(VENV)/bin/python
+# The stamp's name changes with what is to be installed, so an up-to-date environment costs nothing.
+STAMP := $(VENV)/.installed-$(shell cat $(REQUIREMENTS) requirements.txt requirements-dev.txt constraints.txt | cksum | cut -d' ' -f1)
+
+.DELETE_ON_ERROR:
+.PHONY: demo test quick lint test-pythons parity horovod test-horovod venv clean
+
+demo: $(STAMP)
+	@$(PY) -m demo.run
+
+test: $(STAMP)
+	@$(PY) -m pytest
+
+quick: $(STAMP)
+	@$(PY) -m pytest -m quick
+
+lint: $(STAMP)
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+
+test-pythons:
+	@scripts/test_pythons.sh
+
+parity: $(STAMP)
+	@$(PY) tools/parity.py
+
+horovod: $(STAMP)
+	@scripts/install_horovod.sh --python $(PY)
+
+test-horovod: horovod
+	@$(PY) -m pytest tests/horovod
+
+venv: $(STAMP)
+	@:
+
+$(STAMP):
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || { \
+	  echo "make: Python 3.10 to 3.13 is needed; name one, e.g. make PYTHON=python3.12 (now: $(PYTHON))" >&2; exit 2; }
+	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV) >/dev/null 2>&1 || { \
+	  echo "make: $(PYTHON) -m venv does not work; on Debian and Ubuntu: sudo apt-get install python3-venv" >&2; exit 2; }
+	@echo "installing $(REQUIREMENTS) into $(VENV) (once; about 3 GB with TensorFlow)"
+	@$(PY) -m pip install --quiet --no-compile --disable-pip-version-check -r $(REQUIREMENTS) -r requirements-dev.txt
+	@rm -f $(VENV)/.installed-*
+	@touch $@
+
+clean:
+	rm -rf build .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
