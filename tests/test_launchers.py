@@ -19,7 +19,7 @@ from config import default_config, finalize_config
 REPOSITORY = Path(__file__).resolve().parent.parent
 SCRIPTS = REPOSITORY / "scripts"
 SHELL_SCRIPTS = sorted([*SCRIPTS.glob("*.sh"), *SCRIPTS.glob("*.sbatch")])
-PROGRAMS = [p for p in [*SHELL_SCRIPTS, *sorted(SCRIPTS.glob("*.py"))] if p.name != "launch_common.sh"]
+PROGRAMS = sorted({*SCRIPTS.glob("train*"), *SCRIPTS.glob("*.py"), SCRIPTS / "install_horovod.sh"})
 RECIPES = {
     line.split()[0]: line.split()[1:]
     for line in (SCRIPTS / "recipes.txt").read_text().splitlines()
