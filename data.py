@@ -171,18 +171,13 @@ def make_batch(
         batch[n, height:] = 0
         batch[n, :height, width:] = 0
         objects.append(_place_objects(split, i, (height, width), flip, cfg))
-    padded = {
-        key: _stack_padded([o[key] for o in objects]) for key in objects[0]
-    }  # fmt: skip
-    return [
-        {
-            "image": batch,
-            "image_shape": np.array(sizes, np.int32),
-            "image_seed": np.array(image_seeds, np.int32),
-            **padded,
-        }[key]
-        for key in training_keys(cfg)
-    ]
+    batches = {
+        "image": batch,
+        "image_shape": np.array(sizes, np.int32),
+        "image_seed": np.array(image_seeds, np.int32),
+        **{key: _stack_padded([o[key] for o in objects]) for key in objects[0]},
+    }
+    return [batches[key] for key in training_keys(cfg)]
 
 
 def _place_objects(split: DatasetSplit, i: int, size: tuple[int, int], flip: bool, cfg: Any) -> dict[str, np.ndarray]:
@@ -362,10 +357,9 @@ class TrainingFlow:
         try:
             maker.split.move_columns(_load_shared(shared)[0].split)
             largest = _padded_size([(cfg.PREPROC.MAX_SIZE,) * 2], cfg)
-            bytes_per_image = cfg.TRAIN.BATCH_SIZE_PER_GPU * largest[0] * largest[1] * 3
-            self._workers = [
-                _Worker(w, shared, bytes_per_image, cfg.DATA.PREFETCH) for w in range(cfg.DATA.NUM_WORKERS)
-            ]
+            slot_bytes = cfg.TRAIN.BATCH_SIZE_PER_GPU * largest[0] * largest[1] * 3
+            slots = min(max(cfg.DATA.PREFETCH, 1), 255)
+            self._workers = [_Worker(w, shared, slot_bytes, slots) for w in range(cfg.DATA.NUM_WORKERS)]
         finally:
             os.close(shared)
         self._fresh = True
@@ -403,7 +397,9 @@ class TrainingFlow:
 # A message is a length and a pickled tuple (kind, content...). From a worker: ("batch", slot, image shape, other
 # arrays) or ("error", is the user's, text). To a worker: the number of a slot that may be written again, as one byte.
 _LENGTH = struct.Struct("<Q")
-_WORKER_CODE = "import sys; sys.path[:] = {path!r}; import data; data._work({memory}, {shared}, {socket}, {slots}, {w})"
+_WORKER_CODE = (
+    "import sys; sys.path[:] = {path!r}; import data; data._work({memory}, {shared}, {socket}, {slots}, {w}, {parent})"
+)
 _PARENT_CHECK_SECONDS = 5.0
 
 
@@ -451,7 +447,7 @@ class _Worker:
             self._memory = mmap.mmap(memory, 0)
             code = _WORKER_CODE.format(
                 path=[str(Path(__file__).parent), *sys.path], memory=memory, shared=shared, socket=theirs.fileno(),
-                slots=slots, w=number,
+                slots=slots, w=number, parent=os.getpid(),
             )  # fmt: skip
             self.process = subprocess.Popen(
                 [sys.executable, "-c", code],
@@ -499,21 +495,21 @@ class _Worker:
         return f"{who} was killed by {signal.Signals(-code).name} before batch {batch}{hint}"
 
     def stop(self) -> None:
-        self._input.close()
-        self._socket.close()
+        # In this order: a thread that waits in `receive` holds the input until the process is gone.
         self.process.kill()
         self.process.wait()
+        self._input.close()
+        self._socket.close()
 
 
 def _array_in(memory: mmap.mmap, offset: int, shape: tuple[int, ...]) -> np.ndarray:
     return np.frombuffer(memory, np.uint8, math.prod(shape), offset).reshape(shape)
 
 
-def _work(memory: int, shared: int, connection: int, slots: int, number: int) -> None:
+def _work(memory: int, shared: int, connection: int, slots: int, number: int, parent: int) -> None:
     """The life of a worker: batch after batch into free slots, until its parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     cv2.setNumThreads(0)
-    parent = os.getppid()
     pipe = socket.socket(fileno=connection)
     pipe.settimeout(_PARENT_CHECK_SECONDS)
 
