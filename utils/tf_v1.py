@@ -51,3 +51,6 @@ if not _VERBOSE:
     tf.logging.set_verbosity(tf.logging.ERROR)
     logging.getLogger("tensorflow").setLevel(logging.ERROR)
 tf.disable_v2_behavior()
+# A reference variable may be updated while other operations of the same step still read it; reads of a resource
+# variable are snapshots. Without this, two runs of the same step differ by up to 1 % in some gradients.
+tf.enable_resource_variables()

@@ -1,0 +1,59 @@
+#!/usr/bin/env python3
+"""Writes a COCO-format annotation file with some of another one's images: for over-fitting checks and quick trials.
+
+tools/subset.py annotations/instances_train2017.json eight.json --images 8 --max-objects 6 --min-area 3000
+"""
+
+import argparse
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from common import UserError, logger, read_json, write_json
+
+__all__ = ["subset"]
+
+
+def subset(content: dict[str, Any], images: int, max_objects: int, min_area: float) -> dict[str, Any]:
+    """The first `images` images by id that have 1 to `max_objects` objects, none a crowd nor smaller than `min_area`
+    square pixels; all categories stay."""
+    objects = defaultdict(list)
+    for annotation in content["annotations"]:
+        objects[annotation["image_id"]].append(annotation)
+
+    def fits(annotations: list[dict]) -> bool:
+        good = all(not a.get("iscrowd") and a["bbox"][2] * a["bbox"][3] >= min_area for a in annotations)
+        return good and 1 <= len(annotations) <= max_objects
+
+    chosen = [i for i in sorted(content["images"], key=lambda i: str(i["id"])) if fits(objects[i["id"]])][:images]
+    if len(chosen) < images:
+        raise UserError(f"only {len(chosen)} images fit; raise --max-objects or lower --min-area")
+    return {**content, "images": chosen, "annotations": [a for i in chosen for a in objects[i["id"]]]}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("annotations", help="COCO-format json")
+    parser.add_argument("output", help="json to write")
+    parser.add_argument("--images", type=int, default=8)
+    parser.add_argument("--max-objects", type=int, default=1000, help="images with more are left out")
+    parser.add_argument("--min-area", type=float, default=0.0, help="images with a smaller box are left out")
+    args = parser.parse_args()
+    try:
+        content = subset(
+            read_json(args.annotations, "annotation file"), args.images, args.max_objects, args.min_area
+        )  # fmt: skip
+    except UserError as e:
+        logger.error(str(e))
+        return 2
+    write_json(args.output, content)
+    count = len(content["annotations"])
+    logger.info(f"{len(content['images'])} images with {count} objects in {args.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
