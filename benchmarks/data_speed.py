@@ -7,6 +7,7 @@ python benchmarks/data_speed.py --synthetic 118287                       load ti
 import argparse
 import json
 import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -90,9 +91,9 @@ def measure_memory(images: int) -> None:
         path = write_synthetic(Path(temporary), images)
         cfg = settings(temporary, "DATA.NUM_WORKERS=4")
         size = path.stat().st_size / MEGABYTE
-        started = time.time()
+        started, busy = time.time(), time.process_time()
         split = load_training_split(cfg)
-        loaded, after = time.time() - started, memory(os.getpid())
+        loaded, busy, after = time.time() - started, time.process_time() - busy, memory(os.getpid())
         flow = training_dataflow(split, cfg)
         started = time.time()
         batches = iter(flow)
@@ -103,10 +104,17 @@ def measure_memory(images: int) -> None:
         rows = [["before loading", *before], ["after loading", *after], ["while training", *memory(os.getpid())]]
         rows += [[f"worker {n}", *memory(pid)] for n, pid in enumerate(flow.worker_pids)]
         print(f"{images} images, {len(split._columns['labels'])} annotations, json of {size:.0f} MB")
-        print(f"loaded in {loaded:.1f} s, first batch {first:.1f} s after the workers were started")
+        print(
+            f"loaded in {loaded:.1f} s ({busy:.1f} s of CPU), first batch {first:.1f} s after the workers were started"
+        )
         print(f"peak of the training process while loading: {peak():.0f} MB")
         print(tabulate(rows, ["process", "resident MB", "private MB"], floatfmt=".0f", tablefmt="pipe"))
         batches.close()
+        plain = "import json, sys, time; json.load(open(sys.argv[1])); print(f'{time.process_time():.1f} s of CPU'); "
+        plain += "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
+        output = subprocess.run([sys.executable, "-c", plain, str(path)], capture_output=True, text=True, check=True)
+        busy, kilobytes = output.stdout.splitlines()
+        print(f"for comparison, json.load of the file alone: {busy}, peak {int(kilobytes) / 1024:.0f} MB")
 
 
 def peak() -> float:
@@ -153,6 +161,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=400, help="images to time in each row")
     parser.add_argument("--synthetic", type=int, metavar="N", help="measure memory with N made-up images instead")
     args = parser.parse_args()
+    cv2.setNumThreads(0)  # also without workers: per core
     logger.setLevel("WARNING")
     try:
         measure_memory(args.synthetic) if args.synthetic else measure_speed(args.basedir, args.images)
