@@ -3,7 +3,7 @@
 #   make test          the whole test suite; make quick = the part that takes seconds
 #   make lint          style and common mistakes
 #   make test-pythons  the quick tests under every supported Python that is installed
-#   make parity        compare with the reference results at ../shared, where they are there
+#   make parity        compare with recorded results of another implementation, at ../shared/golden or GOLDEN=DIR
 #   make horovod       build and install Horovod; make test-horovod = its tests
 #   make venv REQUIREMENTS=requirements-gpu.txt   the environment for NVIDIA GPUs
 #   make clean         remove caches; the environment, data and runs stay
@@ -15,7 +15,11 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed-$(shell cat $(REQUIREMENTS) requirements.txt requirements-dev.txt constraints.txt | cksum | cut -d' ' -f1)
 
 .DELETE_ON_ERROR:
-.PHONY: demo test quick lint test-pythons parity horovod test-horovod venv clean
+
+help:
+	@sed -n '/^#   make/s/^#   //p' Makefile
+
+.PHONY: help demo test quick lint test-pythons parity horovod test-horovod venv clean
 
 demo: $(STAMP)
 	@$(PY) -m demo.run
@@ -34,7 +38,7 @@ test-pythons:
 	@scripts/test_pythons.sh
 
 parity: $(STAMP)
-	@$(PY) tools/parity.py
+	@$(PY) tools/parity.py $(GOLDEN)
 
 horovod: $(STAMP)
 	@scripts/install_horovod.sh --python $(PY)
