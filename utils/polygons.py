@@ -92,6 +92,14 @@ def decode_rle(rle: dict, height: int, width: int) -> np.ndarray:
 
     Raises ValueError, saying what is wrong, when the RLE does not describe a mask of this size.
     """
+    runs = _rle_runs(rle, height, width)
+    values = np.zeros(len(runs), bool)
+    values[1::2] = True
+    return np.repeat(values, runs).reshape(width, height).T
+
+
+def _rle_runs(rle: dict, height: int, width: int) -> np.ndarray:
+    """Checked run lengths, int64, of alternating background and object."""
     size = rle.get("size", [height, width])
     if list(size) != [height, width]:
         raise ValueError(f"mask of {size[0]}x{size[1]} in an image of {height}x{width}")
@@ -102,13 +110,11 @@ def decode_rle(rle: dict, height: int, width: int) -> np.ndarray:
         runs = np.asarray(counts, np.int64)
     if runs.ndim != 1 or (runs < 0).any() or runs.sum() != height * width:
         raise ValueError("run lengths do not add up to the image")
-    values = np.zeros(len(runs), bool)
-    values[1::2] = True
-    return np.repeat(values, runs).reshape(width, height).T
+    return runs
 
 
 def _runs_of_string(text: bytes) -> np.ndarray:
-    """Run lengths of COCO's compressed RLE: 5 bits a character from 48 on, sign-extended, deltas from the third on."""
+    """Run lengths of COCO's compressed RLE: 5 bits a character from 48 on, sign-extended, deltas from the fourth on."""
     codes = np.frombuffer(text, np.uint8).astype(np.int64) - 48
     if len(codes) == 0 or codes.min() < 0 or codes.max() > 63 or codes[-1] & 32:
         raise ValueError("not a compressed RLE string")
@@ -127,51 +133,65 @@ def _runs_of_string(text: bytes) -> np.ndarray:
 
 
 def rle_to_rings(rle: dict, height: int, width: int) -> list:
-    """The outline of a COCO RLE mask, see `mask_to_rings`."""
-    return mask_to_rings(decode_rle(rle, height, width))
+    """Exact outline of a COCO RLE mask along pixel borders: float32 rings [k, 2] with integer corners.
+
+    Filling the rings gives the mask back. Pixels that touch at a corner only are separate outer rings; holes run the
+    other way round. Every vertex is a right-angled corner. ValueError as for `decode_rle`.
+    """
+    return _trace(_rle_runs(rle, height, width), height)
 
 
 def mask_to_rings(mask: np.ndarray) -> list:
-    """Exact outline of a bool mask [H, W] along pixel borders: float32 rings [k, 2] with integer corners.
+    """The outline of a bool mask [H, W], as `rle_to_rings` gives it."""
+    flat = np.asarray(mask, bool).T.ravel()
+    ends = np.flatnonzero(np.diff(flat, prepend=False, append=not flat[-1])) if flat.size else np.zeros(0, np.int64)
+    return _trace(np.diff(ends, prepend=0), mask.shape[0])
 
-    Filling the rings gives the mask back. Pixels that touch at a corner only are separate outer rings; holes run the
-    other way round. Every vertex is a right-angled corner.
-    """
-    columns = np.flatnonzero(mask.any(axis=0))
-    if len(columns) == 0:
+
+def _trace(runs: np.ndarray, height: int) -> list:
+    """Rings around the object of column-major runs; the work grows with their number, not with the image."""
+    ends = np.cumsum(runs)
+    begin, end = ends[0 : len(runs) // 2 * 2 : 2], ends[1::2]
+    begin, end = begin[end > begin], end[end > begin]
+    if len(begin) == 0:
         return []
-    rows = np.flatnonzero(mask.any(axis=1))
-    top, left = rows[0], columns[0]
-    inside = mask[top : rows[-1] + 1, left : columns[-1] + 1]
-    # Vertical borders: +1 where the object lies left of the border (it runs down), -1 right of it (it runs up).
-    border = -np.diff(np.pad(inside.astype(np.int8), ((0, 0), (1, 1))), axis=1)  # [h, w+1]
-    change = np.diff(np.pad(border, ((1, 1), (0, 0))), axis=0).T  # [w+1, h+1]: where a vertical run starts or ends
-    # A jump between +1 and -1 (pixels touching at a corner) ends one run and starts another.
-    x, y = np.nonzero(change)
-    double = np.abs(change[x, y]) == 2
-    x, y = np.repeat(x, double + 1), np.repeat(y, double + 1)
-    x, y_low, y_high = x[0::2], y[0::2], y[1::2]  # vertical runs, each between two of the ends found
-    down = border[y_low, x] > 0
-    runs = len(x)
-    # Horizontal borders join neighbouring run ends of a row in pairs. Where two runs meet at one corner, the one whose
-    # object lies to the left belongs to the horizontal border on the left.
-    end_x, end_y = np.concatenate([x, x]), np.concatenate([y_low, y_high])
-    order = np.lexsort((np.concatenate([~down, ~down]), end_x, end_y))
-    partner = np.empty(2 * runs, np.int64)
+    # The object's vertical pieces, one or more in each pixel column.
+    columns = (end - 1) // height - begin // height + 1
+    column = np.arange(int(columns.sum())) - np.repeat(np.cumsum(columns) - columns - begin // height, columns)
+    low = np.maximum(np.repeat(begin, columns) - column * height, 0)
+    high = np.minimum(np.repeat(end, columns) - column * height, height)
+    # Along a vertical line of the pixel grid let +1 mean that the object lies left of it alone, -1 right of it alone.
+    # Each piece changes this at its ends, on the line to its right and, the other way, on the one to its left; a change
+    # of 2 is where pixels touch at a corner. A run of +1 or -1 is a border, which runs down or up.
+    stride = height + 1
+    right = column + 1
+    keys = np.concatenate([right * stride + low, right * stride + high, column * stride + low, column * stride + high])
+    signs = np.repeat([1, -1, -1, 1], len(column))
+    keys, inverse = np.unique(keys, return_inverse=True)
+    change = np.bincount(inverse, signs)
+    kept = np.flatnonzero(change)
+    kept = np.repeat(kept, np.abs(change[kept]).astype(np.int64))
+    start, stop = kept[0::2], kept[1::2]
+    x, y_low, y_high = keys[start] // stride, keys[start] % stride, keys[stop] % stride
+    down = change[start] > 0
+    # Horizontal borders join neighbouring border ends of a row in pairs. Where two vertical ones meet at one corner,
+    # that whose object lies to the left belongs to the horizontal one on the left.
+    count = len(x)
+    ends_x, ends_y = np.concatenate([x, x]), np.concatenate([y_low, y_high])
+    order = np.lexsort((np.concatenate([~down, ~down]), ends_x, ends_y))
+    partner = np.empty(2 * count, np.int64)
     partner[order[0::2]], partner[order[1::2]] = order[1::2], order[0::2]
-    numbers = np.arange(runs)
-    following = (partner[numbers + np.where(down, runs, 0)] % runs).tolist()  # from a run's head to the next run
+    following = (partner[np.arange(count) + np.where(down, count, 0)] % count).tolist()  # from a border's head on
     tail_y, head_y = np.where(down, y_low, y_high), np.where(down, y_high, y_low)
-    corners = np.stack([np.stack([x, tail_y], 1), np.stack([x, head_y], 1)], 1)  # [runs, 2, 2]
-    corners = (corners + [left, top]).astype(np.float32)
-    seen = [False] * runs
+    corners = np.stack([x, tail_y, x, head_y], 1).astype(np.float32).reshape(count, 2, 2)
+    seen = [False] * count
     rings = []
-    for start in range(runs):
-        ring, run = [], start
-        while not seen[run]:
-            seen[run] = True
-            ring.append(run)
-            run = following[run]
+    for first in range(count):
+        ring, border = [], first
+        while not seen[border]:
+            seen[border] = True
+            ring.append(border)
+            border = following[border]
         if ring:
             rings.append(corners[ring].reshape(-1, 2))
     return rings
