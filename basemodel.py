@@ -170,7 +170,10 @@ def deconv2d(name, x, channels, kernel=2, stride=2, *, relu=False, bias=True, in
                 x, tf.reshape(tf.transpose(weight, [3, 0, 1, 2]), [1, 1, in_channels, kernel * kernel * channels]), 1,
                 "VALID",
             )  # fmt: skip
-            y = tf.nn.depth_to_space(product, kernel) if kernel > 1 else product
+            # Not depth_to_space, which gives an empty batch the wrong number of channels.
+            y = tf.reshape(product, [shape[0], shape[1], shape[2], kernel, kernel, channels])
+            y = tf.transpose(y, [0, 1, 3, 2, 4, 5])
+            y = tf.reshape(y, [shape[0], shape[1] * kernel, shape[2] * kernel, channels])
         else:
             out_shape = [shape[0], shape[1] * stride, shape[2] * stride, channels]
             y = tf.nn.conv2d_transpose(x, weight, out_shape, stride, "SAME")

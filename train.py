@@ -388,6 +388,8 @@ def _training_classes(cfg: Config, split: Any) -> Config:
     cfg = cfg.copy()
     cfg.DATA.CLASS_NAMES = list(split.class_names)
     cfg.DATA.NUM_CATEGORY = len(split.class_names)
+    if cfg.TRAIN.SEED is None and cfg.TRAINER == "horovod":
+        raise UserError("setting TRAIN.SEED=None: with TRAINER=horovod all processes need the same number; give one")
     if cfg.TRAIN.SEED is None:  # chosen once, so that the run can be resumed and repeated
         cfg.TRAIN.SEED = int.from_bytes(os.urandom(3), "little")
     return cfg.freeze()

@@ -570,7 +570,8 @@ def run_training(
 
     load(sess) puts weights (and, when resuming, momentum and step) in place. Raises Interrupted after a signal.
     """
-    tensorpack_logger._logger.setLevel("WARNING")
+    # What fails is raised and reported once, by train.py; its own report of it misuses the logging module.
+    tensorpack_logger._logger.setLevel("CRITICAL")
     with tf.Graph().as_default():
         return _run_in_graph(
             cfg, plan, dataflow, keys, devices, trainer, logdir, meta, load, describe_batch, build_evaluation

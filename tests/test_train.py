@@ -37,13 +37,13 @@ def weights_of(logdir) -> dict[str, np.ndarray]:
     return load_weights(logdir)[0]
 
 
-def assert_same_weights(a, b, rtol=1e-6):
-    """Equal up to rtol of each tensor's largest value, momentum included."""
+def assert_same_weights(a, b, tolerance=0.0, momentum_tolerance=0.0):
+    """||b - a|| / ||a|| of every tensor, optimiser state included, within the tolerance; equal to the bit by default."""
     assert sorted(a) == sorted(b)
     assert any(name.endswith("Momentum") for name in a)
     for name, value in a.items():
-        scale = np.abs(value).max() if value.size else 0
-        np.testing.assert_allclose(b[name], value, rtol=0, atol=rtol * max(scale, 1e-12), err_msg=name)
+        limit = momentum_tolerance if name.endswith("Momentum") else tolerance
+        assert np.linalg.norm(b[name] - value) <= limit * np.linalg.norm(value), name
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +117,7 @@ def data_of_one_size(folder) -> list[str]:
         "PREPROC.SHORT_EDGE_SIZE=[96,96]", "PREPROC.MAX_SIZE=128",
         # All proposals of both runs become RoIs: an untrained model's ranking would turn rounding into other samples.
         "RPN.PROPOSAL_NMS_THRESH=1.0", "RPN.TRAIN_PER_LEVEL_NMS_TOPK=2304", "RPN.TRAIN_FPN_NMS_TOPK=4000",
-        "FRCNN.BATCH_PER_IM=5000", "FRCNN.FG_RATIO=1.0",
+        "FRCNN.BATCH_PER_IM=5000", "FRCNN.FG_RATIO=1.0", "TRAIN.GRADIENT_CLIP=None",
     ]  # fmt: skip
 
 
@@ -127,7 +127,7 @@ def test_replicas_and_accumulation_equal_one_device_with_the_joined_batch(tmp_pa
     joined = weights_of(tmp_path / "joined")
     for name, settings in {"replicas": ["TRAIN.CPU_REPLICAS=2"], "accumulated": ["TRAIN.ACCUMULATION=2"]}.items():
         assert train_tiny(tmp_path / name, *settings, *data, steps=5) == 0
-        assert_same_weights(joined, weights_of(tmp_path / name), rtol=1e-5)
+        assert_same_weights(joined, weights_of(tmp_path / name), 1e-5, 5e-5)
 
 
 def test_training_fits_a_repeated_image(tmp_path):
