@@ -1,0 +1,202 @@
+"""Layers against recordings and NumPy: padding, frozen and group norm, grouped and transposed convolutions."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import basemodel
+from model_fpn import upsample_nearest_2x
+from tests.graph import evaluate, tiny_config
+from utils.tf_v1 import tf
+
+pytestmark = pytest.mark.quick
+
+
+@pytest.fixture(scope="module")
+def golden():
+    with np.load(Path(__file__).parent / "data" / "golden_unit.npz", allow_pickle=False) as content:
+        return {k: content[k] for k in content.files if k.split("/")[0][:4] in ("deco", "bili", "near", "stem")}
+
+
+def nhwc(x):
+    return np.ascontiguousarray(np.transpose(x, [0, 2, 3, 1]))
+
+
+def nchw(x):
+    return np.transpose(x, [0, 3, 1, 2])
+
+
+def test_stem_and_pooling_equal_the_recording(golden):
+    weights = {"conv0/W": np.transpose(golden["stem/w"], [2, 3, 1, 0])}
+
+    def make():
+        x = tf.constant(nhwc(golden["stem/x"]))
+        y = basemodel.conv2d("conv0", x, 4, 7, 2, bias=False, tf_padding=False)
+        padded = tf.pad(tf.nn.relu(y), [[0, 0], [1, 1], [1, 1], [0, 0]])
+        return y, tf.nn.relu(y), tf.nn.max_pool2d(padded, 3, 2, "VALID")
+
+    conv, _, pooled = evaluate(make, weights)
+    np.testing.assert_allclose(nchw(conv), golden["stem/conv7s2p3"], atol=1e-4)
+    # The recording pools the convolution itself; after the ReLU that is the same, cut at zero.
+    np.testing.assert_allclose(nchw(pooled), np.maximum(golden["stem/maxpool3s2p1"], 0), atol=1e-4)
+
+
+@pytest.mark.parametrize("kernel", [2, 4])
+def test_transposed_convolution_equals_the_recording(golden, kernel):
+    weight, bias = golden[f"deconv{kernel}/w"], golden[f"deconv{kernel}/b"]
+    values = {"up/W": np.transpose(weight, [2, 3, 1, 0]), "up/b": bias}
+    y = evaluate(
+        lambda: basemodel.deconv2d("up", tf.constant(nhwc(golden[f"deconv{kernel}/x"])), len(bias), kernel, 2), values
+    )
+    np.testing.assert_allclose(nchw(y), golden[f"deconv{kernel}/y"], atol=1e-5)
+
+
+def test_upsampling_equals_the_recording(golden):
+    x = nhwc(golden["deconv2/x"])
+    nearest, bilinear = evaluate(
+        lambda: (
+            upsample_nearest_2x(tf.constant(x)),
+            tf.image.resize_bilinear(tf.constant(x), [8, 10], half_pixel_centers=True),
+        )
+    )
+    np.testing.assert_array_equal(nchw(nearest), golden["nearest2x/y"])
+    np.testing.assert_allclose(nchw(bilinear), golden["bilinear2x/y"], atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------- references
+def reference_conv(x, weight, stride, padding):
+    """Float64 convolution with `padding` = ((top, bottom), (left, right)) and groups as the shapes say."""
+    x = np.pad(x.astype(np.float64), ((0, 0), *padding, (0, 0)))
+    k, _, per_group, out = weight.shape
+    groups = x.shape[3] // per_group
+    h, w = ((x.shape[i] - k) // stride + 1 for i in (1, 2))
+    y = np.zeros([len(x), h, w, out])
+    for g in range(groups):
+        source = x[..., g * per_group : (g + 1) * per_group]
+        target = slice(g * out // groups, (g + 1) * out // groups)
+        for i in range(k):
+            for j in range(k):
+                patch = source[:, i : i + h * stride : stride, j : j + w * stride : stride]
+                y[..., target] += patch @ weight[i, j, :, target]
+    return y
+
+
+@pytest.mark.parametrize("groups", [1, 2, 8])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_convolution_and_its_gradients_equal_the_reference(groups, stride):
+    random = np.random.RandomState(0)
+    x = random.randn(2, 9, 8, 16).astype(np.float32)
+    weight = random.randn(3, 3, 16 // groups, 24).astype(np.float32)
+    expected = reference_conv(x, weight, stride, ((1, 1), (1, 1)))
+    dy = random.randn(*expected.shape).astype(np.float32)
+
+    def make():
+        source = tf.constant(x)
+        y = basemodel.conv2d("c", source, 24, 3, stride, groups=groups, bias=False, tf_padding=False)
+        return y, tf.gradients(tf.reduce_sum(y * dy), [source, *tf.global_variables()])
+
+    y, (by_x, by_weight) = evaluate(make, {"c/W": weight})
+    np.testing.assert_allclose(y, expected, atol=1e-4)
+    # A convolution is linear in both: <dy, conv(x')> must be <x', by_x> for any x', likewise for the weight.
+    other = random.randn(*x.shape).astype(np.float32)
+    assert np.vdot(by_x, other) == pytest.approx(
+        np.vdot(dy, reference_conv(other, weight, stride, ((1, 1), (1, 1)))), rel=1e-4
+    )
+    other = random.randn(*weight.shape).astype(np.float32)
+    assert np.vdot(by_weight, other) == pytest.approx(
+        np.vdot(dy, reference_conv(x, other, stride, ((1, 1), (1, 1)))), rel=1e-4
+    )
+
+
+@pytest.mark.parametrize("size", [8, 9])
+def test_padding_modes_differ_as_their_names_say(size):
+    x = np.random.RandomState(0).randn(1, size, size, 2).astype(np.float32)
+    weight = np.random.RandomState(1).randn(3, 3, 2, 3).astype(np.float32)
+    outputs = {
+        mode: evaluate(
+            lambda m=mode: basemodel.conv2d("c", tf.constant(x), 3, 3, 2, bias=False, tf_padding=m), {"c/W": weight}
+        )
+        for mode in (True, False)
+    }
+    before = 0 if size % 2 == 0 else 1  # TensorFlow puts the odd pixel at the bottom and right
+    np.testing.assert_allclose(outputs[True], reference_conv(x, weight, 2, ((before, 1),) * 2), atol=1e-5)
+    np.testing.assert_allclose(outputs[False], reference_conv(x, weight, 2, ((1, 1),) * 2), atol=1e-5)
+
+
+def test_folded_frozen_norm_equals_the_norm_after_the_convolution_gradients_too():
+    random = np.random.RandomState(0)
+    x = random.randn(2, 6, 5, 3).astype(np.float32)
+    values = {
+        "c/W": random.randn(3, 3, 3, 4), "c/bn/gamma": random.rand(4) + 0.5, "c/bn/beta": random.randn(4),
+        "c/bn/mean/EMA": random.randn(4), "c/bn/variance/EMA": random.rand(4) + 0.1,
+    }  # fmt: skip
+    values = {k: v.astype(np.float32) for k, v in values.items()}
+
+    def make(folded):
+        source = tf.constant(x)
+        if folded:
+            y = basemodel.conv2d("c", source, 4, 3, norm="FreezeBN", relu=True)
+        else:
+            with tf.variable_scope("c"):
+                w = tf.get_variable("W", [3, 3, 3, 4], initializer=tf.zeros_initializer())
+                with tf.variable_scope("bn"):
+                    gamma, beta = basemodel._affine(4, True)
+                    mean = tf.get_variable("mean/EMA", [4], initializer=tf.zeros_initializer(), trainable=False)
+                    var = tf.get_variable("variance/EMA", [4], initializer=tf.ones_initializer(), trainable=False)
+                y = tf.nn.conv2d(source, w, 1, "SAME")
+                y = tf.nn.relu((y - mean) / tf.sqrt(var + 1e-5) * gamma + beta)
+        return y, tf.gradients(tf.reduce_sum(tf.square(y)), [source, *tf.trainable_variables()])
+
+    folded, folded_gradients = evaluate(lambda: make(True), values)
+    unfolded, unfolded_gradients = evaluate(lambda: make(False), values)
+    for ours, expected in zip([folded, *folded_gradients], [unfolded, *unfolded_gradients]):
+        np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+
+
+def test_group_norm_equals_its_definition_far_from_zero_mean_too():
+    random = np.random.RandomState(0)
+    x = (random.randn(2, 7, 5, 64) * 3 + 20).astype(np.float32)
+    gamma, beta = random.randn(64).astype(np.float32), random.randn(64).astype(np.float32)
+    y = evaluate(lambda: basemodel.group_norm(tf.constant(x)), {"gn/gamma": gamma, "gn/beta": beta})
+    wide = x.astype(np.float64).reshape(2, 35, 32, 2)
+    mean, var = wide.mean((1, 3), keepdims=True), wide.var((1, 3), keepdims=True)
+    expected = ((wide - mean) / np.sqrt(var + 1e-5)).reshape(x.shape) * gamma + beta
+    np.testing.assert_allclose(y, expected, atol=2e-3)
+
+
+# --------------------------------------------------------------------------------------------------------- whole nets
+def test_padding_is_exactly_zero_after_normalisation():
+    cfg = tiny_config()
+    image = np.random.RandomState(0).randint(0, 256, [2, 32, 64, 3]).astype(np.uint8)
+    shapes = np.array([[20, 50], [32, 64]], np.int32)
+    x = evaluate(lambda: basemodel.preprocess_image(tf.constant(image), tf.constant(shapes), cfg))
+    assert not x[0, 20:].any() and not x[0, :, 50:].any()
+    mean, std = np.array(cfg.PREPROC.PIXEL_MEAN[::-1]), np.array(cfg.PREPROC.PIXEL_STD[::-1])
+    np.testing.assert_allclose(x[1], (image[1] - mean) / std, atol=1e-5)
+
+
+@pytest.mark.parametrize("frozen", range(6))
+def test_freezing_leaves_gradients_to_the_later_stages_only(frozen):
+    cfg = tiny_config(f"BACKBONE.FREEZE_AT={frozen}")
+
+    def make():
+        features = basemodel.resnet_stages(tf.ones([1, 64, 64, 3]), cfg, 4)
+        names = {v.op.name for v in tf.trainable_variables()}
+        gradients = tf.gradients(tf.add_n([tf.reduce_sum(f) for f in features]), tf.trainable_variables())
+        assert all(g is not None for g in gradients)
+        return tf.constant(sorted({n.split("/")[0] for n in names}))
+
+    scopes = [name.decode() for name in evaluate(make)] if frozen < 5 else []
+    assert scopes == ["conv0", "group0", "group1", "group2", "group3"][frozen:]
+
+
+def test_initial_values_depend_on_seed_and_name_alone():
+    def make(order):
+        for name in order:
+            basemodel.conv2d(name, tf.zeros([1, 4, 4, 3]), 5, 3)
+        return {v.op.name: v for v in tf.global_variables()}
+
+    first, second = evaluate(lambda: make("ab")), evaluate(lambda: make("ba"))
+    np.testing.assert_array_equal(first["a/W"], second["a/W"])
+    assert (first["a/W"] != first["b/W"]).any()
