@@ -48,9 +48,11 @@ TOLERANCES = {
     "mask probabilities": 4e-3,
     "pasted masks (1 - IoU)": 0.01,
     "keypoints (px)": 0.5,
+    "keypoints: jumped (per 1000)": 2,
     "boxes in the original image (px)": 0.05,
     "masks in the original image (1 - IoU)": 0.01,
     "keypoints in the original image (px)": 0.5,
+    "keypoints in the original image: jumped (per 1000)": 2,
     "anchor labels (differences)": 0,
     "RoIs: missing": 2,
     "RoI classes (differences)": 0,
@@ -58,8 +60,9 @@ TOLERANCES = {
     "mask loss (relative)": 0.02,
     "gradients (relative)": 2e-2,
     "gradients with the mask loss (relative)": 5e-2,
-    "gradient norms (relative)": 2e-2,
-    "gradient norms with the mask loss (relative)": 5e-2,
+    # One ReLU input within rounding of zero moves the gradient of a whole tensor by 2 to 4 %.
+    "gradient of the worst tensor (relative)": 5e-2,
+    "gradient norm of the worst tensor (relative)": 2e-2,
 }
 HOST_TARGETS = ", host mask targets"
 
@@ -84,9 +87,11 @@ class Row(NamedTuple):
 
     @property
     def tolerance(self) -> float:
-        if self.quantity.endswith(HOST_TARGETS):
-            return {"mask loss (relative)": 5e-3}.get(self.quantity.removesuffix(HOST_TARGETS), 2e-2)
-        return TOLERANCES[self.quantity]
+        with_host_targets = {"mask loss (relative)": 5e-3, "gradients with the mask loss (relative)": 2e-2}
+        quantity = self.quantity.removesuffix(HOST_TARGETS)
+        if quantity != self.quantity and quantity in with_host_targets:
+            return with_host_targets[quantity]
+        return TOLERANCES[quantity]
 
     @property
     def good(self) -> bool:
@@ -471,7 +476,7 @@ def _detection_rows(outputs: dict, own: dict, image_hw, detail: str) -> Iterator
         worst = min([mask_iou(decode_mask(m), reference[row]) for m, row in zip(pasted, rows)], default=1.0)
         yield "pasted masks (1 - IoU)", 1 - worst, detail
     if "post_keypoints" in own:
-        yield "keypoints (px)", _keypoint_error(outputs["keypoints"][order[rows]], own["post_keypoints"][rows]), detail
+        yield from _keypoint_rows(outputs["keypoints"][order[rows]], own["post_keypoints"][rows], "", detail)
     if "orig_hw" in own:
         # Boxes without area are dropped in any frame: scores that number the rows tell which are left.
         numbered = outputs | {"scores": np.arange(len(boxes), dtype=np.float32)}
@@ -485,13 +490,17 @@ def _detection_rows(outputs: dict, own: dict, image_hw, detail: str) -> Iterator
             ious = [mask_iou(decode_mask(moved.masks[o]), reference[t]) for o, t in pairs if t < len(reference)]
             yield "masks in the original image (1 - IoU)", 1 - min(ious, default=1.0), detail
         if "orig_keypoints" in own:
-            error = _keypoint_error(moved.keypoints[ours], own["orig_keypoints"][theirs])
-            yield "keypoints in the original image (px)", error, detail
+            ours, theirs = moved.keypoints[ours], own["orig_keypoints"][theirs]
+            yield from _keypoint_rows(ours, theirs, " in the original image", detail)
 
 
-def _keypoint_error(ours: np.ndarray, reference: np.ndarray) -> float:
-    """Largest distance in x or y of [D,K,3]."""
-    return largest(ours[..., :2], reference[..., :2])
+def _keypoint_rows(ours: np.ndarray, theirs: np.ndarray, where: str, detail: str) -> Iterator[tuple[str, float, str]]:
+    """[D,K,3] each. Where two cells of a map are equally good up to rounding, the point may jump: those that did are
+    counted, the others measured."""
+    distance = np.abs(ours[..., :2].astype(np.float64) - theirs[..., :2]).max(-1)  # [D, K]
+    near = distance <= TOLERANCES["keypoints (px)"]
+    yield f"keypoints{where} (px)", distance[near].max(initial=0.0), detail
+    yield f"keypoints{where}: jumped (per 1000)", 1000 * (~near).sum() / max(1000, near.size), detail
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -534,11 +543,11 @@ def compare_training(
     golden: Golden,
     variables: dict[str, np.ndarray],
     batches=BATCHES,
-    host_targets: bool = False,
     precision: str = "float32",
 ) -> Iterator[Row]:
-    """Yields the differences of losses, gradients and what they were made of. host_targets: rasterise the mask targets
-    on the host as the recorded system did, so that its rasteriser is not among the differences."""
+    """Yields the differences of losses, gradients and what they were made of. With masks, losses and gradients come a
+    second time with targets rasterised on the host as the recorded system did, so that the rasteriser is not among the
+    differences."""
     import model_rcnn
     from utils.tf_v1 import tf
 
@@ -546,9 +555,10 @@ def compare_training(
     original = model_rcnn.mask_targets
     for size in sorted({len(images) for images in batches.values()}):
         with tf.Graph().as_default(), tf.Session() as session:
+            on_host = tf.placeholder_with_default(False, [])
             try:
-                if host_targets:
-                    model_rcnn.mask_targets = _host_mask_targets(golden, cfg)
+                if cfg.MODE_MASK:
+                    model_rcnn.mask_targets = _switched_mask_targets(golden, cfg, on_host, original)
                 inputs, fetches = training_graph(cfg, size)
             finally:
                 model_rcnn.mask_targets = original
@@ -558,21 +568,28 @@ def compare_training(
                 if len(images) != size or not recorded:
                     continue
                 batch = make_batch(golden, images, cfg)
-                result = session.run(fetches, {inputs[key]: batch[key] for key in inputs})
-                for quantity, error, detail in _training_rows(result, recorded, golden, cfg, host_targets):
+                feed = {inputs[key]: batch[key] for key in inputs}
+                result = session.run(fetches, feed)
+                rows = list(_loss_rows(result, recorded, golden, cfg, ""))
+                rows += _sample_rows(result, recorded, cfg)
+                if cfg.MODE_MASK:
+                    parts = {key: fetches[key] for key in ("losses", "gradients")}
+                    result = session.run(parts, feed | {on_host: True})
+                    rows += _loss_rows(result, recorded, golden, cfg, HOST_TARGETS)
+                for quantity, error, detail in rows:
                     yield Row(golden.name, name, quantity, error, detail)
 
 
-def _host_mask_targets(golden: Golden, cfg: Config):
-    """A replacement of mask_targets that rasterises with pycocotools in each RoI's frame. An object is recognised by
-    its edges."""
+def _switched_mask_targets(golden: Golden, cfg: Config, on_host, original):
+    """A replacement of mask_targets that, where the tensor on_host is true, rasterises with pycocotools in each RoI's
+    frame. An object is recognised by its edges."""
     from pycocotools import mask as coco_mask
 
     from utils.tf_v1 import tf
 
     polygons = {}
     for images in BATCHES.values():
-        if f"data/{images[-1]}/image_bgr" not in golden.arrays:
+        if any(f"data/{image}/image_bgr" not in golden.arrays for image in images):
             continue
         edges = make_batch(golden, images, cfg)["gt_edges"]
         for row, image in enumerate(images):
@@ -584,14 +601,16 @@ def _host_mask_targets(golden: Golden, cfg: Config):
         for row, (box, outline) in enumerate(zip(boxes.astype(np.float64), edges)):
             scale = resolution / np.maximum(box[2:] - box[:2], 0.1)
             parts = [((part - box[:2]) * scale).ravel().tolist() for part in polygons[outline.tobytes()]]
-            found = coco_mask.merge(coco_mask.frPyObjects(parts, resolution, resolution))
-            targets[row] = coco_mask.decode(found)
+            targets[row] = coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(parts, resolution, resolution)))
         return targets
 
     def mask_targets(boxes, edges, resolution):
-        targets = tf.py_func(lambda b, e: rasterize(b, e, resolution), [boxes, edges], tf.float32, stateful=False)
+        def host():
+            return tf.py_func(lambda b, e: rasterize(b, e, resolution), [boxes, edges], tf.float32, stateful=False)
+
+        targets = tf.cond(on_host, host, lambda: original(boxes, edges, resolution))
         targets.set_shape([None, resolution, resolution])
-        return targets
+        return tf.stop_gradient(targets)
 
     return mask_targets
 
@@ -610,37 +629,43 @@ LOSS_NAMES = {
 }
 
 
-def _training_rows(result, recorded, golden: Golden, cfg: Config, host_targets) -> Iterator[tuple[str, float, str]]:
-    suffix = HOST_TARGETS if host_targets else ""
+def _loss_rows(result, recorded, golden: Golden, cfg: Config, suffix: str) -> Iterator[tuple[str, float, str]]:
     for key, reference in recorded.items():
-        if key.startswith("loss/"):
+        if key.startswith("loss/") and (not suffix or key == "loss/loss_mask"):
             quantity = "mask loss (relative)" if key == "loss/loss_mask" else "losses (relative)"
-            if host_targets and key != "loss/loss_mask":
-                continue
             ours = result["losses"].get(LOSS_NAMES[key.removeprefix("loss/")], float("nan"))
             yield quantity + suffix, abs(float(ours) / float(reference) - 1), key.removeprefix("loss/")
 
-    with_mask = " with the mask loss" if cfg.MODE_MASK and not host_targets else ""
     flat = gradients_in_source_layout(result["gradients"], golden.weights)
+    ours, theirs = {}, {}  # per tensor all recorded values
     for key, reference in recorded.items():
         kind, _, name = key.partition("/")
         if kind in ("grad", "grad_first64", "grad_stride"):
-            ours = flat[name]
-            if kind == "grad_first64":
-                ours = ours[:64]
-            elif kind == "grad_stride":
-                ours = ours[:: max(1, len(ours) // 509)]
-            yield f"gradients{with_mask} (relative){suffix}", relative(ours, reference.ravel()), f"{name} ({kind})"
+            step = max(1, len(flat[name]) // 509)
+            taken = {"grad": flat[name], "grad_first64": flat[name][:64], "grad_stride": flat[name][::step]}[kind]
+            ours[name] = np.append(ours.get(name, []), taken)
+            theirs[name] = np.append(theirs.get(name, []), reference.ravel())
+    if ours:
+        quantity = "gradients with the mask loss (relative)" if cfg.MODE_MASK else "gradients (relative)"
+        together = [np.concatenate(list(x.values())) for x in (ours, theirs)]
+        yield quantity + suffix, relative(*together), ""
+        errors = {name: relative(ours[name], theirs[name]) for name in ours}
+        worst = max(errors, key=errors.get)
+        if suffix or not cfg.MODE_MASK:
+            yield "gradient of the worst tensor (relative)" + suffix, errors[worst], worst
     norms = recorded.get("grad_norms")
-    if norms is not None:
-        ours = np.array([np.linalg.norm(flat[str(name)]) for name in golden.arrays["param_names"]])
+    if norms is not None and (suffix or not cfg.MODE_MASK):
+        names = golden.arrays["param_names"]
         known = norms >= 0
-        errors = np.abs(ours[known] - norms[known]) / np.maximum(norms[known], 1e-12)
+        ours = np.array([np.linalg.norm(flat[str(name)]) for name in names[known]])
+        # A shift of all logits of a softmax changes nothing: that bias has no gradient but rounding.
+        floor = 1e-6 * np.linalg.norm(norms[known])
+        errors = np.abs(ours - norms[known]) / np.maximum(norms[known], floor)
         worst = int(np.argmax(errors))
-        name = f"{golden.arrays['param_names'][known][worst]}"
-        yield f"gradient norms{with_mask} (relative){suffix}", float(errors[worst]), name
-    if host_targets:
-        return
+        yield "gradient norm of the worst tensor (relative)" + suffix, float(errors[worst]), str(names[known][worst])
+
+
+def _sample_rows(result, recorded, cfg: Config) -> Iterator[tuple[str, float, str]]:
     for image in range(len(result["proposals"][0])):
         own = {k.removeprefix(f"img{image}/"): v for k, v in recorded.items() if k.startswith(f"img{image}/")}
         detail = f"image {image}, training"
@@ -692,7 +717,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("directory", nargs="?", default=os.environ.get("GOLDEN") or DEFAULT_DIRECTORY)
     parser.add_argument("--models", nargs="+", metavar="NAME", help="only these models")
-    parser.add_argument("--precision", choices=["float32", "float64"], default="float32", help="of the convolutions")
+    parser.add_argument("--precision", choices=["float32", "float64"], default="float64", help="of convolutions")
     parser.add_argument("--markdown", metavar="FILE", help="also write the table there, one row per quantity")
     parser.add_argument("--json", metavar="FILE", help="also write every single difference there")
     args = parser.parse_args(arguments)
@@ -727,9 +752,10 @@ def run(directory: str, models: list[str] | None = None, precision: str = "float
         variables = convert_weights(golden.weights)
         rows += compare_inference(golden, variables, precision=precision)
         rows += compare_training(golden, variables, precision=precision)
-        if golden.meta["config"]["mask_head"] is not None:
-            rows += compare_training(golden, variables, host_targets=True, precision=precision)
-        logger.info(f"{name}: {sum(not r.good for r in rows if r.model == name)} missed, {time.time() - start:.0f} s")
+        missed = [r for r in rows if r.model == name and not r.good]
+        logger.info(f"{name}: {len(missed)} missed, {time.time() - start:.0f} s")
+        for row in missed:
+            logger.warning(f"{row.model} {row.batch}: {row.quantity} {row.error:.3g} > {row.tolerance:g}, {row.detail}")
     return rows
 
 
