@@ -197,6 +197,12 @@ def default_config() -> Config:
                 "ANCHOR_STRIDE": 16,  # C4
                 "ANCHOR_SIZES": [32, 64, 128, 256, 512],
                 "ANCHOR_RATIOS": [0.5, 1.0, 2.0],  # height / width
+                # Per level a list of [x1,y1,x2,y2] around a cell's corner, instead of those of sizes and ratios: other
+                # systems round and shift theirs. C4 has one level.
+                "CELL_ANCHORS": [],
+                # True: the distance of anchors is the padded image's side // the map's side (torchvision): at P6 not
+                # the stride where P5 has an odd side.
+                "STRIDE_FROM_SIZE": False,
                 "POSITIVE_ANCHOR_THRESH": 0.7,
                 "NEGATIVE_ANCHOR_THRESH": 0.3,
                 "FG_RATIO": 0.5,
@@ -224,11 +230,17 @@ def default_config() -> Config:
                 "SMOOTH_L1_BETA": 1.0,  # 0 = L1
                 "CLASS_AGNOSTIC": False,
                 "ROI_SAMPLES": 2,  # RoIAlign samples per bin and axis
+                # False: without the half-pixel shift, and RoIs of one feature cell at least (Detectron, torchvision).
+                "ROI_ALIGNED": True,
+                # True: RoIs end at x2 - 1, y2 - 1, the index of their last pixel (Detectron, maskrcnn-benchmark).
+                "ROI_TO_LAST_PIXEL": False,
             },
             "FPN": {
                 "ANCHOR_STRIDES": [4, 8, 16, 32, 64],
                 "NUM_CHANNEL": 256,
                 "NORM": None,  # None | GN
+                # True: pyramid and gn heads have biases, and normalise after the ReLU (tensorpack's GN models).
+                "GN_AFTER_RELU": False,
                 "FRCNN_HEAD_FUNC": "fastrcnn_2fc_head",
                 "FRCNN_CONV_HEAD_DIM": 256,
                 "FRCNN_FC_HEAD_DIM": 1024,
@@ -333,6 +345,8 @@ def finalize_config(cfg: Config) -> Config:
     if cfg.MODE_FPN:
         sizes, strides = cfg.RPN.ANCHOR_SIZES, cfg.FPN.ANCHOR_STRIDES
         check(len(sizes) == len(strides), "RPN.ANCHOR_SIZES", f"needs one size for each of the strides {strides}")
+    if cfg.RPN.CELL_ANCHORS:
+        _check_cell_anchors(cfg)
     check(not cfg.FPN.CASCADE or cfg.MODE_FPN, "FPN.CASCADE", "needs MODE_FPN=True")
     check(not cfg.MODE_KEYPOINT or cfg.MODE_FPN, "MODE_KEYPOINT", "needs MODE_FPN=True")
     check(cfg.KRCNN.NUM_KEYPOINT >= 1, "KRCNN.NUM_KEYPOINT", "must be 1 or more")
@@ -342,6 +356,25 @@ def finalize_config(cfg: Config) -> Config:
         "needs one group of four per stage of CASCADE.IOUS",
     )
     return cfg.freeze()
+
+
+def _check_cell_anchors(cfg: Config) -> None:
+    """RPN.CELL_ANCHORS must be lists of boxes, as many of each level as sizes and ratios ask for."""
+    rpn = cfg.RPN
+    levels = len(cfg.FPN.ANCHOR_STRIDES) if cfg.MODE_FPN else 1
+    per_cell = len(rpn.ANCHOR_RATIOS) * (1 if cfg.MODE_FPN else len(rpn.ANCHOR_SIZES))
+    wants = f"{levels} list{'s' * (levels > 1)} (one per level) of {per_cell} [x1,y1,x2,y2] with x1 < x2 and y1 < y2"
+
+    def is_box(box: Any) -> bool:
+        numbers = isinstance(box, list) and all(type(v) in (int, float) and math.isfinite(v) for v in box)
+        return numbers and len(box) == 4 and box[0] < box[2] and box[1] < box[3]
+
+    cells = rpn.CELL_ANCHORS
+    if len(cells) != levels or not all(
+        isinstance(level, list) and len(level) == per_cell and all(map(is_box, level)) for level in cells
+    ):
+        shown = repr(cells) if len(repr(cells)) < 80 else f"{repr(cells)[:77]}..."
+        raise UserError(f"setting RPN.CELL_ANCHORS={shown}: needs {wants}; or [] for those of RPN.ANCHOR_SIZES")
 
 
 def _canonical(key: str) -> str:

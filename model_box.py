@@ -10,8 +10,8 @@ import numpy as np
 from utils.tf_v1 import tf
 
 __all__ = [
-    "BOX_SCALE_CLAMP", "anchors_of_level", "area", "clip_boxes", "decode_boxes", "encode_boxes", "multilevel_roi_align",
-    "pairwise_ioa", "pairwise_iou", "rasterize_edges", "roi_align",
+    "BOX_SCALE_CLAMP", "anchors_of_level", "area", "cell_anchors", "clip_boxes", "decode_boxes", "encode_boxes",
+    "multilevel_roi_align", "pairwise_ioa", "pairwise_iou", "rasterize_edges", "roi_align",
 ]  # fmt: skip
 
 BOX_SCALE_CLAMP = math.log(1000.0 / 16)  # largest dw, dh: a box grows 62.5-fold at most (Detectron)
@@ -83,11 +83,12 @@ def cell_anchors(sizes, ratios):
     return np.asarray(cells, np.float32)
 
 
-def anchors_of_level(feature_shape, stride, sizes, ratios):
-    """Anchors of a feature map of shape int32 [2] = (H, W) -> float32 [H·W·A, 4], centred at stride · (x, y)."""
-    cells = cell_anchors(sizes, ratios)  # [A, 4]
-    ys = tf.cast(tf.range(feature_shape[0]) * stride, tf.float32)
-    xs = tf.cast(tf.range(feature_shape[1]) * stride, tf.float32)
+def anchors_of_level(feature_shape, stride, cells):
+    """The anchors `cells` [A, 4] of one cell at every cell of a feature map of shape int32 [2] = (H, W)
+    -> float32 [H·W·A, 4], shifted by stride · (x, y); stride is an int or int32 [2], vertical first."""
+    steps = tf.broadcast_to(stride, [2])
+    ys = tf.cast(tf.range(feature_shape[0]) * steps[0], tf.float32)
+    xs = tf.cast(tf.range(feature_shape[1]) * steps[1], tf.float32)
     grid_x, grid_y = tf.meshgrid(xs, ys)  # [H, W]
     shifts = tf.stack([grid_x, grid_y, grid_x, grid_y], -1)  # [H, W, 4]
     return tf.reshape(shifts[:, :, None, :] + cells, [-1, 4])
@@ -99,19 +100,21 @@ def pad_for_roi_align(features):
     return tf.pad(features, [[0, 0], [1, 1], [1, 1], [0, 0]], "SYMMETRIC")
 
 
-def roi_align(padded, boxes, image_index, spatial_scale, resolution, samples=2):
+def roi_align(padded, boxes, image_index, spatial_scale, resolution, samples=2, aligned=True):
     """RoIAlign (He et al. 2017, with the half-pixel shift of later systems).
 
     padded: features [N,H+2,W+2,C] of `pad_for_roi_align`; boxes [R,4] in image coordinates; image_index int32 [R].
     Each of resolution^2 bins is the mean of samples^2 bilinear samples. No gradient to the boxes.
+    aligned=False is the original operation: pixel i's centre at coordinate i, sides of one feature cell at least.
     -> [R,resolution,resolution,C] in the features' type.
     """
     n = resolution * samples
     boxes = tf.stop_gradient(boxes) * spatial_scale
     size = tf.cast(tf.shape(padded)[1:3], tf.float32)  # [2]
-    spacing = (boxes[:, 2:] - boxes[:, :2]) / n  # [R, 2] x, y distance of samples
+    sides = boxes[:, 2:] - boxes[:, :2]
+    spacing = (sides if aligned else tf.maximum(sides, 1.0)) / n  # [R, 2] x, y distance of samples
     # Pixel i's centre lies at i + 0.5 in continuous coordinates and at index i + 1 of the padded map.
-    first = boxes[:, :2] + 0.5 * spacing + 0.5
+    first = boxes[:, :2] + 0.5 * spacing + (0.5 if aligned else 1.0)
     last = first + spacing * (n - 1)
     # crop_and_resize takes y1 x1 y2 x2, where 0 and 1 are the centres of the first and the last pixel.
     corners = tf.concat([first[:, ::-1], last[:, ::-1]], 1) / (tf.concat([size, size], 0) - 1.0)
@@ -127,21 +130,26 @@ def fpn_level_of(boxes, num_levels):
     return tf.cast(tf.clip_by_value(level, 2.0, 1.0 + num_levels), tf.int32) - 2
 
 
-def multilevel_roi_align(padded_levels, strides, boxes, image_index, resolution, samples=2):
+def multilevel_roi_align(
+    padded_levels, strides, boxes, image_index, resolution, samples=2, aligned=True, to_last_pixel=False
+):
     """RoIAlign on the pyramid level that FPN's eq. 1 assigns to each box.
 
     padded_levels: P2… as [N,H+2,W+2,C] each; boxes [R,4]; image_index [R] -> [R,resolution,resolution,C].
+    to_last_pixel pools x1 y1 x2-1 y2-1, as systems do whose x2, y2 are the index of the last pixel.
     """
-    if len(padded_levels) == 1:
-        return roi_align(padded_levels[0], boxes, image_index, 1.0 / strides[0], resolution, samples)
     level = fpn_level_of(boxes, len(padded_levels))
+    if to_last_pixel:
+        boxes -= tf.constant([0.0, 0.0, 1.0, 1.0])
+    if len(padded_levels) == 1:
+        return roi_align(padded_levels[0], boxes, image_index, 1.0 / strides[0], resolution, samples, aligned)
     rows, pooled = [], []
     for index, (features, stride) in enumerate(zip(padded_levels, strides)):
         row = tf.where(tf.equal(level, index))[:, 0]
         rows.append(row)
         pooled.append(
             roi_align(
-                features, tf.gather(boxes, row), tf.gather(image_index, row), 1.0 / stride, resolution, samples
+                features, tf.gather(boxes, row), tf.gather(image_index, row), 1.0 / stride, resolution, samples, aligned
             )
         )  # fmt: skip
     order = tf.math.invert_permutation(tf.cast(tf.concat(rows, 0), tf.int32))

@@ -40,7 +40,10 @@ def make_roi_pooler(features, cfg):
     padded = [pad_for_roi_align(f) for f in levels]
 
     def pool(boxes, image_index, resolution):
-        return multilevel_roi_align(padded, strides, boxes, image_index, resolution, cfg.FRCNN.ROI_SAMPLES)
+        return multilevel_roi_align(
+            padded, strides, boxes, image_index, resolution, cfg.FRCNN.ROI_SAMPLES, cfg.FRCNN.ROI_ALIGNED,
+            cfg.FRCNN.ROI_TO_LAST_PIXEL,
+        )  # fmt: skip
 
     return pool
 

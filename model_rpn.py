@@ -8,6 +8,7 @@ from basemodel import conv2d, normal_init
 from model_box import (
     anchors_of_level,
     batched_nms,
+    cell_anchors,
     clip_boxes,
     decode_boxes,
     encode_boxes,
@@ -42,11 +43,17 @@ def rpn_head(features, cfg):
 
 def rpn_anchors(features, cfg):
     """[[N,H,W,C] per level] -> anchors [[H·W·a,4]] float32 of each level."""
+    rpn = cfg.RPN
     if cfg.MODE_FPN:
-        levels = zip(features, cfg.FPN.ANCHOR_STRIDES, [[s] for s in cfg.RPN.ANCHOR_SIZES])
+        strides, sizes = cfg.FPN.ANCHOR_STRIDES, [[s] for s in rpn.ANCHOR_SIZES]
     else:
-        levels = [(features[0], cfg.RPN.ANCHOR_STRIDE, cfg.RPN.ANCHOR_SIZES)]
-    return [anchors_of_level(tf.shape(f)[1:3], stride, sizes, cfg.RPN.ANCHOR_RATIOS) for f, stride, sizes in levels]
+        strides, sizes = [rpn.ANCHOR_STRIDE], [rpn.ANCHOR_SIZES]
+    cells = rpn.CELL_ANCHORS or [cell_anchors(s, rpn.ANCHOR_RATIOS) for s in sizes]
+    shapes = [tf.shape(f)[1:3] for f in features]
+    if rpn.STRIDE_FROM_SIZE:
+        image = shapes[0] * strides[0]
+        strides = [image // shape for shape in shapes]
+    return [anchors_of_level(shape, stride, level) for shape, stride, level in zip(shapes, strides, cells)]
 
 
 def rpn_proposals(logits, deltas, anchors, image_shape, cfg, training):

@@ -98,3 +98,17 @@ def test_a_finalised_config_cannot_be_changed_but_its_copy_can():
     copy = cfg.copy()
     copy.TRAIN.BASE_LR = 1.0
     assert cfg.TRAIN.BASE_LR == 0.01
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["MODE_FPN=True", "RPN.CELL_ANCHORS=[[[0,0,1,1]]]"],
+        ["RPN.CELL_ANCHORS=[1,2]"],
+        ["RPN.ANCHOR_SIZES=[32]", "RPN.CELL_ANCHORS=[[[0,0,4,4],[0,0,4,0],[0,0,4,4]]]"],
+        ["RPN.ANCHOR_SIZES=[32]", "RPN.CELL_ANCHORS=[[[0,0,4,4],[0,0,4],[0,0,4,4]]]"],
+    ],
+)
+def test_cell_anchors_of_a_wrong_form_are_refused_with_the_form_wanted(settings):
+    with pytest.raises(UserError, match=r"RPN.CELL_ANCHORS.* of \d+ \[x1,y1,x2,y2\]"):
+        make(*settings)

@@ -33,13 +33,14 @@ def nchw(x):
 
 
 # ------------------------------------------------------------------------------------------------------------ RoIAlign
-def reference_roi_align(features, rois, index, scale, resolution, samples):
+def reference_roi_align(features, rois, index, scale, resolution, samples, aligned=True):
     """Float64 RoIAlign of one channel set: features [N,H,W,C], rois [R,4] -> [R,M,M,C], and the function that carries
     a gradient of that shape back to the features."""
     _, h, w, _ = features.shape
     taps = []  # of each output cell: image, y, x, weight
-    for r, (box, image) in enumerate(zip(np.asarray(rois, np.float64) * scale - 0.5, index)):
-        bin_w, bin_h = (box[2] - box[0]) / resolution, (box[3] - box[1]) / resolution
+    for r, (box, image) in enumerate(zip(np.asarray(rois, np.float64) * scale - 0.5 * aligned, index)):
+        sides = box[2:] - box[:2]
+        bin_w, bin_h = (sides if aligned else np.maximum(sides, 1.0)) / resolution
         for i in range(resolution):
             for j in range(resolution):
                 for a in range(samples):
@@ -67,11 +68,11 @@ def reference_roi_align(features, rois, index, scale, resolution, samples):
     return out, backward
 
 
-def roi_align_with_gradient(features, rois, index, scale, resolution, samples, weight):
+def roi_align_with_gradient(features, rois, index, scale, resolution, samples, weight, aligned=True):
     def make():
         x = tf.constant(features)
         boxes, images = tf.constant(rois, tf.float32), tf.constant(index, tf.int32)
-        out = model_box.roi_align(model_box.pad_for_roi_align(x), boxes, images, scale, resolution, samples)
+        out = model_box.roi_align(model_box.pad_for_roi_align(x), boxes, images, scale, resolution, samples, aligned)
         return out, tf.gradients(tf.reduce_sum(out * weight), x)[0]
 
     return evaluate(make)
@@ -90,14 +91,15 @@ def test_roi_align_and_its_gradient_equal_the_recording_on_inverted_empty_outsid
     np.testing.assert_allclose(nchw(gradient), golden[f"roialign/grad_o{resolution}_s2"], atol=1e-4)
 
 
+@pytest.mark.parametrize("aligned", [True, False])
 @pytest.mark.parametrize("samples", [1, 2, 3, 4])
-def test_roi_align_with_one_to_four_samples_equals_the_float64_reference(golden, samples):
+def test_roi_align_with_one_to_four_samples_equals_the_float64_reference(golden, samples, aligned):
     features = nhwc(golden["roialign/input"])
     rois, scale = golden["roialign/rois_bxyxy"], 0.25
     index = rois[:, 0].astype(int)
-    expected, backward = reference_roi_align(features, rois[:, 1:], index, scale, 5, samples)
+    expected, backward = reference_roi_align(features, rois[:, 1:], index, scale, 5, samples, aligned)
     weight = np.random.RandomState(samples).randn(*expected.shape).astype(np.float32)
-    out, gradient = roi_align_with_gradient(features, rois[:, 1:], index, scale, 5, samples, weight)
+    out, gradient = roi_align_with_gradient(features, rois[:, 1:], index, scale, 5, samples, weight, aligned)
     np.testing.assert_allclose(out, expected, atol=1e-4)
     np.testing.assert_allclose(gradient, backward(weight), atol=1e-4)
 
@@ -270,9 +272,8 @@ def test_decoding_inverts_encoding(pairs):
 )
 def test_anchors_equal_the_recording(golden, name, stride, sizes, shapes):
     expected = golden[f"anchors/{name}"]
-    found = [
-        evaluate(lambda s=s: model_box.anchors_of_level(tf.constant(s), stride, sizes, [0.5, 1.0, 2.0])) for s in shapes
-    ]
+    cells = model_box.cell_anchors(sizes, [0.5, 1.0, 2.0])
+    found = [evaluate(lambda s=s: model_box.anchors_of_level(tf.constant(s), stride, cells)) for s in shapes]
     errors = [np.abs(f - expected).max() for f in found if f.shape == expected.shape]
     assert min(errors) < 1e-4
 
