@@ -18,6 +18,7 @@ __all__ = [
     "c5_on_rois",
     "conv2d",
     "deconv2d",
+    "detector_group_norm",
     "fully_connected",
     "group_norm",
     "preprocess_image",
@@ -101,6 +102,11 @@ def group_norm(x, trainable=True):
     return x * tf.cast(scale, x.dtype) + tf.cast(shift, x.dtype)
 
 
+def detector_group_norm(cfg):
+    """The `norm` of `conv2d` for group norms outside the backbone."""
+    return "GNLast" if cfg.FPN.GN_AFTER_RELU else "GN"
+
+
 # ------------------------------------------------------------------------------------------------------------ layers
 def conv2d(
     name, x, channels, kernel, stride=1, *, groups=1, norm=None, bias=True, relu=False, init=he_fan_out,
@@ -109,8 +115,8 @@ def conv2d(
     """Convolution [+ norm] [+ ReLU] of x [N,H,W,Ci] -> [N,H',W',channels], in x's type.
 
     norm: None, "FreezeBN" (folded into kernel and bias, so that TensorFlow fuses conv + bias + ReLU), "SyncBN" or
-    "GN"; with a norm there is no bias variable. tf_padding=False pads k//2 on every side (Caffe, PyTorch) where
-    TensorFlow's SAME would pad stride-2 convolutions at the bottom and right only.
+    "GN", without a bias variable; "GNLast" is bias, ReLU, group norm. tf_padding=False pads k//2 on every side (Caffe,
+    PyTorch) where TensorFlow's SAME would pad stride-2 convolutions at the bottom and right only.
     """
     in_channels = int(x.shape[-1])
     with tf.variable_scope(name):
@@ -121,7 +127,7 @@ def conv2d(
         if norm == "FreezeBN":
             scale, shift = batch_norm_frozen(channels, epsilon, trainable and affine_trainable)
             weight = weight * scale
-        elif norm is None and bias:
+        elif norm in (None, "GNLast") and bias:
             shift = tf.get_variable("b", [channels], tf.float32, tf.zeros_initializer(), trainable=trainable)
         if stride == 1 or tf_padding or kernel == 1:
             padding = "SAME"
@@ -135,7 +141,8 @@ def conv2d(
             y = group_norm(y, trainable)
         elif norm == "SyncBN":
             y = batch_norm_synchronised(y, epsilon, trainable)
-        return tf.nn.relu(y) if relu else y
+        y = tf.nn.relu(y) if relu else y
+        return group_norm(y, trainable) if norm == "GNLast" else y
 
 
 def _grouped_conv(x, weight, stride, padding, groups):

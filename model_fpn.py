@@ -1,6 +1,6 @@
 """Feature pyramid (Lin et al. 2017, Feature Pyramid Networks), NHWC."""
 
-from basemodel import conv2d, xavier_uniform_fan_in
+from basemodel import conv2d, detector_group_norm, xavier_uniform_fan_in
 from utils.tf_v1 import tf
 
 __all__ = ["fpn"]
@@ -17,7 +17,7 @@ def fpn(stages, cfg):
 
     P6 subsamples P5 by 2 and serves the RPN only.
     """
-    channels, norm = cfg.FPN.NUM_CHANNEL, cfg.FPN.NORM
+    channels, norm = cfg.FPN.NUM_CHANNEL, detector_group_norm(cfg) if cfg.FPN.NORM == "GN" else None
     options = {"norm": norm, "init": xavier_uniform_fan_in}
     with tf.variable_scope("fpn"):
         laterals = [conv2d(f"lateral_1x1_c{i + 2}", c, channels, 1, **options) for i, c in enumerate(stages)]

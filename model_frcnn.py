@@ -5,7 +5,7 @@ RoIs are kept dense per image, [N,R,4] with a validity mask; the heads see them 
 
 import numpy as np
 
-from basemodel import conv2d, fully_connected, he_fan_out, normal_init
+from basemodel import conv2d, detector_group_norm, fully_connected, he_fan_out, normal_init
 from model_box import clip_boxes, decode_boxes, encode_boxes, pairwise_iou
 from model_rpn import sample_per_image, smooth_l1
 from utils.tf_v1 import tf
@@ -93,7 +93,7 @@ def fastrcnn_head(features, cfg):
     dim = cfg.FPN.FRCNN_FC_HEAD_DIM
     x = features
     if name != "fastrcnn_2fc_head":
-        norm = "GN" if name.endswith("_gn_head") else None
+        norm = detector_group_norm(cfg) if name.endswith("_gn_head") else None
         for index in range(4):
             x = conv2d(f"conv{index}", x, cfg.FPN.FRCNN_CONV_HEAD_DIM, 3, norm=norm, relu=True, init=he_fan_out)
     # The public checkpoints flatten channels first.

@@ -1,6 +1,6 @@
 """Mask branch (He et al. 2017, Mask R-CNN)."""
 
-from basemodel import conv2d, deconv2d, he_fan_out
+from basemodel import conv2d, deconv2d, detector_group_norm, he_fan_out
 from model_box import rasterize_edges
 from model_frcnn import loss_weights
 from utils.tf_v1 import tf
@@ -13,7 +13,7 @@ def mask_head(features, num_classes, cfg):
     upsampling (MRCNN_HEAD_FUNC); in C4 the features come from stage 5."""
     x = features
     if cfg.MODE_FPN:
-        norm = "GN" if cfg.FPN.MRCNN_HEAD_FUNC.endswith("_gn_head") else None
+        norm = detector_group_norm(cfg) if cfg.FPN.MRCNN_HEAD_FUNC.endswith("_gn_head") else None
         for index in range(4):
             x = conv2d(f"fcn{index}", x, cfg.MRCNN.HEAD_DIM, 3, norm=norm, relu=True, init=he_fan_out)
     x = deconv2d("deconv", x, cfg.MRCNN.HEAD_DIM, relu=True, init=he_fan_out)

@@ -392,6 +392,7 @@ def _from_maskrcnn_benchmark(tensors: dict, facts: dict, report: Report) -> tupl
         "PREPROC.PIXEL_MEAN": [122.7717, 115.9465, 102.9801],
         "PREPROC.PIXEL_STD": [1.0, 1.0, 1.0],
         "FRCNN.ROI_ALIGNED": False,
+        "FRCNN.ROI_TO_LAST_PIXEL": True,
     }
     _use_legacy_anchors(settings, variables)
     report.notes.append(
@@ -434,6 +435,8 @@ def _from_torchvision_detection(tensors: dict, facts: dict, report: Report) -> t
     exact = [[(s * math.sqrt(1 / r), s * math.sqrt(r)) for r in ratios] for s in sizes]
     cells = [np.round(np.array([[-w, -h, w, h] for w, h in level]) / 2) for level in exact]
     settings["RPN.CELL_ANCHORS"] = [level.tolist() for level in cells]
+    settings["RPN.STRIDE_FROM_SIZE"] = True
+    settings["RPN.MIN_SIZE"] = 1e-3
     return variables, settings
 
 
@@ -529,6 +532,7 @@ def _from_caffe2(tensors: dict, facts: dict, report: Report) -> tuple[dict, dict
     }
     if any(name.startswith("rpn/") for name in variables):
         settings["FRCNN.ROI_ALIGNED"] = False
+        settings["FRCNN.ROI_TO_LAST_PIXEL"] = True
         _use_legacy_anchors(settings, variables)
     report.notes.append(
         f"BACKBONE.STRIDE_1X1={stride} "
@@ -603,11 +607,6 @@ def _from_tensorpack(tensors: dict, facts: dict, report: Report, path: Path) -> 
         report.notes.append(
             f"BACKBONE.TF_PAD_MODE={settings['BACKBONE.TF_PAD_MODE']}: tensorpack marks ImageNet models with symmetric "
             "padding by 'AlignPadding' in the file name; tensors do not show it"
-        )
-    if any(re.match(r"(fpn|fastrcnn|maskrcnn|cascade_rcnn_stage\d)/.*/gn/", name) for name in variables):
-        report.notes.append(
-            "tensorpack's heads apply group norm after bias and ReLU, this project's before the ReLU and without bias: "
-            "their biases are unused and such a model's scores are not reproduced without further training"
         )
     return variables, settings
 
@@ -811,6 +810,9 @@ def _derive_settings(variables: Mapping[str, np.ndarray]) -> dict[str, Any]:
         head = "cascade_rcnn_stage1/head/" if cascade else "fastrcnn/"
         norm = next((n for n in ("gn", "bn") if f"fpn/lateral_1x1_c2/{n}/gamma" in names), None)
         settings["FPN.NORM"] = "GN" if norm == "gn" else None
+        # Only tensorpack's convolutions before a group norm have biases; their order is bias, ReLU, norm.
+        normalised = [n[: -len("gn/gamma")] for n in names if re.match(r"(?!conv0/|group\d/).*/gn/gamma$", n)]
+        settings["FPN.GN_AFTER_RELU"] = any(f"{scope}b" in names for scope in normalised)
         if "fpn/lateral_1x1_c2/W" in names:
             settings["FPN.NUM_CHANNEL"] = out_channels("fpn/lateral_1x1_c2/W")
         if f"{head}conv0/W" in names:
@@ -838,10 +840,12 @@ def expected_names(settings: Mapping[str, Any]) -> tuple[set[str], set[str]]:
     """(variables that a model with these settings has, variables that it may have besides)."""
     expected: set[str] = set()
 
-    def layer(scope: str, norm: str | None = None) -> None:
-        leaves = {"bn": ["gamma", "beta", "mean/EMA", "variance/EMA"], "gn": ["gamma", "beta"]}
+    def layer(scope: str, norm: str | None = None, bias: bool = False) -> None:
+        leaves = {"bn": ["gamma", "beta", "mean/EMA", "variance/EMA"], "gn": ["gamma", "beta"], None: []}
         expected.add(f"{scope}/W")
-        expected.update([f"{scope}/b"] if norm is None else [f"{scope}/{norm}/{leaf}" for leaf in leaves[norm]])
+        expected.update(f"{scope}/{norm}/{leaf}" for leaf in leaves[norm])
+        if norm is None or bias:
+            expected.add(f"{scope}/b")
 
     norm = {"GN": "gn", None: None}.get(settings["BACKBONE.NORM"], "bn")
     layer("conv0", norm)
@@ -853,13 +857,14 @@ def expected_names(settings: Mapping[str, Any]) -> tuple[set[str], set[str]]:
         return expected, {"linear/W", "linear/b"}
 
     fpn = settings["MODE_FPN"]
+    biased = settings.get("FPN.GN_AFTER_RELU", False)
     for part in ("conv0", "class", "box"):
         layer(f"rpn/{part}")
     if fpn:
         norm = "gn" if settings["FPN.NORM"] == "GN" else None
         for level in range(2, 6):
-            layer(f"fpn/lateral_1x1_c{level}", norm)
-            layer(f"fpn/posthoc_3x3_p{level}", norm)
+            layer(f"fpn/lateral_1x1_c{level}", norm, biased)
+            layer(f"fpn/posthoc_3x3_p{level}", norm, biased)
         heads = ["fastrcnn/"]
         outputs = ["fastrcnn/outputs/"]
         if settings["FPN.CASCADE"]:
@@ -871,7 +876,7 @@ def expected_names(settings: Mapping[str, Any]) -> tuple[set[str], set[str]]:
                 layer(f"{head}fc7")
             else:
                 for k in range(4):
-                    layer(f"{head}conv{k}", "gn" if "_gn_" in settings["FPN.FRCNN_HEAD_FUNC"] else None)
+                    layer(f"{head}conv{k}", "gn" if "_gn_" in settings["FPN.FRCNN_HEAD_FUNC"] else None, biased)
                 layer(f"{head}fc")
     else:
         outputs = ["fastrcnn/"]
@@ -880,7 +885,7 @@ def expected_names(settings: Mapping[str, Any]) -> tuple[set[str], set[str]]:
         layer(f"{scope}box")
     if settings["MODE_MASK"]:
         for k in range(4 if fpn else 0):
-            layer(f"maskrcnn/fcn{k}", "gn" if "_gn_" in settings["FPN.MRCNN_HEAD_FUNC"] else None)
+            layer(f"maskrcnn/fcn{k}", "gn" if "_gn_" in settings["FPN.MRCNN_HEAD_FUNC"] else None, biased)
         layer("maskrcnn/deconv")
         layer("maskrcnn/conv")
     if settings["MODE_KEYPOINT"]:
