@@ -10,6 +10,7 @@ import zlib
 
 import numpy as np
 
+from model_syncbn import batch_norm
 from utils.tf_v1 import tf
 
 __all__ = [
@@ -140,7 +141,7 @@ def conv2d(
         if norm == "GN":
             y = group_norm(y, trainable)
         elif norm == "SyncBN":
-            y = batch_norm_synchronised(y, epsilon, trainable)
+            y = batch_norm(y, epsilon, trainable)
         y = tf.nn.relu(y) if relu else y
         return group_norm(y, trainable) if norm == "GNLast" else y
 
@@ -284,10 +285,3 @@ def c4_backbone(image, cfg):
 def c5_on_rois(rois, cfg):
     """Stage 5 as a head on RoI features [R,14,14,1024] -> [R,7,7,2048] (He et al. 2015, appendix A)."""
     return _stage(rois, 3, cfg, cfg.BACKBONE.FREEZE_AT < 5)
-
-
-def batch_norm_synchronised(x, epsilon, trainable):
-    """Placeholder for the reduction over replicas; filled in by `model_syncbn`."""
-    from model_syncbn import batch_norm
-
-    return batch_norm(x, epsilon, trainable)

@@ -20,6 +20,7 @@ from tabulate import tabulate
 from common import UserError, logger, visible_gpus
 from config import Config
 from model_rcnn import build_training
+from model_syncbn import batch_statistics, collective_sum
 from utils.tf_v1 import tf
 
 # isort: split
@@ -205,15 +206,28 @@ class DetectionModel(ModelDesc):
         return [tf.TensorSpec([images, *_INPUT_TYPES[k][1]], _INPUT_TYPES[k][0], k) for k in self._keys]
 
     def build_graph(self, *tensors):
-        losses, stats = build_training(dict(zip(self._keys, tensors)), self._cfg)
+        with batch_statistics(self._sum_over_replicas()):
+            losses, stats = build_training(dict(zip(self._keys, tensors)), self._cfg)
         frozen = freeze_variables(self._cfg.TRAIN.FREEZE_PATTERN)
         if frozen and not self.losses:
             logger.info(f"{len(frozen)} variables match TRAIN.FREEZE_PATTERN and are not trained")
-        total = tf.add_n(list(losses.values()), name="total_loss")
+        tower = tf.get_default_graph().get_name_scope()
+        with tf.control_dependencies(tf.get_collection(tf.GraphKeys.UPDATE_OPS, f"{tower}/" if tower else None)):
+            total = tf.add_n(list(losses.values()), name="total_loss")
         if not self.losses:
             self.losses = {**losses, "total_loss": total}
             self.stats = stats
         return total
+
+    def _sum_over_replicas(self) -> Callable[[Any], Any]:
+        """How SyncBN adds up over replicas: processes, or devices of this process."""
+        if self._plan.replicas == 1:
+            return lambda x: x
+        if self._cfg.TRAINER == "horovod":
+            import horovod.tensorflow as hvd
+
+            return lambda x: hvd.allreduce(x, op=hvd.Sum)
+        return collective_sum(self._plan.replicas)
 
     def optimizer(self):
         train = self._cfg.TRAIN
