@@ -4,14 +4,161 @@ The expectations in tests/data/golden_converted_*.npz were recorded from those s
 the weights behind them are drawn again here, from each tensor's name and shape alone (`seeded_tensor`).
 """
 
-import numpy as np
+import json
+import subprocess
+import sys
+from pathlib import Path
 
-from basemodel import GN_EPSILON, GN_GROUPS
+import numpy as np
+import pytest
+
+from basemodel import GN_EPSILON, GN_GROUPS, preprocess_image, resnet_stages
+from config import default_config, finalize_config
 from model_fpn import fpn
 from model_frcnn import fastrcnn_head
 from model_mrcnn import mask_head
+from model_rcnn import backbone_features, build_inference
+from model_rpn import rpn_anchors, rpn_head, rpn_proposals
 from tests.graph import tiny_config
+from tests.seeded_weights import seeded_image, seeded_tensor
+from tools.convert import convert
+from utils.checkpoint import assign_weights
 from utils.tf_v1 import tf
+
+DATA = Path(__file__).parent / "data"
+
+
+def recorded(name):
+    with np.load(DATA / f"golden_converted_{name}.npz", allow_pickle=False) as content:
+        return {key: content[key] for key in content.files}
+
+
+def convert_seeded(golden, path, overrides=()):
+    """The converter's answer to a file at `path` whose tensors have the recorded names and shapes."""
+    np.savez(path, **{name: seeded_tensor(name, tuple(s)) for name, s in json.loads(str(golden["shapes"])).items()})
+    variables, settings, report = convert(path, overrides)
+    assert not report.unused and not report.missing
+    return variables, settings
+
+
+def run(make, variables, settings, image):
+    """make(image, image_shape, cfg) in a graph with these weights, on one uint8 image padded to multiples of 32."""
+    cfg = finalize_config(default_config().update_from_dict(settings, "test"))
+    h, w = image.shape[:2]
+    padded = np.zeros([1, -(-h // 32) * 32, -(-w // 32) * 32, 3], np.uint8)
+    padded[0, :h, :w] = image
+    with tf.Graph().as_default(), tf.Session() as session:
+        fetches = make(tf.constant(padded), tf.constant([[h, w]], tf.int32), cfg)
+        assert assign_weights(session, variables) == len(tf.global_variables())
+        return session.run(fetches)
+
+
+def stages_of_detector(image, image_shape, cfg):
+    with tf.variable_scope("", reuse=tf.AUTO_REUSE):
+        features = backbone_features(image, image_shape, cfg)
+        logits, deltas = rpn_head(features, cfg)
+        anchors = rpn_anchors(features, cfg)
+        proposals, _, valid = rpn_proposals(logits, deltas, anchors, image_shape, cfg, training=False)
+        outputs = build_inference(image, image_shape, cfg)
+    return {"features": features, "logits": logits, "deltas": deltas, "anchors": anchors, "proposals": proposals[0],
+            "valid": valid[0], **{key: value[0] for key, value in outputs.items()}}  # fmt: skip
+
+
+def thinned_like(ours, theirs):
+    """Every so manieth element of [H,W,C], as many as were recorded."""
+    steps = [-(-a // b) for a, b in zip(ours.shape, theirs.shape)]
+    return ours[:: steps[0], :: steps[1], :: steps[2]]
+
+
+def relative_error(ours, theirs):
+    ours = thinned_like(ours, theirs).astype(np.float64)
+    return np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
+
+
+def assert_same_detector(got, want):
+    """Every recorded stage: maps p2…, rpn_logits_p2…, rpn_deltas_p2… [H,W,C] (thinned), proposals, and what is found."""
+    for index, level in enumerate(range(2, 7)):
+        feature = got["features"][index][0]
+        assert relative_error(feature, want[f"p{level}"]) < 2e-4
+        for key in ("logits", "deltas"):
+            ours = got[key][index][0].reshape(*feature.shape[:2], -1)
+            assert relative_error(ours, want[f"rpn_{key}_p{level}"]) < 2e-4
+    proposals = got["proposals"][got["valid"]]
+    assert len(proposals) == len(want["proposals"])
+    distance = np.abs(proposals[None] - want["proposals"][:, None]).max(2).min(1)
+    assert np.quantile(distance, 0.998) < 0.05
+    count = got["count"]
+    assert count == len(want["boxes"])
+    np.testing.assert_array_equal(got["labels"][:count], want["labels"])
+    np.testing.assert_allclose(got["boxes"][:count], want["boxes"], atol=0.05)
+    np.testing.assert_allclose(got["scores"][:count], want["scores"], atol=1e-3)
+    np.testing.assert_allclose(got["masks"][:count], want["masks"], atol=4e-3)
+
+
+# ------------------------------------------------------------------------------------------------------- whole systems
+SMALL_TEST = {"RPN.TEST_FPN_NMS_TOPK": 150, "TEST.RESULTS_PER_IM": 20}
+
+
+def test_torchvision_mask_rcnn_detects_the_same(tmp_path):
+    golden = recorded("torchvision")
+    variables, settings = convert_seeded(golden, tmp_path / "weights.npz")
+    got = run(stages_of_detector, variables, settings | SMALL_TEST, seeded_image(120, 150))
+    # P5 has 5 columns, P6 has 3: its anchors are not 64 pixels apart there.
+    np.testing.assert_allclose(got["anchors"][4], golden["anchors_p6"], atol=1e-4)
+    np.testing.assert_allclose(got["anchors"][1][: len(golden["anchors_p3"])], golden["anchors_p3"], atol=1e-4)
+    assert_same_detector(got, golden)
+
+
+def stages_of_backbone(image, image_shape, cfg):
+    return resnet_stages(preprocess_image(image, image_shape, cfg), cfg, 4)
+
+
+def assert_same_stages(variables, settings, image, want):
+    variables = {name: value for name, value in variables.items() if not name.startswith("linear/")}
+    for index, stage in enumerate(run(stages_of_backbone, variables, settings, image)):
+        assert relative_error(stage[0], want[f"c{index + 2}"]) < 2e-4
+
+
+@pytest.mark.parametrize("architecture", ["resnet50", "resnext50_32x4d"])
+def test_torchvision_imagenet_model_has_the_same_features(tmp_path, architecture):
+    golden = recorded(f"torchvision_{architecture}")
+    variables, settings = convert_seeded(golden, tmp_path / "weights.npz")
+    assert_same_stages(variables, settings, seeded_image(64, 96), golden)
+
+
+KERAS = """
+import json, sys
+import numpy as np
+import tf_keras
+from tests.seeded_weights import seeded_image, seeded_tensor
+model = tf_keras.applications.ResNet50(weights=None, include_top=False)
+for layer in model.layers:
+    values = []
+    for weight in layer.weights:
+        shape = tuple(weight.shape)
+        if len(shape) == 4:
+            values.append(seeded_tensor(weight.name, (shape[3], shape[2], *shape[:2])).transpose(2, 3, 1, 0))
+        else:
+            values.append(seeded_tensor(weight.name.split(":")[0], shape))
+    layer.set_weights(values)
+model.save_weights(sys.argv[1] + "/resnet50.h5")
+image = seeded_image(64, 96)
+x = tf_keras.applications.resnet.preprocess_input(image[None, :, :, ::-1].astype(np.float32))
+ends = [model.get_layer(name).output for name in
+        ("conv2_block3_out", "conv3_block4_out", "conv4_block6_out", "conv5_block3_out")]
+stages = tf_keras.Model(model.input, ends)(x)
+np.savez(sys.argv[1] + "/stages.npz", **{f"c{k + 2}": stage[0].numpy() for k, stage in enumerate(stages)})
+"""
+
+
+def test_keras_resnet_has_the_same_features(tmp_path):
+    pytest.importorskip("tf_keras")
+    # In a process of its own: this project's graphs need another mode of TensorFlow than Keras.
+    subprocess.run([sys.executable, "-c", KERAS, str(tmp_path)], cwd=DATA.parent.parent, check=True)
+    variables, settings, report = convert(tmp_path / "resnet50.h5")
+    assert not report.unused and not report.missing
+    with np.load(tmp_path / "stages.npz") as want:
+        assert_same_stages(variables, settings, seeded_image(64, 96), want)
 
 
 # -------------------------------------------------------------------------------------------- tensorpack's group norms
