@@ -76,7 +76,7 @@ def relative_error(ours, theirs):
 
 
 def assert_same_detector(got, want):
-    """Every recorded stage: maps p2…, rpn_logits_p2…, rpn_deltas_p2… [H,W,C] (thinned), proposals, and what is found."""
+    """Every recorded stage: maps p2…, rpn_logits_p2…, rpn_deltas_p2… [H,W,C], thinned; proposals; what is found."""
     for index, level in enumerate(range(2, 7)):
         feature = got["features"][index][0]
         assert relative_error(feature, want[f"p{level}"]) < 2e-4
