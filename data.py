@@ -154,7 +154,7 @@ def make_batch(
 
     image uint8 [N, H, W, 3] BGR zero-padded at the bottom and right, image_shape int32 [N, 2], image_seed int32 [N]
     for the random choices that the graph makes for an image, gt_boxes float32 [N, G, 4], gt_labels int32 [N, G] with 0
-    for padding, gt_is_crowd bool [N, G], gt_edges float32 [N, G, E, 4] without horizontal edges and those of crowds,
+    for padding, gt_is_crowd bool [N, G], gt_edges float32 [N, G, E, 4] without vertical edges and those of crowds,
     zero-length edges padding, gt_keypoints float32 [N, G, K, 3].
     """
     pixels = [read_split_image(split, i) for i in images]

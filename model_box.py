@@ -173,30 +173,44 @@ def batched_nms(boxes, scores, iou_threshold, max_outputs):
 
 # ------------------------------------------------------------------------------------------------------ mask targets
 def rasterize_edges(edges, boxes, resolution):
-    """Binary masks of polygons inside boxes, at the centres of a resolution x resolution grid.
+    """Binary masks of polygons inside boxes, pixel for pixel those of COCO's rasteriser.
 
-    edges [R,E,4]: directed outline edges x1 y1 x2 y2 of one instance each, zero-length ones pad; boxes [R,4].
-    A grid point is inside where the winding number is not zero, so overlapping parts unite and opposite rings cut
-    holes. -> float32 [R,resolution,resolution].
+    COCO's rasteriser works on a grid five times as fine: vertices go to its nearest points, edges become digital lines
+    there, and a column's pixels change from the first whose centre lies below the lower of the line's two points at
+    the column's centre.
+
+    edges [R,E,4]: directed outline edges x1 y1 x2 y2 of one instance each, zero-length ones pad (vertical ones say
+    nothing and may be left out); boxes [R,4]. A pixel is inside where the winding number is not zero, so overlapping
+    parts unite and opposite rings cut holes. -> float32 [R,resolution,resolution].
     """
     m = resolution
-    size = tf.maximum(boxes[:, 2:] - boxes[:, :2], 1e-6)
-    scale = tf.concat([size, size], 1)[:, None, :] / float(m)
-    corner = tf.concat([boxes[:, :2], boxes[:, :2]], 1)[:, None, :]
-    grid = (edges - corner) / scale  # [R, E, 4] in units of cells
-    x1, y1, x2, y2 = tf.unstack(grid[:, :, None, :], axis=-1)  # [R, E, 1] each
-    rows = tf.range(m, dtype=tf.float32) + 0.5  # [M]
-    # Half-open on y, so that a vertex on a row's centre is counted by exactly one of its two edges.
-    down = tf.logical_and(y1 <= rows, rows < y2)
-    up = tf.logical_and(y2 <= rows, rows < y1)
-    direction = tf.cast(down, tf.float32) - tf.cast(up, tf.float32)  # [R, E, M]
-    dy = y2 - y1
-    safe_dy = tf.where_v2(tf.abs(dy) < 1e-12, tf.ones_like(dy), dy)
-    crossing = x1 + (rows - y1) * (x2 - x1) / safe_dy  # [R, E, M]
-    # The edge takes effect from the first cell whose centre lies right of the crossing.
-    column = tf.cast(tf.clip_by_value(tf.math.ceil(crossing - 0.5), 0.0, float(m)), tf.int32)
+    # Exact halves round up; float32 must not lose them. Values that are no halves differ from them by far more.
+    nudge = 1e-4
+    size = tf.maximum(boxes[:, 2:] - boxes[:, :2], 0.1)
+    corner = tf.concat([boxes[:, :2]] * 2, 1)[:, None, :]
+    scale = (5.0 * m / tf.concat([size, size], 1))[:, None, :]
+    fine = (edges - corner) * scale + 0.5
+    fine = tf.where_v2(fine < 0, tf.math.ceil(fine), tf.floor(fine))  # C's conversion to int drops the fraction
+    x1, y1, x2, y2 = tf.unstack(fine, axis=-1)  # [R, E] each
+    dx, dy = x2 - x1, y2 - y1
+    wide = tf.abs(dx) >= tf.abs(dy)
+    centre = 5.0 * tf.range(m, dtype=tf.float32) + 2.5  # between the fine columns 2 and 3 of each pixel's five
+    x1, x2, rise = (v[..., None] for v in (x1, x2, dy))
+    right = tf.logical_and(x1 < centre, centre < x2)  # [R, E, M]
+    left = tf.logical_and(x2 < centre, centre < x1)
+    direction = tf.cast(right, tf.float32) - tf.cast(left, tf.float32)
+    # One fine row for each fine column: the rows at columns centre - 0.5 and centre + 0.5.
+    safe_dx = tf.where_v2(tf.equal(dx, 0.0), 1.0, dx)
+    at_centre = y1[..., None] + rise * (centre - x1) / safe_dx[..., None]
+    half = 0.5 * tf.abs(dy / safe_dx)[..., None]
+    row_wide = tf.floor(at_centre - half + (0.5 + nudge))
+    # One fine column for each fine row: the last row before the column passes the centre.
+    falling = (dx * dy > 0)[..., None]
+    row_steep = tf.where_v2(falling, tf.math.ceil(at_centre - nudge) - 1.0, tf.floor(at_centre + nudge))
+    row = tf.where_v2(wide[..., None], row_wide, row_steep)
+    first = tf.cast(tf.clip_by_value(tf.floor((row + 2.1) * 0.2), 0.0, float(m)), tf.int32)  # [R, E, M]
     shape = tf.shape(direction)
-    base = tf.range(shape[0])[:, None, None] * m + tf.range(m)[None, None, :]  # [R, 1, M]
-    steps = tf.math.unsorted_segment_sum(direction, base * (m + 1) + column, shape[0] * m * (m + 1))
-    winding = tf.cumsum(tf.reshape(steps, [-1, m, m + 1])[:, :, :m], axis=2)
+    base = (tf.range(shape[0])[:, None, None] * (m + 1) + first) * m + tf.range(m)
+    steps = tf.math.unsorted_segment_sum(direction, base, shape[0] * (m + 1) * m)
+    winding = tf.cumsum(tf.reshape(steps, [-1, m + 1, m])[:, :m], axis=1)
     return tf.cast(tf.abs(winding) > 0.5, tf.float32)

@@ -21,7 +21,8 @@ def mask_head(features, num_classes, cfg):
 
 
 def mask_targets(boxes, edges, resolution):
-    """boxes [F,4] and the outlines [F,E,4] of their ground truth -> [F,resolution,resolution] in {0, 1}."""
+    """boxes [F,4] and the outlines [F,E,4] of their ground truth -> [F,resolution,resolution] in {0, 1}, as COCO's
+    rasteriser fills them."""
     return tf.stop_gradient(rasterize_edges(edges, boxes, resolution))
 
 

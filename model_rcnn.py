@@ -85,6 +85,15 @@ def _keypoint_branch(features, cfg):
         return keypoint_head(features, cfg)
 
 
+def _never_empty(branch, *inputs):
+    """branch(*inputs) for inputs of [F, ...] rows each, where the branch sees one row of zeros when F is 0: oneDNN's
+    convolutions return the shape of their input for an empty batch (TensorFlow 2.21). -> [F, ...]."""
+    count = tf.shape(inputs[0])[0]
+    missing = tf.cast(tf.equal(count, 0), tf.int32)
+    padded = [tf.pad(x, [[0, missing], *[[0, 0]] * (x.shape.ndims - 1)]) for x in inputs]
+    return branch(*padded)[:count]
+
+
 def mask_resolution(cfg):
     return 28 if cfg.MODE_FPN else 14
 
@@ -123,11 +132,10 @@ def build_training(batch, cfg):
         labels = tf.gather_nd(rois["labels"], where)
         targets = mask_targets(boxes, tf.gather_nd(batch["gt_edges"], gt_index), mask_resolution(cfg))
         if cfg.MODE_FPN:
-            roi_features = pool(boxes, image_index, 14)
+            mask_logits = _never_empty(lambda b, i: _mask_branch(pool(b, i, 14), cfg), boxes, image_index)
         else:
             row = image_index * tf.shape(rois["labels"])[1] + tf.cast(where[:, 1], tf.int32)
-            roi_features = tf.gather(c5, row)
-        mask_logits = _mask_branch(roi_features, cfg)
+            mask_logits = _never_empty(lambda r: _mask_branch(tf.gather(c5, r), cfg), row)
         branch_losses, branch_stats = mask_losses(mask_logits, labels, targets, members, cfg)
         losses.update(branch_losses)
         stats.update(branch_stats)
@@ -135,7 +143,9 @@ def build_training(batch, cfg):
         cells, visible = keypoint_targets(boxes, tf.gather_nd(batch["gt_keypoints"], gt_index))
         used = tf.where(tf.reduce_any(visible, 1))[:, 0]  # the other RoIs have nothing to say
         cells, visible, image_index = (tf.gather(x, used) for x in (cells, visible, image_index))
-        keypoint_logits = _keypoint_branch(pool(tf.gather(boxes, used), image_index, 14), cfg)
+        keypoint_logits = _never_empty(
+            lambda b, i: _keypoint_branch(pool(b, i, 14), cfg), tf.gather(boxes, used), image_index
+        )
         num_images = tf.shape(batch["image"])[0]
         branch_losses, branch_stats = keypoint_losses(keypoint_logits, cells, visible, image_index, num_images, cfg)
         losses.update(branch_losses)
@@ -171,18 +181,20 @@ def build_inference(image, image_shape, cfg):
     outputs = {"boxes": boxes, "scores": scores, "labels": labels, "count": count}
     if cfg.MODE_MASK or cfg.MODE_KEYPOINT:
         where = tf.where(labels > 0)  # [F, 2]
-        found = tf.gather_nd(boxes, where)
-        roi_features = pool(found, tf.cast(where[:, 0], tf.int32), 14)
+        found, found_labels = tf.gather_nd(boxes, where), tf.gather_nd(labels, where)
+        features_of_rois = pool(found, tf.cast(where[:, 0], tf.int32), 14)
         leading = tf.shape(labels, out_type=tf.int64)
     if cfg.MODE_MASK:
-        mask_features = roi_features
-        if not cfg.MODE_FPN:
-            with tf.variable_scope(tf.get_variable_scope(), reuse=True):
-                mask_features = c5_on_rois(roi_features, cfg)
-        mask_logits = _mask_branch(mask_features, cfg)
-        probabilities = mask_probabilities(mask_logits, tf.gather_nd(labels, where))
+
+        def mask_probabilities_of(roi_features, roi_labels):
+            if not cfg.MODE_FPN:
+                with tf.variable_scope(tf.get_variable_scope(), reuse=True):
+                    roi_features = c5_on_rois(roi_features, cfg)
+            return mask_probabilities(_mask_branch(roi_features, cfg), tf.maximum(roi_labels, 1))
+
+        probabilities = _never_empty(mask_probabilities_of, features_of_rois, found_labels)
         outputs["masks"] = tf.scatter_nd(where, probabilities, tf.concat([leading, [mask_resolution(cfg)] * 2], 0))
     if cfg.MODE_KEYPOINT:
-        points = decode_keypoints(_keypoint_branch(roi_features, cfg), found)
+        points = _never_empty(lambda f, b: decode_keypoints(_keypoint_branch(f, cfg), b), features_of_rois, found)
         outputs["keypoints"] = tf.scatter_nd(where, points, tf.concat([leading, [cfg.KRCNN.NUM_KEYPOINT, 3]], 0))
     return outputs

@@ -218,16 +218,17 @@ def test_polygon_flip_is_an_involution_and_keeps_the_orientation(ring, width):
 
 
 @pytest.mark.quick
-def test_packing_pads_with_zero_length_edges_and_leaves_out_horizontal_ones():
+def test_packing_pads_with_zero_length_edges_and_leaves_out_vertical_ones():
     triangle, square = np.array([[0.0, 0], [4, 0], [0, 4]]), np.array([[0.0, 0], [2, 0], [2, 2], [0, 2]])
     edges = np.concatenate([polygons.rings_to_edges([triangle]), polygons.rings_to_edges([square, square + 5])])
     packed = polygons.pack_edges(edges, np.repeat([0, 2], [3, 8]), 3)
     assert packed.shape == (3, 4, 4)
     assert (packed[0, 2:] == 0).all() and (packed[1] == 0).all()
     for n, object_rings in ((0, [triangle]), (2, [square, square + 5])):
+        # The reference works by rows: exchange x and y.
         np.testing.assert_array_equal(
-            polygons.rasterize(packed[n], [0, 0, 8, 8], 16),
-            polygons.rasterize(polygons.rings_to_edges(object_rings), [0, 0, 8, 8], 16),
+            polygons.rasterize(packed[n][:, [1, 0, 3, 2]], [0, 0, 8, 8], 16),
+            polygons.rasterize(polygons.rings_to_edges(object_rings)[:, [1, 0, 3, 2]], [0, 0, 8, 8], 16),
         )
 
 

@@ -74,10 +74,10 @@ def flip_edges(edges: np.ndarray, width: float) -> np.ndarray:
 def pack_edges(edges: np.ndarray, owners: np.ndarray, count: int) -> np.ndarray:
     """Edges of several objects as one array [count, E, 4] with zero-length padding; E >= 1.
 
-    edges [n, 4]; owners [n] non-decreasing, the object of each edge. Horizontal edges are left out: no row centre
-    crosses them, so they say nothing to a rasteriser that works by rows.
+    edges [n, 4]; owners [n] non-decreasing, the object of each edge. Vertical edges are left out: they cross no
+    column's centre, so they say nothing to the graph's rasteriser, which works by columns as COCO's does.
     """
-    slanted = edges[:, 1] != edges[:, 3]
+    slanted = edges[:, 0] != edges[:, 2]
     edges, owners = edges[slanted], owners[slanted]
     per_object = np.bincount(owners, minlength=count)
     packed = np.zeros((count, max(1, int(per_object.max(initial=0))), 4), edges.dtype)

@@ -1,0 +1,210 @@
+"""The whole graph at tiny widths: hard inputs, batches against single images, and losses per image."""
+
+import numpy as np
+import pytest
+
+import model_rcnn
+from tests.graph import constants, make_batch, tiny_config
+from utils.tf_v1 import tf
+
+KINDS = {
+    "fpn": ["MODE_FPN=True", "MODE_KEYPOINT=True", "KRCNN.HEAD_DIM=8", "KRCNN.NUM_KEYPOINT=3"],
+    "cascade": ["MODE_FPN=True", "FPN.CASCADE=True"],
+    "c4": ["MODE_FPN=False", "RPN.HEAD_DIM=16", "RPN.ANCHOR_SIZES=[16,32]", "RPN.TRAIN_PRE_NMS_TOPK=100",
+           "RPN.TRAIN_POST_NMS_TOPK=50", "RPN.TEST_PRE_NMS_TOPK=60", "RPN.TEST_POST_NMS_TOPK=30"],
+}  # fmt: skip
+COMMON = ["RPN.TRAIN_FPN_NMS_TOPK=60", "TEST.RESULTS_PER_IM=20"]
+
+
+def placeholders(batch):
+    """One for each entry; only the number of images is fixed."""
+    return {
+        key: tf.placeholder(tf.as_dtype(value.dtype), [len(value), *[None] * (value.ndim - 1)][: value.ndim])
+        for key, value in batch.items()
+    }
+
+
+def with_known_ends(inputs, cfg):
+    inputs["image"].set_shape([None, None, None, 3])
+    inputs["gt_boxes"].set_shape([None, None, 4])
+    if "gt_edges" in inputs:
+        inputs["gt_edges"].set_shape([None, None, None, 4])
+    if "gt_keypoints" in inputs:
+        inputs["gt_keypoints"].set_shape([None, None, cfg.KRCNN.NUM_KEYPOINT, 3])
+    return inputs
+
+
+class Detector:
+    """A tiny detector of one kind and batch size, with a session: train(batch) and predict(batch)."""
+
+    def __init__(self, kind, size, *settings):
+        self.cfg = tiny_config(*KINDS[kind], *COMMON, *settings)
+        self.graph = tf.Graph()
+        with self.graph.as_default():
+            tf.set_random_seed(3)
+            example = make_batch([(32, 32)] * size, [[]] * size, self.cfg)
+            self.inputs = with_known_ends(placeholders(example), self.cfg)
+            self.losses, _ = model_rcnn.build_training(self.inputs, self.cfg)
+            total = tf.add_n(list(self.losses.values()))
+            variables = tf.trainable_variables()
+            gradients = tf.gradients(total, variables)
+            assert all(g is not None for g in gradients)
+            self.gradients = {v.op.name: g for v, g in zip(variables, gradients)}
+            with tf.variable_scope(tf.get_variable_scope(), reuse=True):
+                image, shape = self.inputs["image"], self.inputs["image_shape"]
+                self.outputs = model_rcnn.build_inference(image, shape, self.cfg)
+            self.session = tf.Session()
+            self.session.run(tf.global_variables_initializer())
+
+    def train(self, batch):
+        return self.session.run((self.losses, self.gradients), {self.inputs[k]: batch[k] for k in self.inputs})
+
+    def predict(self, batch):
+        return self.session.run(self.outputs, {self.inputs[k]: batch[k] for k in ("image", "image_shape")})
+
+    def fill(self, name, value):
+        """Fills a variable with one value -> its old content."""
+        with self.graph.as_default():
+            variable = next(v for v in tf.global_variables() if v.op.name == name)
+            old = self.session.run(variable)
+            variable.load(np.full_like(old, value) if np.isscalar(value) else value, self.session)
+        return old
+
+    def batch(self, shapes, objects, **options):
+        return make_batch(shapes, objects, self.cfg, **options)
+
+
+_built = {}
+
+
+def detector(kind, size, *settings):
+    key = kind, size, settings
+    if key not in _built:
+        _built[key] = Detector(*key[:2], *settings)
+    return _built[key]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def close_sessions():
+    yield
+    for built in _built.values():
+        built.session.close()
+    _built.clear()
+
+
+def check_outputs(outputs, cfg, shapes):
+    size, limit = len(shapes), cfg.TEST.RESULTS_PER_IM
+    assert outputs["boxes"].shape == (size, limit, 4)
+    assert outputs["labels"].dtype == np.int32 and outputs["count"].dtype == np.int32
+    for row, (h, w) in enumerate(shapes):
+        count = outputs["count"][row]
+        assert np.isfinite(outputs["boxes"][row]).all()
+        assert (outputs["boxes"][row] >= 0).all() and (outputs["boxes"][row] <= [w, h, w, h]).all()
+        assert (outputs["labels"][row, :count] > 0).all() and not outputs["labels"][row, count:].any()
+        assert (np.diff(outputs["scores"][row, :count]) <= 0).all()
+    if cfg.MODE_MASK:
+        m = 28 if cfg.MODE_FPN else 14
+        assert outputs["masks"].shape == (size, limit, m, m)
+        assert (outputs["masks"] >= 0).all() and (outputs["masks"] <= 1).all()
+    if cfg.MODE_KEYPOINT:
+        assert outputs["keypoints"].shape == (size, limit, cfg.KRCNN.NUM_KEYPOINT, 3)
+        assert np.isfinite(outputs["keypoints"]).all()
+
+
+def many_objects(count=500, seed=0):
+    corner = np.random.RandomState(seed).uniform(0, 80, [count, 2])
+    return [(x, y, x + 5 + i % 13, y + 4 + i % 7, 1 + i % 3) for i, (x, y) in enumerate(corner)]
+
+
+CASES = {
+    "no objects": ([(96, 96)] * 2, [[], []]),
+    "objects in one image only": ([(96, 96), (64, 90)], [[(5, 5, 60, 60, 1)], []]),
+    "crowds only": ([(96, 96)] * 2, [[(0, 0, 96, 96, 1, True)], [(5, 5, 60, 60, 2, True)]]),
+    "one pixel": ([(96, 96)] * 2, [[(40, 40, 41, 41, 1)], [(0, 0, 1, 1, 2), (95, 95, 96, 96, 3)]]),
+    "border": ([(96, 96)] * 2, [[(-10, -5, 30, 30, 1), (80, 80, 110, 130, 2)], [(0, 0, 96, 96, 3)]]),
+    "empty boxes": ([(96, 96)] * 2, [[(40, 40, 40, 40, 1)], [(50, 20, 40, 60, 2), (10, 10, 50, 50, 1)]]),
+    "1 x 1000": ([(1, 1000), (3, 900)], [[(10, 0, 400, 1, 1)], [(0, 0, 900, 3, 2)]]),
+    "one pixel images": ([(1, 1), (1, 2)], [[(0, 0, 1, 1, 1)], []]),
+    "500 objects": ([(96, 96)] * 2, [many_objects(), many_objects(3, 1)]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_hard_inputs_train_and_predict_without_nan(kind, case):
+    shapes, objects = CASES[case]
+    for size in (1, 2):
+        built = detector(kind, size)
+        batch = built.batch(shapes[:size], objects[:size])
+        losses, gradients = built.train(batch)
+        assert all(np.isfinite(v) for v in losses.values()), losses
+        assert all(np.isfinite(g).all() for g in gradients.values())
+        if case in ("no objects", "crowds only"):
+            assert losses["mrcnn/mask_loss"] == 0 and losses["rpn/box_loss"] == 0
+        check_outputs(built.predict(batch), built.cfg, shapes[:size])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [1, 2])
+def test_no_proposals_and_no_detections_are_fine(kind, size):
+    """A bias that is not a number makes every proposal absent: a diverged model, but no crash."""
+    built = detector(kind, size)
+    shapes, objects = [(96, 96)] * size, [[(5, 5, 60, 60, 1)]] * size
+    batch = built.batch(shapes, objects)
+    bias = built.fill("rpn/box/b", np.nan)
+    try:
+        outputs = built.predict(batch)
+        assert not outputs["count"].any()
+        check_outputs(outputs, built.cfg, shapes)
+        built.fill("rpn/box/b", -1e4)  # every proposal far outside: empty once clipped
+        outputs = built.predict(batch)
+        assert not outputs["count"].any()
+        check_outputs(outputs, built.cfg, shapes)
+        losses, gradients = built.train(batch)  # the ground truth alone is sampled
+        assert all(np.isfinite(v) for v in losses.values())
+        assert all(np.isfinite(g).all() for g in gradients.values())
+    finally:
+        built.fill("rpn/box/b", bias)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_of_two_equals_its_images_one_by_one(kind):
+    pair, single = detector(kind, 2), detector(kind, 1)
+    objects = [[(5, 5, 60, 60, 1), (30, 20, 90, 80, 2)], [(10, 30, 70, 90, 3)]]
+    batch = pair.batch([(96, 96), (96, 96)], objects)
+    together = pair.predict(batch)
+    assert together["count"].min() > 0
+    for row in range(2):
+        alone = single.predict({key: value[row : row + 1] for key, value in batch.items()})
+        assert alone["count"][0] == together["count"][row]
+        for key in together:
+            np.testing.assert_allclose(together[key][row], alone[key][0], rtol=1e-4, atol=2e-4, err_msg=key)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_with_losses_per_image_a_batch_of_two_is_the_mean_of_its_images(kind):
+    """What makes an update independent of how images are spread over devices."""
+    pair, single = detector(kind, 2), detector(kind, 1)
+    objects = [[(5, 5, 60, 60, 1), (30, 20, 90, 80, 2)], [(10, 30, 70, 90, 3)]]
+    batch = pair.batch([(96, 96), (96, 96)], objects)
+    losses, gradients = pair.train(batch)
+    halves = [single.train({key: value[row : row + 1] for key, value in batch.items()}) for row in range(2)]
+    for key, value in losses.items():
+        assert value == pytest.approx((halves[0][0][key] + halves[1][0][key]) / 2, rel=1e-5, abs=1e-7), key
+    for name, gradient in gradients.items():
+        mean = (halves[0][1][name] + halves[1][1][name]) / 2
+        assert np.abs(gradient - mean).max() <= 1e-5 * max(np.abs(mean).max(), 1e-2), name
+
+
+def test_c4_masks_work_inside_a_tower():
+    """The scope of a replica: variables of the branches are found under it."""
+    cfg = tiny_config(*KINDS["c4"], *COMMON)
+    batch = make_batch([(32, 32)], [[(2, 2, 30, 30, 1)]], cfg)
+    with tf.Graph().as_default(), tf.variable_scope("tower1"):
+        tf.set_random_seed(0)
+        model_rcnn.build_training(constants(batch), cfg)
+        names = {v.op.name for v in tf.global_variables()}
+        with tf.variable_scope(tf.get_variable_scope(), reuse=True):
+            model_rcnn.build_inference(tf.constant(batch["image"]), tf.constant(batch["image_shape"]), cfg)
+        assert {v.op.name for v in tf.global_variables()} == names
+        assert all(name.startswith("tower1/") and "//" not in name for name in names)
