@@ -109,6 +109,12 @@ def test_torchvision_mask_rcnn_detects_the_same(tmp_path):
     assert_same_detector(got, golden)
 
 
+def test_detectron_mask_rcnn_detects_the_same(tmp_path):
+    golden = recorded("caffe2")
+    variables, settings = convert_seeded(golden, tmp_path / "weights.npz")
+    assert_same_detector(run(stages_of_detector, variables, settings | SMALL_TEST, seeded_image(120, 150)), golden)
+
+
 def stages_of_backbone(image, image_shape, cfg):
     return resnet_stages(preprocess_image(image, image_shape, cfg), cfg, 4)
 
