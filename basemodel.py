@@ -11,7 +11,7 @@ import zlib
 import numpy as np
 
 from model_syncbn import batch_norm
-from utils.tf_v1 import tf
+from utils.tf_v1 import onednn_enabled, tf
 
 __all__ = [
     "batch_norm_frozen",
@@ -147,11 +147,9 @@ def conv2d(
 
 
 def _grouped_conv(x, weight, stride, padding, groups):
-    if groups == 1:
-        return tf.nn.conv2d(x, weight, strides=stride, padding=padding)
-    if _on_gpu():
+    if groups == 1 or _on_gpu() or (onednn_enabled() and x.dtype in (tf.float32, tf.bfloat16)):
         return tf.nn.conv2d(x, weight, strides=stride, padding=padding)  # the group count follows from the shapes
-    # CPU kernels have no gradient for grouped convolutions.
+    # TensorFlow's own CPU kernels have no gradient for grouped convolutions.
     parts = zip(tf.split(x, groups, -1), tf.split(weight, groups, -1))
     return tf.concat([tf.nn.conv2d(a, w, strides=stride, padding=padding) for a, w in parts], -1)
 

@@ -82,9 +82,12 @@ def reference_conv(x, weight, stride, padding):
     return y
 
 
+@pytest.mark.parametrize("onednn", [True, False])
 @pytest.mark.parametrize("groups", [1, 2, 8])
 @pytest.mark.parametrize("stride", [1, 2])
-def test_convolution_and_its_gradients_equal_the_reference(groups, stride):
+def test_convolution_and_its_gradients_equal_the_reference(groups, stride, onednn, monkeypatch):
+    if not onednn:
+        monkeypatch.setattr(basemodel, "onednn_enabled", lambda: False)
     random = np.random.RandomState(0)
     x = random.randn(2, 9, 8, 16).astype(np.float32)
     weight = random.randn(3, 3, 16 // groups, 24).astype(np.float32)

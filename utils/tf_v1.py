@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 from common import visible_gpus
 
-__all__ = ["tf"]
+__all__ = ["onednn_enabled", "tf"]
 
 _VERBOSE = bool(os.environ.get("PACKRCNN_VERBOSE_TF"))
 
@@ -54,3 +54,12 @@ tf.disable_v2_behavior()
 # A reference variable may be updated while other operations of the same step still read it; reads of a resource
 # variable are snapshots. Without this, two runs of the same step differ by up to 1 % in some gradients.
 tf.enable_resource_variables()
+
+
+def onednn_enabled() -> bool:
+    """Whether CPU convolutions run in oneDNN, which differentiates grouped ones; TensorFlow's own kernels do not."""
+    try:
+        from tensorflow.python.util import _pywrap_util_port
+    except ImportError:
+        return False
+    return bool(_pywrap_util_port.IsMklEnabled())
