@@ -1,0 +1,229 @@
+"""Planted mistakes are found, named with their image ids, and repaired in a copy; clean data stay without findings."""
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DATA = Path(__file__).parent / "data"
+sys.path.insert(0, str(ROOT / "tools"))
+
+import check_data  # noqa: E402
+from check_data import CHECKS, DataSource, check_leakage, check_source, fixed_content, look_at_images  # noqa: E402
+
+
+def picture(seed: int, height: int = 60, width: int = 80) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return cv2.resize(rng.integers(0, 255, (6, 8, 3), dtype=np.uint8), (width, height), interpolation=cv2.INTER_CUBIC)
+
+
+@pytest.fixture
+def clean(tmp_path) -> DataSource:
+    """Six images of 60 x 80, two objects each, nothing wrong."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    images, annotations = [], []
+    for i in range(6):
+        cv2.imwrite(str(folder / f"{i}.jpg"), picture(i))
+        images.append({"id": 10 + i, "file_name": f"{i}.jpg", "height": 60, "width": 80})
+        for j, x in enumerate((5, 40)):
+            polygon = [[x, 10, x + 20, 10, x + 20, 40, x, 40]]
+            annotations.append({
+                "id": 2 * i + j + 1, "image_id": 10 + i, "category_id": 1 + j, "bbox": [x, 10, 20, 30], "area": 600,
+                "segmentation": polygon, "iscrowd": 0,
+            })  # fmt: skip
+    categories = [{"id": 1, "name": "left"}, {"id": 2, "name": "right"}]
+    content = {"info": {"year": 2020}, "images": images, "annotations": annotations, "categories": categories}
+    return DataSource("set", content, str(folder))
+
+
+def edit_annotation(**changes):
+    return lambda source: source.content["annotations"][4].update(changes)
+
+
+def edit_image(**changes):
+    return lambda source: source.content["images"][2].update(changes)
+
+
+def write(name: str, content: bytes):
+    return lambda source: (Path(source.folder) / name).write_bytes(content)
+
+
+def cut(source: DataSource) -> None:
+    path = Path(source.folder) / "2.jpg"
+    path.write_bytes(path.read_bytes()[:-60])
+
+
+def same_file(source: DataSource) -> None:
+    (Path(source.folder) / "2.jpg").write_bytes((Path(source.folder) / "0.jpg").read_bytes())
+
+
+def object_twice(source: DataSource) -> None:
+    source.content["annotations"].append({**source.content["annotations"][4], "id": 99})
+
+
+def category(entry: dict):
+    return lambda source: source.content["categories"].append(entry)
+
+
+nan = float("nan")
+PLANTED = {
+    "image id used twice": lambda s: s.content["images"].append({**s.content["images"][2], "file_name": "x/../2.jpg"}),
+    "image file used twice": lambda s: s.content["images"].append({**s.content["images"][2], "id": 77}),
+    "image entry incomplete": edit_image(height=None),
+    "image missing": edit_image(file_name="none.jpg"),
+    "image unreadable": write("2.jpg", b"\xff\xd8 no image \xff\xd9"),
+    "image cut off": cut,
+    "image size differs": edit_image(height=50),
+    "same image twice": same_file,
+    "category id used twice": category({"id": 2, "name": "other"}),
+    "category name used twice": category({"id": 3, "name": "left"}),
+    "category without objects": category({"id": 3, "name": "middle"}),
+    "annotation id used twice": edit_annotation(id=1),
+    "annotation of unknown image": edit_annotation(image_id=1000),
+    "annotation of unknown category": edit_annotation(category_id=9),
+    "box not four finite numbers": edit_annotation(bbox=[1, 2, nan, 4]),
+    "box without extent": edit_annotation(bbox=[5, 10, 0, 30]),
+    "box outside the image": edit_annotation(bbox=[85, 10, 20, 30]),
+    "box partly outside the image": edit_annotation(bbox=[-4, 10, 29, 30]),
+    "outline invalid": edit_annotation(segmentation=[[1, 2, 3, 4]]),
+    "outline without area": edit_annotation(segmentation=[[5, 10, 15, 25, 25, 40]]),
+    "outline outside the image": edit_annotation(segmentation=[[-5, 10, 25, 10, 25, 40, -5, 40]]),
+    "outline and box disagree": edit_annotation(bbox=[50, 10, 20, 30]),
+    "area not positive": edit_annotation(area=0),
+    "object twice": object_twice,
+}
+
+
+@pytest.mark.quick
+def test_clean_data_have_no_findings(clean):
+    facts = look_at_images(clean)
+    assert check_source(clean, facts) == []
+    content, done = fixed_content(clean, facts)
+    assert content == clean.content and not done
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("check", PLANTED)
+def test_planted_mistake_is_found_where_it_is(clean, check):
+    PLANTED[check](clean)
+    found = [f for f in check_source(clean, look_at_images(clean)) if f.check == check]
+    assert len(found) == 1
+    if not check.startswith("category"):
+        expected = {"image file used twice": 77, "annotation of unknown image": 1000}.get(check, 12)
+        assert found[0].image_id == expected
+
+
+@pytest.mark.quick
+def test_every_check_has_a_test():
+    assert set(PLANTED) | {"same image in two sets", "similar image in two sets"} == set(CHECKS)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("check", [c for c in PLANTED if c not in ("same image twice", "category without objects")])
+def test_repaired_copy_is_clean_and_the_original_untouched(clean, check):
+    PLANTED[check](clean)
+    before = copy.deepcopy(clean.content)
+    facts = look_at_images(clean)
+    content, done = fixed_content(clean, facts)
+    assert str(clean.content) == str(before)
+    cleaned = clean._replace(content=content)
+    again = [f for f in check_source(cleaned, look_at_images(cleaned)) if f.check != "category without objects"]
+    left = {"outline outside the image", "outline and box disagree", "category name used twice"}
+    assert {f.check for f in again} <= left
+    if check not in left:
+        assert again == [] and sum(done.values()) > 0
+    if check == "image size differs":
+        assert content["images"][2]["height"] == 60
+    assert content["info"] == {"year": 2020}
+    assert len({a["id"] for a in content["annotations"]}) == len(content["annotations"])
+
+
+@pytest.mark.quick
+def test_run_lengths_are_checked(clean):
+    annotation = clean.content["annotations"][4]
+    annotation["segmentation"] = {"size": [60, 80], "counts": [5 * 60 + 10, 30, 60 * 80 - 5 * 60 - 40]}
+    annotation["bbox"] = [5, 10, 1, 30]
+    assert check_source(clean, {}) == []
+    annotation["segmentation"]["counts"] = [1, 2]
+    assert [f.check for f in check_source(clean, {})] == ["outline invalid"]
+    assert fixed_content(clean, {})[0]["annotations"][4]["segmentation"] == []
+
+
+@pytest.mark.quick
+def test_images_shared_by_two_sets_are_found_also_when_compressed_anew(clean, tmp_path):
+    other = tmp_path / "val"
+    other.mkdir()
+    (other / "a.jpg").write_bytes((Path(clean.folder) / "3.jpg").read_bytes())
+    cv2.imwrite(str(other / "b.png"), cv2.resize(picture(4), (160, 120)))
+    cv2.imwrite(str(other / "c.jpg"), picture(50))
+    sizes = {"a.jpg": (60, 80), "b.png": (120, 160), "c.jpg": (60, 80)}
+    images = [{"id": n, "file_name": n, "height": h, "width": w} for n, (h, w) in sizes.items()]
+    val = DataSource("val", {"images": images, "annotations": [], "categories": []}, str(other))
+    found = check_leakage("set", look_at_images(clean), "val", look_at_images(val))
+    assert [(f.check, f.data, f.image_id) for f in found] == [
+        ("same image in two sets", "val", "a.jpg"),
+        ("similar image in two sets", "val", "b.png"),
+    ]
+    assert "image 13 of set" in found[0].detail and "image 14 of set" in found[1].detail
+
+
+@pytest.mark.quick
+def test_command_line_writes_findings_copy_and_page(clean, tmp_path):
+    PLANTED["box without extent"](clean)
+    PLANTED["image size differs"](clean)
+    file = tmp_path / "train.json"
+    file.write_text(json.dumps(clean.content))
+    before = file.read_bytes()
+    call = [sys.executable, str(ROOT / "tools/check_data.py"), "--data", str(file), clean.folder]
+    outputs = ["--json", tmp_path / "f.json", "--fix", tmp_path / "fixed", "--page", tmp_path / "page"]
+    done = subprocess.run([*call, *map(str, outputs)], capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    assert "box without extent" in done.stdout
+    report = json.loads((tmp_path / "f.json").read_text())
+    assert report["counts"] == {"train": {"box without extent": 1, "image size differs": 1}}
+    assert {f["image_id"] for f in report["findings"]} == {12}
+    assert file.read_bytes() == before
+    page = (tmp_path / "page/index.html").read_text()
+    shown = sorted(p.name for p in (tmp_path / "page").glob("*.png"))
+    assert len(shown) == 6 and all(name in page for name in shown) and "box without extent" in page
+    fixed = [*call[:2], "--data", str(tmp_path / "fixed/train.json"), clean.folder]
+    assert subprocess.run(fixed, capture_output=True).returncode == 0
+    again = subprocess.run([*call, "--fix", str(tmp_path / "fixed")], capture_output=True, text=True)
+    assert again.returncode == 2 and "train.json exists; choose a folder without it" in again.stderr
+
+
+@pytest.mark.quick
+def test_wrong_folder_is_said_once(clean, tmp_path, capsys):
+    file = tmp_path / "train.json"
+    file.write_text(json.dumps(clean.content))
+    assert check_data.main(["--data", str(file), str(tmp_path)]) == 2
+    assert "none of its 6 images exists" in capsys.readouterr().err
+
+
+@pytest.mark.quick
+def test_registered_sets_are_checked_through_the_settings():
+    settings = [f"DATA.BASEDIR={DATA / 'coco_mini'}", "DATA.TRAIN=coco_train2017", "DATA.VAL=coco_val2017"]
+    sources = [source for source, _ in check_data.configured_sources(settings)]
+    findings, _ = check_data._check_all(sources, quick=False)
+    assert {f.check for f in findings if CHECKS[f.check] == "error"} == set()
+
+
+@pytest.mark.quick
+def test_quick_check_opens_a_sample_of_a_split(clean, tmp_path):
+    from config import default_config, finalize_config
+    from dataset import load_split
+
+    file = tmp_path / "train.json"
+    PLANTED["image size differs"](clean)
+    file.write_text(json.dumps(clean.content))
+    cfg = default_config()
+    cfg.DATA.DATASETS = {"mine": [str(file), clean.folder]}
+    split = load_split(finalize_config(cfg), "mine")
+    assert [(f.check, f.image_id) for f in check_data.quick_check(split)] == [("image size differs", 12)]
