@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -13,7 +14,9 @@ from typing import IO, Any
 
 from termcolor import colored
 
-__all__ = ["UserError", "logger", "atomic_write", "write_json", "read_json", "visible_gpus", "git_revision"]
+__all__ = [
+    "UserError", "logger", "atomic_write", "write_json", "without_nan", "read_json", "visible_gpus", "git_revision",
+]  # fmt: skip
 
 
 class UserError(Exception):
@@ -84,6 +87,15 @@ def _umask() -> int:
 def write_json(path: str | os.PathLike, content: Any, indent: int | None = None) -> None:
     with atomic_write(path) as f:
         json.dump(content, f, indent=indent)
+
+
+def without_nan(content: Any) -> Any:
+    """`content` with None (null in JSON, which knows no NaN) for every float that is not finite."""
+    if isinstance(content, dict):
+        return {key: without_nan(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [without_nan(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def read_json(path: str | os.PathLike, what: str) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 if __name__ == "__main__" and "--verbose-tf" in sys.argv:
     os.environ["PACKRCNN_VERBOSE_TF"] = "1"
 
-from common import UserError, logger, read_json, write_json
+from common import UserError, logger, read_json, without_nan, write_json
 from config import Config, default_config, finalize_config
 
 # Settings that shape the network: taken from the file given to --load also when training.
@@ -21,6 +21,8 @@ _MODEL_SETTINGS = re.compile(
     r"^(MODE_|BACKBONE\.(?!WEIGHTS|FREEZE)|FPN\.|CASCADE\.BBOX|RPN\.(ANCHOR_|CELL_|STRIDE_|HEAD_DIM)|FRCNN\.(CLASS_AGN|BBOX|ROI)"
     r"|MRCNN\.HEAD_DIM|KRCNN\.|PREPROC\.PIXEL_)"
 )
+# Settings that belong to pretrained weights of a backbone: taken from the file that BACKBONE.WEIGHTS names.
+_BACKBONE_SETTINGS = re.compile(r"^(BACKBONE\.(?!WEIGHTS|FREEZE)|PREPROC\.PIXEL_)")
 # Settings that say where a run goes on or what it may use, not what it computes.
 _FREE_SETTINGS = re.compile(
     r"^(TRAIN\.(MAX_STEPS|EVAL_PERIOD|CHECKPOINT_PERIOD|KEEP_CHECKPOINTS)|DATA\.(NUM_WORKERS|PREFETCH|VAL$|BASEDIR)|TEST\.)"
@@ -122,8 +124,10 @@ def _load(args: argparse.Namespace) -> tuple[dict | None, dict | None]:
 
 
 def _settings(args: argparse.Namespace, weights: dict | None, meta: dict | None) -> tuple[Config, dict | None]:
-    """Defaults, then the settings stored with the weights, then --config."""
+    """Defaults, then the settings stored with the weights (--load, else BACKBONE.WEIGHTS), then --config."""
     cfg = default_config()
+    backbone = {} if weights else _settings_of_backbone(args)
+    cfg.update_from_dict(backbone, "settings stored in BACKBONE.WEIGHTS")
     if meta:
         training = not (args.predict or args.evaluate)
         stored = meta.get("settings") or {}
@@ -133,8 +137,21 @@ def _settings(args: argparse.Namespace, weights: dict | None, meta: dict | None)
         if not training and meta.get("class_names"):
             cfg.DATA.CLASS_NAMES = list(meta["class_names"])
             cfg.DATA.NUM_CATEGORY = len(meta["class_names"])
-    cfg.update_args(args.config)
-    return finalize_config(cfg), meta
+    finalize_config(cfg.update_args(args.config))
+    defaults = default_config()
+    taken = [f"{k}={v}" for k, v in backbone.items() if cfg.get(k) == v != defaults.get(k)]
+    if taken:
+        logger.info(f"settings stored in {cfg.BACKBONE.WEIGHTS}: {', '.join(taken)}")
+    return cfg, meta
+
+
+def _settings_of_backbone(args: argparse.Namespace) -> dict[str, Any]:
+    """What the file that --config gives as BACKBONE.WEIGHTS says of the network it holds, if anything."""
+    from utils.checkpoint import load_weights
+
+    path = os.path.expanduser(default_config().update_args(args.config).BACKBONE.WEIGHTS)
+    meta = load_weights(path)[1] if os.path.isfile(path) else None
+    return {k: v for k, v in ((meta or {}).get("settings") or {}).items() if _BACKBONE_SETTINGS.match(k)}
 
 
 # ------------------------------------------------------------------------------------------------------------- running
@@ -192,6 +209,9 @@ def predict(args: argparse.Namespace) -> None:
     cfg = _with_classes(cfg, weights, [])
     logger.info(f"{len(files)} images; building the model")
     predictor = build_predictor(cfg, _weight_loader(weights, args.load, args))
+    category_ids = (meta or {}).get("category_ids") or []
+    if len(category_ids) != cfg.DATA.NUM_CATEGORY:  # other classes were given by --config
+        category_ids = None
     entries, started = [], time.time()
     for batch in inference_batches(files, cfg, (0, 1)):
         outputs = predictor(batch["image"], batch["image_shape"])
@@ -201,9 +221,8 @@ def predict(args: argparse.Namespace) -> None:
             path = write_prediction(
                 args.output, files[index], detections, cfg.DATA.CLASS_NAMES, cfg.TEST.RESULT_SCORE_THRESH_VIS
             )
-            entries.append(
-                prediction_entry(files[index], batch["original_shapes"][n], detections, cfg.DATA.CLASS_NAMES)
-            )
+            size = batch["original_shapes"][n]
+            entries.append(prediction_entry(files[index], size, detections, cfg.DATA.CLASS_NAMES, category_ids))
             shown = int((detections.scores >= cfg.TEST.RESULT_SCORE_THRESH_VIS).sum())
             rate = (time.time() - started) / len(entries)
             logger.info(f"{len(entries)}/{len(files)} {path}: {shown} objects ({rate:.2f} s/image)")
@@ -248,7 +267,7 @@ def evaluate(args: argparse.Namespace) -> None:
         metrics = split.evaluate(results)
         every.update(metrics if len(splits) == 1 else {f"{split.name}/{k}": v for k, v in metrics.items()})
     target = out.with_name(f"{out.stem}.metrics.json")
-    write_json(target, every, indent=1)
+    write_json(target, without_nan(every), indent=1)
     logger.info(f"scores in {target}")
 
 
@@ -345,6 +364,7 @@ def train(args: argparse.Namespace) -> int:
     if start_step:
         logger.info(f"continuing {origin}")
     run_meta = make_meta(cfg.to_dict(), cfg.DATA.CLASS_NAMES, start_step)
+    run_meta["category_ids"] = [split.label_to_category_id(i + 1) for i in range(len(split.class_names))]
     if chief:
         logdir.mkdir(parents=True, exist_ok=True)
         write_json(logdir / "settings.json", run_meta, indent=1)
@@ -377,7 +397,7 @@ def train(args: argparse.Namespace) -> int:
         return 128 + e.signal_number
     if chief:
         if metrics:
-            write_json(logdir / "metrics.json", metrics, indent=1)
+            write_json(logdir / "metrics.json", without_nan(metrics), indent=1)
         logger.info(
             f"finished {plan.total_steps} steps in {(time.time() - started) / 60:.1f} min; the model is {logdir}"
         )

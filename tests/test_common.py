@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from common import UserError, atomic_write, read_json, visible_gpus, write_json
+from common import UserError, atomic_write, read_json, visible_gpus, without_nan, write_json
 
 pytestmark = pytest.mark.quick
 
@@ -32,3 +32,8 @@ def test_a_missing_or_broken_json_is_named_with_its_role(tmp_path, content):
 def test_visible_gpus_follow_the_environment(monkeypatch, visible, count):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert visible_gpus() == count
+
+
+def test_json_gets_null_for_what_is_not_finite():
+    content = {"ap": float("nan"), "rows": [1.5, (float("inf"), None, "nan")], "n": 3}
+    assert without_nan(content) == {"ap": None, "rows": [1.5, [None, None, "nan"]], "n": 3}

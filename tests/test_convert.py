@@ -406,7 +406,8 @@ def test_torchvision_coco_ids_and_their_reduction(tmp_path):
     assert report.class_names[0] == "person" and report.class_names[89] == "toothbrush"
     assert report.class_names[11] == "unused 12" and report.class_names[12] == "stop sign"
     variables, settings, report = convert(tmp_path / "a.pth", drop_unused_classes=True)
-    assert settings["DATA.NUM_CATEGORY"] == 80 and len(report.class_names) == 80
+    assert settings["DATA.NUM_CATEGORY"] == 80 and len(report.class_names) == len(report.category_ids) == 80
+    assert dict(zip(report.class_names, report.category_ids))["toothbrush"] == 90
     stop_sign = report.class_names.index("stop sign")
     for name, per_class, shift in (("class", 1, 1), ("box", 4, 1)):
         got, all_ids = variables[f"fastrcnn/outputs/{name}/b"], want[f"fastrcnn/outputs/{name}/b"]

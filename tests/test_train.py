@@ -60,6 +60,7 @@ def test_a_run_leaves_a_checkpoint_that_describes_itself(trained):
     assert meta["settings"]["MODE_FPN"] is True
     assert len(meta["class_names"]) == 80
     assert meta["class_names"][0] == "person"
+    assert meta["category_ids"][:13] == [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 13, 14] and len(meta["category_ids"]) == 80
     assert set(meta["versions"]) >= {"tensorflow", "numpy", "python"}
     assert losses_of(trained).keys() == {4}
     assert list(trained.glob("events.out.tfevents.*"))
@@ -226,6 +227,8 @@ def test_predict_takes_files_and_folders_and_writes_what_it_found(trained, tmp_p
     )
     entries = json.loads((tmp_path / "predictions.json").read_text())
     assert sorted(Path(e["file"]).name for e in entries) == [f.name for f in files]
+    categories = json.loads((COCO_MINI / "annotations" / "instances_val2017.json").read_text())["categories"]
+    ids = {c["name"]: c["id"] for c in categories}
     for entry in entries:
         image = cv2.imread(entry["file"])
         assert (entry["height"], entry["width"]) == image.shape[:2]
@@ -234,6 +237,7 @@ def test_predict_takes_files_and_folders_and_writes_what_it_found(trained, tmp_p
             x1, y1, x2, y2 = found["box"]
             assert 0 <= x1 < x2 <= entry["width"]
             assert 0 <= y1 < y2 <= entry["height"]
+            assert found["category_id"] == ids[found["class"]]
             assert found["mask"]["size"] == [entry["height"], entry["width"]]
 
 
@@ -339,6 +343,20 @@ def test_tensorflow_is_quiet_and_a_flag_brings_it_back(trained, tmp_path):
     for noise in ("oneDNN", "cudart", "absl", "deprecated", "Warning", "np_resource"):
         assert noise not in quiet
     assert "oneDNN" in stderr("--verbose-tf")
+
+
+def test_a_backbone_brings_its_settings_which_the_command_line_overrides(tmp_path, capsys):
+    path = tmp_path / "R50.npz"
+    stored = {"BACKBONE.STRIDE_1X1": True, "BACKBONE.BN_EPSILON": 2e-5, "BACKBONE.FREEZE_AT": 4, "MODE_FPN": True,
+              "PREPROC.PIXEL_STD": [1.0, 1.0, 1.0]}  # fmt: skip
+    save_npz(path, {"conv0/W": np.zeros([7, 7, 3, 64], np.float32)}, {"settings": stored})
+    assert run("--print-config", "--config", f"BACKBONE.WEIGHTS={path}", "BACKBONE.BN_EPSILON=1e-5") == 0
+    out, err = capsys.readouterr()
+    lines = out.splitlines()
+    assert {"BACKBONE.STRIDE_1X1=True", "PREPROC.PIXEL_STD=[1.0, 1.0, 1.0]", "BACKBONE.BN_EPSILON=1e-05"} <= {*lines}
+    assert {"BACKBONE.FREEZE_AT=2", "MODE_FPN=False"} <= {*lines}  # choices of a run, not facts of a backbone
+    assert f"settings stored in {path}: BACKBONE.STRIDE_1X1=True, PREPROC.PIXEL_STD=[1.0, 1.0, 1.0]" in err
+    assert "BN_EPSILON" not in err
 
 
 def test_print_config_shows_the_settings_in_force(trained, capsys):

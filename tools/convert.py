@@ -63,6 +63,7 @@ class Report:
     missing: list[str] = field(default_factory=list)  # names here that the model needs and the file lacks
     notes: list[str] = field(default_factory=list)
     class_names: list[str] = field(default_factory=list)
+    category_ids: list[int] = field(default_factory=list)  # of the classes in their data set; [] = not known
 
     def table(self, verbose: bool = False) -> str:
         rows = [["mapped", len(self.mapped), ""]]
@@ -98,7 +99,9 @@ def convert(
     settings = {**_derive_settings(variables), **settings}
     classes = settings.get("DATA.NUM_CATEGORY", 0)
     names = _default_class_names(system, classes, report) if class_names is None else class_names
+    report.category_ids = _coco_ids(system, classes) if class_names is None or drop_unused_classes else []
     if drop_unused_classes:
+        report.category_ids = [i for i in report.category_ids if i not in _GAPS_IN_COCO_IDS]
         names = _drop_gaps(variables, settings, names, path)
     if names and len(names) != settings.get("DATA.NUM_CATEGORY", 0):
         raise UserError(
@@ -725,6 +728,13 @@ def _drop_gaps(variables: dict[str, np.ndarray], settings: dict[str, Any], names
     return [names[i - 1] for i in kept] if len(names) == 90 else names
 
 
+def _coco_ids(system: str, classes: int) -> list[int]:
+    """Category ids of models whose number of classes tells that they were trained on COCO."""
+    if classes == 90 and system.startswith("torchvision"):
+        return list(range(1, 91))
+    return [i for i in range(1, 91) if i not in _GAPS_IN_COCO_IDS] if classes == 80 else []
+
+
 def _default_class_names(system: str, classes: int, report: Report) -> list[str]:
     if classes == 80:
         report.notes.append("80 classes are taken for COCO's, in the order of their ids; --class-names gives others")
@@ -956,6 +966,8 @@ def main(argv: list[str] | None = None) -> int:
             return 3
         if args.output:
             meta = make_meta(settings, report.class_names, 0)
+            if report.category_ids:
+                meta["category_ids"] = report.category_ids
             meta["source"] = {"file": Path(args.input).name, "system": report.system}
             save_npz(args.output, variables, meta)
             logger.info(f"{args.output} written: {len(variables)} variables, {len(settings)} settings")
