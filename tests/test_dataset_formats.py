@@ -419,3 +419,20 @@ def test_unknown_formats_and_modules_are_named():
         load_format(["no_such_module:load", "a"], settings(DATA), "mine")
     with pytest.raises(UserError, match="'voc_nowhere' does not exist|voc_nowhere does not exist"):
         load_format(["voc", "voc_nowhere", ""], settings(DATA), "mine")
+
+
+@pytest.mark.quick
+def test_documented_example_of_an_own_data_set_loads_and_scores(tmp_path):
+    for name, lines in {
+        "a": ["2 3 20 25.5 circle", "10 10 40 30 triangle"],
+        "b": [],
+        "c": ["0 0 50 40 square"],
+    }.items():
+        cv2.imwrite(str(tmp_path / f"{name}.jpg"), np.zeros((40, 50, 3), np.uint8))
+        (tmp_path / f"{name}.txt").write_text("\n".join(lines))
+    split = load_format(["demo.own_dataset:load", str(tmp_path)], settings(tmp_path), "mine")
+    assert split.class_names == ["circle", "square", "triangle"] and len(split) == 3
+    assert split.annotations(0)["boxes"].tolist() == [[2, 3, 20, 25.5], [10, 10, 40, 30]]
+    results = annotations_as_results(split)
+    assert split.evaluate(results, verbose=False)["bbox/AP"] == pytest.approx(1.0)
+    assert split.evaluate(results[1:], verbose=False)["bbox/AP_per_class/circle"] == 0
