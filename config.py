@@ -229,7 +229,9 @@ def default_config() -> Config:
                 "BBOX_REG_WEIGHTS": [10.0, 10.0, 5.0, 5.0],
                 "SMOOTH_L1_BETA": 1.0,  # 0 = L1
                 "CLASS_AGNOSTIC": False,
-                "ROI_SAMPLES": 2,  # RoIAlign samples per bin and axis
+                # RoIAlign samples per bin and axis, 1 to 4. 0: as many as a bin has feature cells, rounded up, which
+                # detectron2's models are trained with; in prediction alone (training then takes 2), and slower.
+                "ROI_SAMPLES": 2,
                 # False: without the half-pixel shift, and RoIs of one feature cell at least (Detectron, torchvision).
                 "ROI_ALIGNED": True,
                 # True: RoIs end at x2 - 1, y2 - 1, the index of their last pixel (Detectron, maskrcnn-benchmark).
@@ -347,6 +349,7 @@ def finalize_config(cfg: Config) -> Config:
         check(len(sizes) == len(strides), "RPN.ANCHOR_SIZES", f"needs one size for each of the strides {strides}")
     if cfg.RPN.CELL_ANCHORS:
         _check_cell_anchors(cfg)
+    check(0 <= cfg.FRCNN.ROI_SAMPLES <= 4, "FRCNN.ROI_SAMPLES", "1 to 4, or 0 for the size of a bin")
     check(not cfg.FPN.CASCADE or cfg.MODE_FPN, "FPN.CASCADE", "needs MODE_FPN=True")
     check(not cfg.MODE_KEYPOINT or cfg.MODE_FPN, "MODE_KEYPOINT", "needs MODE_FPN=True")
     check(cfg.KRCNN.NUM_KEYPOINT >= 1, "KRCNN.NUM_KEYPOINT", "must be 1 or more")

@@ -104,24 +104,79 @@ def roi_align(padded, boxes, image_index, spatial_scale, resolution, samples=2, 
     """RoIAlign (He et al. 2017, with the half-pixel shift of later systems).
 
     padded: features [N,H+2,W+2,C] of `pad_for_roi_align`; boxes [R,4] in image coordinates; image_index int32 [R].
-    Each of resolution^2 bins is the mean of samples^2 bilinear samples. No gradient to the boxes.
+    Each of resolution^2 bins is the mean of samples^2 bilinear samples; samples=0 takes as many along each axis as a
+    bin has feature cells, rounded up (without gradient). No gradient to the boxes.
     aligned=False is the original operation: pixel i's centre at coordinate i, sides of one feature cell at least.
     -> [R,resolution,resolution,C] in the features' type.
     """
-    n = resolution * samples
     boxes = tf.stop_gradient(boxes) * spatial_scale
-    size = tf.cast(tf.shape(padded)[1:3], tf.float32)  # [2]
     sides = boxes[:, 2:] - boxes[:, :2]
-    spacing = (sides if aligned else tf.maximum(sides, 1.0)) / n  # [R, 2] x, y distance of samples
+    if not aligned:
+        sides = tf.maximum(sides, 1.0)
     # Pixel i's centre lies at i + 0.5 in continuous coordinates and at index i + 1 of the padded map.
-    first = boxes[:, :2] + 0.5 * spacing + (0.5 if aligned else 1.0)
-    last = first + spacing * (n - 1)
+    shift = 0.5 if aligned else 1.0
+    padded32 = tf.cast(padded, tf.float32)
+    if samples == 0:
+        crops = _adaptive_samples(padded32, boxes[:, :2], sides, shift, image_index, resolution)
+    else:
+        n = resolution * samples
+        crops = _sample_grid(padded32, boxes[:, :2], sides, shift, image_index, [n, n])
+        if samples > 1:
+            crops = tf.nn.avg_pool2d(crops, samples, samples, "VALID")
+        crops.set_shape([None, resolution, resolution, None])
+    return tf.cast(crops, padded.dtype)
+
+
+def _sample_grid(padded, start, sides, shift, image_index, counts):
+    """Bilinear samples in the middle of counts = (y, x) equal cells of each RoI, ints or int32 [2]: start, sides [R,2]
+    as x, y; shift: from there to indices of `padded` -> [R,counts[0],counts[1],C]."""
+    size = tf.cast(tf.shape(padded)[1:3], tf.float32)  # [2]
+    number = np.asarray(counts[::-1], np.float32) if isinstance(counts, list) else tf.cast(counts[::-1], tf.float32)
+    spacing = sides / number  # [R, 2] x, y distance of samples
+    first = start + 0.5 * spacing + shift
+    last = first + spacing * (number - 1.0)
     # crop_and_resize takes y1 x1 y2 x2, where 0 and 1 are the centres of the first and the last pixel.
     corners = tf.concat([first[:, ::-1], last[:, ::-1]], 1) / (tf.concat([size, size], 0) - 1.0)
-    crops = tf.image.crop_and_resize(tf.cast(padded, tf.float32), corners, image_index, [n, n])
-    if samples > 1:
-        crops = tf.nn.avg_pool2d(crops, samples, samples, "VALID")
-    return tf.cast(crops, padded.dtype)
+    return tf.image.crop_and_resize(padded, corners, image_index, counts)
+
+
+_ADAPTIVE_BUDGET = 1 << 16  # samples of one step of the loop: 64 MB at 256 channels
+
+
+def _adaptive_samples(padded, start, sides, shift, image_index, resolution):
+    """Means [R,M,M,C] over ceil(bin size) samples per axis and bin: RoIs of equal counts are pooled together."""
+    m = resolution
+    channels = padded.shape[3]
+    counts = tf.cast(tf.math.ceil(sides / float(m)), tf.int32)  # [R, 2] x, y
+    empty = tf.reduce_any(counts <= 0, 1)  # no sample, hence 0
+    # A sample that far outside is 0 anyway; and a diverged box must not ask for memory without end.
+    counts = tf.clip_by_value(counts, 1, 1 << 12)
+    key = counts[:, 1] * (1 << 13) + counts[:, 0]
+    order = tf.argsort(key, stable=True)
+    start, sides, image_index, counts, key, empty = (
+        tf.gather(v, order) for v in (start, sides, image_index, counts, key, empty)
+    )
+    total = tf.shape(key)[0]
+
+    def pool_some(position, pooled):
+        per_bin = counts[position, ::-1]  # [2] y, x
+        alike = tf.reduce_sum(tf.cast(tf.equal(key, key[position]), tf.int32))
+        alike -= tf.reduce_sum(tf.cast(tf.equal(key[:position], key[position]), tf.int32))
+        end = position + tf.minimum(alike, tf.maximum(1, _ADAPTIVE_BUDGET // (m * m * per_bin[0] * per_bin[1])))
+        rows = slice(position, end)
+        crops = _sample_grid(padded, start[rows], sides[rows], shift, image_index[rows], per_bin * m)
+        crops = tf.reshape(crops, [end - position, m, per_bin[0], m, per_bin[1], int(channels)])
+        return end, tf.concat([pooled, tf.reduce_mean(crops, [2, 4])], 0)
+
+    _, pooled = tf.while_loop(
+        lambda position, _: position < total,
+        pool_some,
+        [0, tf.zeros([0, m, m, int(channels)])],
+        shape_invariants=[tf.TensorShape([]), tf.TensorShape([None, m, m, int(channels)])],
+        back_prop=False,
+    )
+    pooled = tf.where_v2(empty[:, None, None, None], 0.0, pooled)
+    return tf.gather(pooled, tf.math.invert_permutation(order))
 
 
 def fpn_level_of(boxes, num_levels):

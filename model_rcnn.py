@@ -31,8 +31,10 @@ def backbone_features(image, image_shape, cfg):
     return [c4_backbone(x, cfg)]
 
 
-def make_roi_pooler(features, cfg):
-    """-> pool(boxes [R,4], image_index [R], resolution) -> [R,resolution,resolution,C]. Pads each level only once."""
+def make_roi_pooler(features, cfg, training=False):
+    """-> pool(boxes [R,4], image_index [R], resolution) -> [R,resolution,resolution,C]. Pads each level only once.
+    Adaptive sampling has no gradient: training takes two samples instead."""
+    samples = cfg.FRCNN.ROI_SAMPLES or (2 if training else 0)
     if cfg.MODE_FPN:
         levels, strides = features[:4], cfg.FPN.ANCHOR_STRIDES[:4]
     else:
@@ -41,7 +43,7 @@ def make_roi_pooler(features, cfg):
 
     def pool(boxes, image_index, resolution):
         return multilevel_roi_align(
-            padded, strides, boxes, image_index, resolution, cfg.FRCNN.ROI_SAMPLES, cfg.FRCNN.ROI_ALIGNED,
+            padded, strides, boxes, image_index, resolution, samples, cfg.FRCNN.ROI_ALIGNED,
             cfg.FRCNN.ROI_TO_LAST_PIXEL,
         )  # fmt: skip
 
@@ -108,7 +110,7 @@ def build_training(batch, cfg):
     rois, roi_stats = sample_rois(proposals, valid, batch, cfg)
     stats.update(roi_stats)
 
-    pool = make_roi_pooler(features, cfg)
+    pool = make_roi_pooler(features, cfg, training=True)
     if cfg.FPN.CASCADE:
 
         def pool_boxes(boxes):

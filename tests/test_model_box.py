@@ -105,6 +105,44 @@ def test_roi_align_with_one_to_four_samples_equals_the_float64_reference(golden,
     np.testing.assert_allclose(gradient, backward(weight), atol=1e-4)
 
 
+@pytest.mark.parametrize("resolution", [7, 14])
+def test_roi_align_with_adaptive_samples_equals_the_recording(golden, resolution):
+    rois = golden["roialign/rois_bxyxy"]
+    index = rois[:, 0].astype(np.int32)
+
+    def make():
+        padded = model_box.pad_for_roi_align(tf.constant(nhwc(golden["roialign/input"])))
+        return model_box.roi_align(padded, tf.constant(rois[:, 1:]), tf.constant(index), 0.25, resolution, 0)
+
+    expected = golden[f"roialign/out_o{resolution}_s0"]
+    out = nchw(evaluate(make))
+    ordinary = np.abs(rois[:, 1:]).max(1) < 500
+    assert ordinary.sum() >= 38 and not ordinary.all()
+    np.testing.assert_allclose(out[ordinary], expected[ordinary], atol=1e-4)
+    # A box of 5000 pixels takes 179 x 125 samples a bin, of which the last inside the image may fall out.
+    np.testing.assert_allclose(out, expected, atol=1e-3)
+
+
+def test_adaptive_samples_of_many_rois_equal_those_of_each_alone(golden, monkeypatch):
+    """Whatever the order in which RoIs of equal sample counts are pooled together, and in how many steps."""
+    monkeypatch.setattr(model_box, "_ADAPTIVE_BUDGET", 500)
+    rois = golden["roialign/rois_bxyxy"][:20]
+    index = rois[:, 0].astype(np.int32)
+
+    def make():
+        padded = model_box.pad_for_roi_align(tf.constant(nhwc(golden["roialign/input"])))
+        parts = [slice(0, 20), *(slice(i, i + 1) for i in range(20))]
+        together, *alone = (
+            model_box.roi_align(padded, tf.constant(rois[p, 1:]), tf.constant(index[p]), 0.25, 7, 0) for p in parts
+        )
+        none = model_box.roi_align(padded, tf.zeros([0, 4]), tf.zeros([0], tf.int32), 0.25, 7, 0)
+        return together, tf.concat(alone, 0), none
+
+    together, alone, none = evaluate(make)
+    np.testing.assert_allclose(together, alone, atol=1e-6)
+    assert none.shape == (0, 7, 7, 4)
+
+
 GRADIENT_PROGRAM = """
 import numpy as np
 from tests.test_model_box import crowded_gradient_error
