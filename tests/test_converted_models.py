@@ -64,6 +64,10 @@ def stages_of_detector(image, image_shape, cfg):
             "valid": valid[0], **{key: value[0] for key, value in outputs.items()}}  # fmt: skip
 
 
+def build_one(image, image_shape, cfg):
+    return {key: value[0] for key, value in build_inference(image, image_shape, cfg).items()}
+
+
 def thinned_like(ours, theirs):
     """Every so manieth element of [H,W,C], as many as were recorded."""
     steps = [-(-a // b) for a, b in zip(ours.shape, theirs.shape)]
@@ -107,6 +111,19 @@ def test_torchvision_mask_rcnn_detects_the_same(tmp_path):
     np.testing.assert_allclose(got["anchors"][4], golden["anchors_p6"], atol=1e-4)
     np.testing.assert_allclose(got["anchors"][1][: len(golden["anchors_p3"])], golden["anchors_p3"], atol=1e-4)
     assert_same_detector(got, golden)
+
+
+def test_torchvision_keypoint_rcnn_detects_the_same(tmp_path):
+    golden = recorded("torchvision_keypoint")
+    # A recorded model of its class count would be a published one, trained with another epsilon.
+    variables, settings = convert_seeded(golden, tmp_path / "weights.npz", ["BACKBONE.BN_EPSILON=1e-5"])
+    got = run(build_one, variables, settings | SMALL_TEST | {"TEST.RESULTS_PER_IM": 10}, seeded_image(120, 150))
+    assert got["count"] == len(golden["boxes"])
+    np.testing.assert_allclose(got["boxes"], golden["boxes"], atol=0.05)
+    np.testing.assert_allclose(got["scores"], golden["scores"], atol=1e-3)
+    distance = np.abs(got["keypoints"][..., :2] - golden["keypoints"]).max(2)
+    assert np.median(distance) < 0.01
+    assert (distance < 0.5).mean() >= 0.98  # where two pixels are equal to rounding, either is right
 
 
 def test_detectron_mask_rcnn_detects_the_same(tmp_path):

@@ -394,10 +394,8 @@ def _from_maskrcnn_benchmark(tensors: dict, facts: dict, report: Report) -> tupl
         "BACKBONE.BN_EPSILON": 0.0,
         "PREPROC.PIXEL_MEAN": [122.7717, 115.9465, 102.9801],
         "PREPROC.PIXEL_STD": [1.0, 1.0, 1.0],
-        "FRCNN.ROI_ALIGNED": False,
-        "FRCNN.ROI_TO_LAST_PIXEL": True,
     }
-    _use_legacy_anchors(settings, variables)
+    _use_legacy_boxes(settings, variables, report)
     report.notes.append(
         "the stride position is not visible in tensors: "
         f"BACKBONE.STRIDE_1X1={caffe_like} is that system's default for such a backbone (MODEL.RESNETS.STRIDE_IN_1X1)"
@@ -534,9 +532,7 @@ def _from_caffe2(tensors: dict, facts: dict, report: Report) -> tuple[dict, dict
         "PREPROC.PIXEL_STD": [1.0, 1.0, 1.0],
     }
     if any(name.startswith("rpn/") for name in variables):
-        settings["FRCNN.ROI_ALIGNED"] = False
-        settings["FRCNN.ROI_TO_LAST_PIXEL"] = True
-        _use_legacy_anchors(settings, variables)
+        _use_legacy_boxes(settings, variables, report)
     report.notes.append(
         f"BACKBONE.STRIDE_1X1={stride} "
         + ("as the file's configuration says" if recorded else "is that system's default for such a backbone")
@@ -685,11 +681,18 @@ def legacy_cell_anchors(stride: int, sizes: Iterable[float], ratios: Iterable[fl
     return np.array(cells)
 
 
-def _use_legacy_anchors(settings: dict[str, Any], variables: Mapping[str, np.ndarray]) -> None:
+def _use_legacy_boxes(settings: dict[str, Any], variables: Mapping[str, np.ndarray], report: Report) -> None:
+    """The conventions of Detectron and maskrcnn-benchmark: boxes of inclusive pixel indices, the first RoIAlign."""
+    settings["FRCNN.ROI_ALIGNED"] = False
+    settings["FRCNN.ROI_TO_LAST_PIXEL"] = True
     if any(name.startswith("fpn/") for name in variables):
         cells = [legacy_cell_anchors(2**k, [8 * 2**k]) for k in range(2, 7)]
     else:
         cells = [legacy_cell_anchors(16, [32, 64, 128, 256, 512])]
+        report.notes.append(
+            f"that system's C4 models take ceil(side of a bin) RoIAlign samples, here it is FRCNN.ROI_SAMPLES="
+            f"{default_config().FRCNN.ROI_SAMPLES}: boxes and scores differ a little"
+        )
     if "rpn/class/b" in variables and variables["rpn/class/b"].size == len(cells[0]):
         settings["RPN.CELL_ANCHORS"] = [level.tolist() for level in cells]
 
