@@ -138,7 +138,10 @@ def default_config() -> Config:
                 "TRAIN": ["coco_train2017"],  # names of one or more registered sets, concatenated
                 "VAL": ["coco_val2017"],  # each is scored on its own
                 # {name: [annotation json, image folder]}: any COCO-format data, paths relative to BASEDIR or absolute.
+                # [format, path, split or folder, options]: the other formats of dataset_formats.py.
                 "DATASETS": {},
+                "SAMPLING": "uniform",  # uniform | repeat_factor (LVIS) | class_aware: for long-tailed classes
+                "REPEAT_THRESHOLD": 0.001,  # repeat_factor: classes in a smaller share of the images are repeated
                 "NUM_CATEGORY": 0,  # foreground classes; filled from the annotations or the checkpoint
                 "CLASS_NAMES": [],  # foreground class names, class id 1 first; filled likewise
                 "NUM_WORKERS": 2,  # processes that decode, augment and batch; 0 = in the training process
@@ -276,6 +279,7 @@ def default_config() -> Config:
 
 _CHOICES = {
     "TRAINER": ["replicated", "horovod"],
+    "DATA.SAMPLING": ["uniform", "repeat_factor", "class_aware"],
     "BACKBONE.NORM": ["FreezeBN", "SyncBN", "GN", None],
     "FPN.NORM": ["GN", None],
     "FPN.FRCNN_HEAD_FUNC": ["fastrcnn_2fc_head", "fastrcnn_4conv1fc_head", "fastrcnn_4conv1fc_gn_head"],
@@ -306,7 +310,9 @@ def finalize_config(cfg: Config) -> Config:
         value = cfg.get(key)
         cfg.set(key, [] if value is None or value == "" else [value] if isinstance(value, str) else value)
     for name, entry in cfg.DATA.DATASETS.items():
-        if not (isinstance(entry, list) and len(entry) == 2 and all(isinstance(e, str) for e in entry)):
+        texts = isinstance(entry, list) and all(isinstance(e, str) for e in entry)
+        # A list that starts with a word, not a file, names another format (dataset_formats.py).
+        if not (texts and len(entry) >= 2 and (len(entry) == 2 or not entry[0].endswith(".json"))):
             raise UserError(f"setting DATA.DATASETS: '{name}' must map to ['annotations.json', 'image folder']")
     edges = cfg.PREPROC.SHORT_EDGE_SIZE
     edges = [edges, edges] if isinstance(edges, int) else list(edges)

@@ -269,11 +269,20 @@ class StepPlan:
 
 
 def _training_images(split: DatasetSplit, cfg: Any) -> np.ndarray:
-    """Indices of the images that are trained on."""
+    """Indices of the images of an epoch; with DATA.SAMPLING some come up several times."""
     images = split.nonempty_images() if cfg.DATA.FILTER_EMPTY else np.arange(len(split))
     if len(images) == 0:
         raise UserError(f"{split.name} has no image to train on")
-    return images
+    if cfg.DATA.SAMPLING == "uniform":
+        return images
+    from dataset_formats import class_aware_images, repeat_factors
+
+    if cfg.DATA.SAMPLING == "class_aware":
+        return class_aware_images(split, len(images), cfg.TRAIN.SEED)
+    factors = repeat_factors(split, cfg.DATA.REPEAT_THRESHOLD)[images]
+    # The fraction of a factor is a probability, drawn once for the run.
+    extra = np.random.default_rng([cfg.TRAIN.SEED, 2]).random(len(images)) < factors % 1
+    return np.repeat(images, factors.astype(np.int64) + extra)
 
 
 class _BatchMaker:

@@ -596,6 +596,9 @@ def _resolve(cfg: Any, name: str) -> tuple[str, str]:
         where = f"DATA.DATASETS: {name}"
     else:
         short = name.removeprefix("coco_")
+        plain = base / "annotations" / f"{name}.json", base / name  # annotations/train.json beside train/
+        if short not in COCO_FOLDERS and plain[0].is_file():
+            return str(plain[0].absolute()), str(plain[1].absolute())
         if short not in COCO_FOLDERS:
             known = list(cfg.DATA.DATASETS) + [f"coco_{n}" for n in COCO_FOLDERS]
             near = difflib.get_close_matches(name, known, 1, 0.5)
@@ -661,6 +664,11 @@ def load_split(cfg: Any, name: str, class_names: Sequence[str] = (), training: b
         training: with MODE_MASK, objects without an outline are left out, since they cannot be trained on.
     """
     started = time.time()
+    own = cfg.DATA.DATASETS.get(name)
+    if own is not None and not own[0].endswith(".json"):
+        from dataset_formats import load_format  # which builds on this module
+
+        return load_format(own, cfg, name, class_names, training)
     annotation_file, folder = _resolve(cfg, name)
     raw = _Collector(annotation_file, cfg.MODE_KEYPOINT)
     rest = _scan_json(annotation_file, raw.add_image, raw.add_annotation)

@@ -13,7 +13,10 @@ from typing import Any
 if __name__ == "__main__" and "--verbose-tf" in sys.argv:
     os.environ["PACKRCNN_VERBOSE_TF"] = "1"
 
-from common import UserError, logger, read_json, without_nan, write_json
+try:
+    from common import UserError, logger, read_json, without_nan, write_json
+except ModuleNotFoundError as e:
+    sys.exit(f"train.py: the Python package {e.name} is missing here; run `make venv`, then `. .venv/bin/activate`")
 from config import Config, default_config, finalize_config
 
 # Settings that shape the network: taken from the file given to --load also when training.
@@ -264,6 +267,8 @@ def evaluate(args: argparse.Namespace) -> None:
         results = evaluate_split(predictor, split, cfg)
         write_results(path, results)
         logger.info(f"{split.name}: {len(results)} detections in {path}")
+        if hasattr(split, "write_submission"):  # data sets whose challenge takes another format
+            logger.info(f"for submission: {', '.join(split.write_submission(path, results))}")
         metrics = split.evaluate(results)
         every.update(metrics if len(splits) == 1 else {f"{split.name}/{k}": v for k, v in metrics.items()})
     target = out.with_name(f"{out.stem}.metrics.json")
@@ -332,10 +337,12 @@ def train(args: argparse.Namespace) -> int:
 
     from data import batch_image_ids, training_dataflow, training_keys
     from dataset import class_count_table, load_training_split, load_validation_splits
+    from tools.check_data import quick_check
 
     split = load_training_split(cfg)
     cfg = _training_classes(cfg, split)
     validation = load_validation_splits(cfg) if cfg.TRAIN.EVAL_PERIOD else []
+    quick_check(split)
     logger.info(f"{len(split)} training images of {', '.join(cfg.DATA.TRAIN)}\n{class_count_table(split)}")
 
     if resume_from is not None:

@@ -20,10 +20,13 @@ from common import logger, read_json, write_json
 __all__ = ["CATEGORY_IDS", "draw_image", "make_dataset", "make_split"]
 
 CATEGORY_IDS = {"disc": 1, "rectangle": 2, "triangle": 4, "star": 7, "ring": 9}
+# Things have typical colours: the hue of a shape, in degrees, is normally distributed around its class's.
+HUES = {"disc": 0, "rectangle": 210, "triangle": 120, "star": 50, "ring": 285}
+HUE_DEVIATION = 18
 SPLITS = ("train", "val")  # annotations/instances_{split}.json and the image folder {split}/
 SIDES = (160, 224)  # of a picture, pixels
-DIAMETERS = (20, 150)  # of a shape's circumscribed circle, log-uniform
-MIN_VISIBLE = 0.5  # a shape of which less would be seen is left out of picture and annotations
+DIAMETERS = (26, 150)  # of a shape's circumscribed circle, log-uniform
+MIN_VISIBLE = 0.6  # a shape of which less would be seen is left out of picture and annotations
 CROWD_PROBABILITY = 0.1
 SUBPIXELS = 4  # masks are drawn this much finer than the picture
 
@@ -119,9 +122,12 @@ def _arrange_crowd(height: int, width: int, rng: np.random.Generator) -> list[Sh
     ]
 
 
-def _colour(rng: np.random.Generator, saturation: tuple[float, float], value: tuple[float, float]) -> np.ndarray:
-    """float32 [3] BGR in 0..1 of a random hue."""
-    hsv = np.array([[[rng.uniform(0, 360), rng.uniform(*saturation), rng.uniform(*value)]]], np.float32)
+def _colour(
+    rng: np.random.Generator, saturation: tuple[float, float], value: tuple[float, float], hue: float | None = None
+) -> np.ndarray:
+    """float32 [3] BGR in 0..1, around a hue in degrees or of any."""
+    hue = rng.uniform(0, 360) if hue is None else rng.normal(hue, HUE_DEVIATION) % 360
+    hsv = np.array([[[hue, rng.uniform(*saturation), rng.uniform(*value)]]], np.float32)
     return cv2.cvtColor(hsv, cv2.COLOR_HSV2BGR)[0, 0]
 
 
@@ -183,7 +189,7 @@ def _paint(picture: np.ndarray, shapes: list[Shape], rng: np.random.Generator) -
         coverage = _coverage(shape.mask[fine])
 
         under = window[coverage > 0.5].mean(0)
-        colours = [_colour(rng, (0.45, 0.95), (0.35, 1.0)) for _ in range(12)]
+        colours = [_colour(rng, (0.45, 0.95), (0.35, 1.0), HUES[shape.kind]) for _ in range(12)]
         # The first that stands out enough; else the one that does most.
         contrast = [float(np.abs(c - under).sum()) for c in colours]
         colour = colours[next((i for i, c in enumerate(contrast) if c > 0.6), int(np.argmax(contrast)))]
@@ -276,7 +282,7 @@ def make_split(directory: str | Path, split: str, count: int, seed: int) -> Path
     """
     directory = Path(directory)
     annotation_file = directory / "annotations" / f"instances_{split}.json"
-    info = {"description": "shapes drawn by demo/make_shapes.py", "version": "1", "seed": seed, "count": count}
+    info = {"description": "shapes drawn by demo/make_shapes.py", "version": "2", "seed": seed, "count": count}
     if annotation_file.exists() and read_json(annotation_file, "annotation file").get("info") == info:
         return annotation_file
     (directory / split).mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@
 #   --grace S       seconds that SIGTERM leaves for the checkpoint (default 50; a spot instance gives 120)
 #   --dry-run       print the command and end
 #
-# Before: an image with the NVIDIA driver (AWS Deep Learning Base), then once `make`, requirements-gpu.txt and
+# Before: an image with the NVIDIA driver (AWS Deep Learning Base), then once `make venv REQUIREMENTS=requirements-gpu.txt` and
 # `HOROVOD_GPU_OPERATIONS=NCCL make horovod`. Keep the data and --logdir on a volume that survives the instance (EBS,
 # FSx): a new spot instance with the same command continues the run.
 
