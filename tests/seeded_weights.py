@@ -6,7 +6,9 @@ import zlib
 
 import numpy as np
 
-_GAINS = [  # regular expression on the name -> factor on the weights' scale; the first that matches
+_GAINS = [  # regular expression on name and shape -> factor on the weights' scale; the first that matches
+    (r"^conv_rpn_w", 0.1),  # C4's features are larger than a pyramid's
+    (r"(cls_score|bbox_pred|conv5_mask)_w.*2048", 0.15),
     (r"^conv1_(w|conv)", 1 / 57),  # these systems' images keep the scale of pixels
     (r"rpn.*(cls_logits|objectness)", 0.5),
     (r"rpn.*bbox_pred", 0.2),
@@ -30,7 +32,7 @@ def seeded_tensor(name: str, shape: tuple[int, ...]) -> np.ndarray:
         last = re.search(r"bn3|branch2c|_3_bn", name)
         values = (0.4 if last else 1.0) * (1 + 0.1 * values) if scale else 0.1 * values
         return values.astype(np.float32)
-    gain = next((g for pattern, g in _GAINS if re.search(pattern, name)), 1.0)
+    gain = next((g for pattern, g in _GAINS if re.search(pattern, f"{name} {shape}")), 1.0)
     return (values * gain * np.sqrt(2.0 / np.prod(shape[1:]))).astype(np.float32)
 
 

@@ -383,6 +383,7 @@ def test_maskrcnn_benchmark_comes_back_unchanged(tmp_path, kind):
     assert settings["PREPROC.PIXEL_MEAN"] == [122.7717, 115.9465, 102.9801]
     assert settings["FRCNN.ROI_ALIGNED"] is False and settings["FRCNN.ROI_TO_LAST_PIXEL"] is True
     assert [len(level) for level in settings["RPN.CELL_ANCHORS"]] == ([15] if kind == "c4" else [3] * 5)
+    assert settings.get("FRCNN.ROI_SAMPLES") == (0 if kind == "c4" else None)
 
 
 @pytest.mark.parametrize("kind", ["fpn", "faster", "keypoint"])
@@ -439,6 +440,14 @@ def test_rgb_network_computes_the_same_on_bgr_images(tmp_path):
     )  # fmt: skip
 
 
+RECORDED_CFG = """
+FAST_RCNN:
+  ROI_XFORM_SAMPLING_RATIO: 2
+RESNETS:
+  STRIDE_1X1: false
+"""
+
+
 @pytest.mark.parametrize("kind", ["fpn", "c4", "gn", "keypoint", "faster"])
 def test_detectron_comes_back_with_equal_arithmetic(tmp_path, kind):
     want = model(kind, 6)
@@ -446,7 +455,7 @@ def test_detectron_comes_back_with_equal_arithmetic(tmp_path, kind):
     extra = {"conv1_w_momentum": blobs["conv1_w"], "kps_score_w": np.ones((17, 17, 4, 4), np.float32)}
     if kind != "gn":
         extra["conv1_b"] = np.zeros(16, np.float32)
-    content = {"blobs": {**blobs, **extra}, "cfg": "MODEL:\n  TYPE: generalized_rcnn\nRESNETS:\n  STRIDE_1X1: false\n"}
+    content = {"blobs": {**blobs, **extra}, "cfg": RECORDED_CFG}
     (tmp_path / "model_final.pkl").write_bytes(pickle.dumps(content, protocol=2))
     variables, settings, report = convert(tmp_path / "model_final.pkl")
     assert not report.unused and not report.missing and sorted(n for n, _ in report.ignored) == sorted(extra)
@@ -459,10 +468,12 @@ def test_detectron_comes_back_with_equal_arithmetic(tmp_path, kind):
         # In float32, as the graph computes it, the stand-in for "no normalisation" is exact.
         variance = variables[f"{scope}/bn/variance/EMA"]
         assert (variance + np.float32(1e-5) == 1).all()
-    assert settings["BACKBONE.STRIDE_1X1"] is False
+    assert settings["BACKBONE.STRIDE_1X1"] is False and settings["FRCNN.ROI_SAMPLES"] == 2
     del content["cfg"]
     (tmp_path / "b.pkl").write_bytes(pickle.dumps(content))
-    assert convert(tmp_path / "b.pkl")[1]["BACKBONE.STRIDE_1X1"] is (kind != "gn")
+    settings = convert(tmp_path / "b.pkl")[1]
+    assert settings["BACKBONE.STRIDE_1X1"] is (kind != "gn")
+    assert settings.get("FRCNN.ROI_SAMPLES") == (0 if kind == "c4" else None)
 
 
 def test_detectron_agnostic_boxes_keep_the_foreground_group(tmp_path):

@@ -42,10 +42,11 @@ def convert_seeded(golden, path, overrides=()):
 
 
 def run(make, variables, settings, image):
-    """make(image, image_shape, cfg) in a graph with these weights, on one uint8 image padded to multiples of 32."""
+    """make(image, image_shape, cfg) in a graph with these weights; for FPN the uint8 image is padded to multiples of 32."""
     cfg = finalize_config(default_config().update_from_dict(settings, "test"))
     h, w = image.shape[:2]
-    padded = np.zeros([1, -(-h // 32) * 32, -(-w // 32) * 32, 3], np.uint8)
+    multiple = 32 if cfg.MODE_FPN or "MODE_FPN" not in settings else 1
+    padded = np.zeros([1, -(-h // multiple) * multiple, -(-w // multiple) * multiple, 3], np.uint8)
     padded[0, :h, :w] = image
     with tf.Graph().as_default(), tf.Session() as session:
         fetches = make(tf.constant(padded), tf.constant([[h, w]], tf.int32), cfg)
@@ -91,6 +92,10 @@ def assert_same_detector(got, want):
     assert len(proposals) == len(want["proposals"])
     distance = np.abs(proposals[None] - want["proposals"][:, None]).max(2).min(1)
     assert np.quantile(distance, 0.998) < 0.05
+    assert_same_detections(got, want)
+
+
+def assert_same_detections(got, want):
     count = got["count"]
     assert count == len(want["boxes"])
     np.testing.assert_array_equal(got["labels"][:count], want["labels"])
@@ -130,6 +135,13 @@ def test_detectron_mask_rcnn_detects_the_same(tmp_path):
     golden = recorded("caffe2")
     variables, settings = convert_seeded(golden, tmp_path / "weights.npz")
     assert_same_detector(run(stages_of_detector, variables, settings | SMALL_TEST, seeded_image(120, 150)), golden)
+
+
+def test_detectron_c4_mask_rcnn_detects_the_same(tmp_path):
+    golden = recorded("caffe2_c4")
+    variables, settings = convert_seeded(golden, tmp_path / "weights.npz")
+    small = {"RPN.TEST_POST_NMS_TOPK": 100, "TEST.RESULTS_PER_IM": 20}
+    assert_same_detections(run(build_one, variables, settings | small, seeded_image(120, 150)), golden)
 
 
 def stages_of_backbone(image, image_shape, cfg):
