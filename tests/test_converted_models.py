@@ -42,7 +42,7 @@ def convert_seeded(golden, path, overrides=()):
 
 
 def run(make, variables, settings, image):
-    """make(image, image_shape, cfg) in a graph with these weights; for FPN the uint8 image is padded to multiples of 32."""
+    """make(image, image_shape, cfg) in a graph with these weights; FPN wants the image padded to multiples of 32."""
     cfg = finalize_config(default_config().update_from_dict(settings, "test"))
     h, w = image.shape[:2]
     multiple = 32 if cfg.MODE_FPN or "MODE_FPN" not in settings else 1
