@@ -183,13 +183,13 @@ def build_predictor(cfg: Config, load: Callable[[Any], None]):
     return Predictor(cfg, load)
 
 
-def _prepare_inference(args: argparse.Namespace) -> tuple[Config, Callable[[Any], None]]:
+def _load_model(args: argparse.Namespace) -> tuple[Config, dict, dict | None]:
+    """The settings, weights and meta of the model to run."""
     args.load = args.load or args.logdir
     weights, meta = _load(args)
-    if meta is None and not args.config:
-        logger.warning(f"{args.load} carries no settings: those of the default model are used; give others by --config")
-    cfg, _ = _settings(args, weights, meta)
-    return cfg, _weight_loader(weights, args.load, args)
+    if meta is None:
+        logger.warning(f"{args.load} carries no settings: the defaults and --config must describe its model")
+    return _settings(args, weights, meta)[0], weights, meta
 
 
 def _class_count_from_weights(cfg: Config, weights: dict) -> int:
@@ -206,9 +206,7 @@ def predict(args: argparse.Namespace) -> None:
     from viz import prediction_entry, show_window, write_prediction
 
     files = list_images(args.predict)
-    args.load = args.load or args.logdir
-    weights, meta = _load(args)
-    cfg, _ = _settings(args, weights, meta)
+    cfg, weights, meta = _load_model(args)
     cfg = _with_classes(cfg, weights, [])
     logger.info(f"{len(files)} images; building the model")
     predictor = build_predictor(cfg, _weight_loader(weights, args.load, args))
@@ -252,9 +250,7 @@ def evaluate(args: argparse.Namespace) -> None:
     from dataset import load_validation_splits
     from eval import evaluate_split, write_results
 
-    args.load = args.load or args.logdir
-    weights, meta = _load(args)
-    cfg, _ = _settings(args, weights, meta)
+    cfg, weights, _ = _load_model(args)
     splits = load_validation_splits(cfg)
     if not splits:
         raise UserError("--evaluate: DATA.VAL names no data set; give one, e.g. --config DATA.VAL=coco_val2017")
