@@ -61,7 +61,6 @@ TOLERANCES = {
     "RoI classes (differences)": 0,
     "losses (relative)": 5e-3,
     "gradients (relative)": 2e-2,
-    # One ReLU input within rounding of zero moves the gradient of a whole tensor by 2 to 4 %.
     "gradient of the worst tensor (relative)": 5e-2,
     "gradient norm of the worst tensor (relative)": 2e-2,
 }
@@ -92,11 +91,15 @@ class Row(NamedTuple):
 
 
 def make_row(golden: Golden, batch: str, quantity: str, error: float, detail: str) -> Row:
-    """The tolerance of gradients is never below twice what the recorded system moves against itself."""
+    """The tolerance of gradients is wider with a mask branch, and never below twice what the recorded system moves
+    against itself: a single ReLU input that rounding puts on the other side of zero is worth 2e-2 (docs/FIDELITY.md).
+    """
     tolerance = TOLERANCES[quantity]
     if quantity.startswith("gradient"):
         noise = golden.meta.get("kernel_noise", {})
         tolerance = max([tolerance, *(2 * v for k, v in noise.items() if k.endswith("grad_norm_rel_max"))])
+        if golden.meta["config"]["mask_head"] is not None:
+            tolerance = max(tolerance, 5e-2)
     return Row(golden.name, batch, quantity, error, tolerance, detail)
 
 

@@ -1,0 +1,102 @@
+"""One recorded detectron2 model, weights, inputs and results, against the whole graph: what `make parity` checks for
+all of them, in small."""
+
+import io
+import lzma
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tools import parity
+
+DATA = Path(__file__).parent / "data" / "golden_mask_r50_fpn.npz.xz"
+ONE = {"b0": [0]}
+
+
+def unpack(path: Path, folder: Path) -> None:
+    """Writes the three files of a golden directory. Weights of few bits are stored as the upper half of float32."""
+    with lzma.open(path) as packed, np.load(io.BytesIO(packed.read()), allow_pickle=False) as content:
+        weights, golden = {}, {}
+        for key in content.files:
+            kind, _, name = key.partition("/")
+            if kind == "weights":
+                weights[name] = content[key]
+            elif kind == "upper16":
+                weights[name] = (content[key].astype(np.uint32) << 16).view(np.float32)
+            elif kind == "golden":
+                golden[name] = content[key]
+        np.savez(folder / "mask_r50_fpn.weights.npz", **weights)
+        np.savez(folder / "mask_r50_fpn.golden.npz", **golden)
+        (folder / "mask_r50_fpn.json").write_bytes(content["json"].tobytes())
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("golden")
+    unpack(DATA, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(directory):
+    golden = parity.load_golden(directory, "mask_r50_fpn")
+    return golden, parity.convert_weights(golden.weights)
+
+
+def check(rows, quantities):
+    rows = list(rows)
+    assert not [row for row in rows if not row.good]
+    assert quantities <= {row.quantity for row in rows}
+
+
+def test_features_proposals_detections_and_masks_equal_the_recording(model):
+    check(
+        parity.compare_inference(*model, ONE, precision="float64"),
+        {"features (relative)", "RPN logits (relative)", "RPN deltas (relative)", "anchors (px)",
+         "proposals: stable rows missing", "detections: stable rows missing", "detection boxes (px)",
+         "detection scores", "mask probabilities", "pasted masks (mean of 1 - IoU)",
+         "boxes in the original image (px)"},
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_single_precision_gives_the_recorded_detections(model):
+    rows = [r for r in parity.compare_inference(*model, ONE) if "mask" not in r.quantity]
+    check(rows, {"detections: stable rows missing", "detection boxes (px)", "detection scores"})
+
+
+@pytest.mark.slow
+def test_losses_and_gradients_equal_the_recording(model):
+    check(
+        parity.compare_training(*model, ONE, precision="float64"),
+        {"losses (relative)", "gradients (relative)", "gradient norm of the worst tensor (relative)",
+         "anchor labels (differences)", "RoIs: missing", "RoI classes (differences)"},
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_wrong_weight_is_noticed(model):
+    golden, variables = model
+    wrong = variables | {"rpn/conv0/W": variables["rpn/conv0/W"] * 1.001}
+    rows = list(parity.compare_inference(golden, wrong, ONE, precision="float64"))
+    missed = {row.quantity for row in rows if not row.good}
+    assert "RPN logits (relative)" in missed and "features (relative)" not in missed
+
+
+def test_an_absent_or_unknown_directory_is_said_clearly(directory, tmp_path, monkeypatch):
+    messages = []
+    monkeypatch.setattr(parity.logger, "error", messages.append)
+    assert parity.main([str(tmp_path)]) == 2
+    assert parity.main([str(directory), "--models", "mask_r50_fpnn"]) == 2
+    assert str(tmp_path) in messages[0] and "GOLDEN=DIR" in messages[0]
+    assert "mask_r50_fpnn" in messages[1] and "\n" not in messages[0] + messages[1]
+
+
+def test_gradients_find_their_way_back_through_the_converter(model):
+    golden, variables = model
+    back = parity.gradients_in_source_layout(variables, golden.weights)
+    with np.load(golden.weights) as weights:
+        heads = ("box_head.fc1", "mask_head.deconv", "box_predictor.cls_score", "box_predictor.bbox_pred")
+        for name in (*(f"roi_heads.{head}.weight" for head in heads), "backbone.fpn_lateral2.bias"):
+            np.testing.assert_array_equal(back[name], weights[name].ravel())
