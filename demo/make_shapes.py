@@ -25,7 +25,7 @@ HUES = {"disc": 0, "rectangle": 210, "triangle": 120, "star": 50, "ring": 285}
 HUE_DEVIATION = 18
 SPLITS = ("train", "val")  # annotations/instances_{split}.json and the image folder {split}/
 SIDES = (160, 224)  # of a picture, pixels
-DIAMETERS = (26, 150)  # of a shape's circumscribed circle, log-uniform
+DIAMETERS = (26, 110)  # of a shape's circumscribed circle, log-uniform
 MIN_VISIBLE = 0.6  # a shape of which less would be seen is left out of picture and annotations
 CROWD_PROBABILITY = 0.1
 SUBPIXELS = 4  # masks are drawn this much finer than the picture
@@ -282,7 +282,7 @@ def make_split(directory: str | Path, split: str, count: int, seed: int) -> Path
     """
     directory = Path(directory)
     annotation_file = directory / "annotations" / f"instances_{split}.json"
-    info = {"description": "shapes drawn by demo/make_shapes.py", "version": "2", "seed": seed, "count": count}
+    info = {"description": "shapes drawn by demo/make_shapes.py", "version": "3", "seed": seed, "count": count}
     if annotation_file.exists() and read_json(annotation_file, "annotation file").get("info") == info:
         return annotation_file
     (directory / split).mkdir(parents=True, exist_ok=True)

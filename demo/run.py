@@ -32,20 +32,20 @@ MODEL = [
     "FPN.NORM=GN",
     "FPN.NUM_CHANNEL=64",
     "FPN.FRCNN_FC_HEAD_DIM=128",
-    "MRCNN.HEAD_DIM=64",
+    "MRCNN.HEAD_DIM=32",
     "RPN.ANCHOR_SIZES=[16,32,64,128,256]",  # half of the usual ones: the pictures are small
-    "PREPROC.SHORT_EDGE_SIZE=[192,192]",
-    "PREPROC.TEST_SHORT_EDGE_SIZE=192",
+    "PREPROC.SHORT_EDGE_SIZE=160",
+    "PREPROC.TEST_SHORT_EDGE_SIZE=160",
     "PREPROC.MAX_SIZE=320",
     "TEST.BATCH_SIZE=4",
 ]
 TRAINING = [
-    "TRAIN.BATCH_SIZE_PER_GPU=4",
+    "TRAIN.BATCH_SIZE_PER_GPU=2",
     "TRAIN.LR_SCALING=none",  # rates and steps as written here, not for a total batch of 8
-    "TRAIN.BASE_LR=0.02",
+    "TRAIN.BASE_LR=0.03",
     "TRAIN.WARMUP=100",
     "TRAIN.WARMUP_INIT_LR=0.002",
-    "TRAIN.LR_SCHEDULE=[600,750,800]",
+    "TRAIN.LR_SCHEDULE=[1200,1500,1600]",
     "TRAIN.GRADIENT_CLIP=5.0",
     "TRAIN.EVAL_PERIOD=0",
     "RPN.CROWD_OVERLAP_THRESH=0.7",  # nothing is learnt from the inside of crowd regions
@@ -53,7 +53,7 @@ TRAINING = [
     "RPN.TRAIN_FPN_NMS_TOPK=300",
     "RPN.TEST_PER_LEVEL_NMS_TOPK=300",
     "RPN.TEST_FPN_NMS_TOPK=200",
-    "FRCNN.BATCH_PER_IM=64",
+    "FRCNN.BATCH_PER_IM=256",  # few would seldom show the parts of large shapes, which look like whole ones
 ]
 
 
