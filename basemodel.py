@@ -149,9 +149,19 @@ def conv2d(
 def _grouped_conv(x, weight, stride, padding, groups):
     if groups == 1 or _on_gpu() or (onednn_enabled() and x.dtype in (tf.float32, tf.bfloat16)):
         return tf.nn.conv2d(x, weight, strides=stride, padding=padding)  # the group count follows from the shapes
-    # TensorFlow's own CPU kernels have no gradient for grouped convolutions.
-    parts = zip(tf.split(x, groups, -1), tf.split(weight, groups, -1))
-    return tf.concat([tf.nn.conv2d(a, w, strides=stride, padding=padding) for a, w in parts], -1)
+    # TensorFlow's own CPU kernels have no gradient for grouped convolutions. Narrow groups are joined, their kernels
+    # on the diagonal, until a part has 32 channels: fewer, fuller convolutions.
+    k, _, width, channels = weight.shape.as_list()
+    joined = max(1, min(groups, 32 // width))
+    while groups % joined:
+        joined -= 1
+    parts = groups // joined
+    blocks = tf.reshape(weight, [k, k, width, parts, joined, channels // groups])
+    blocks = tf.einsum("hwipjo,jg->hwpgijo", blocks, tf.eye(joined, dtype=x.dtype))
+    kernels = tf.unstack(tf.reshape(blocks, [k, k, parts, joined * width, channels // parts]), axis=2)
+    return tf.concat(
+        [tf.nn.conv2d(a, w, strides=stride, padding=padding) for a, w in zip(tf.split(x, parts, -1), kernels)], -1
+    )
 
 
 def _on_gpu():
