@@ -44,7 +44,7 @@ horovod: $(STAMP)
 	@scripts/install_horovod.sh --python $(PY)
 
 test-horovod: horovod
-	@$(PY) -m pytest tests/horovod
+	@$(PY) -m pytest tests/distributed
 
 venv: $(STAMP)
 	@:

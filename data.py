@@ -103,7 +103,7 @@ def list_images(paths: Sequence[str | os.PathLike]) -> list[str]:
             raise UserError(f"image {path} does not exist")
     for file in files:
         if not cv2.haveImageReader(file):  # looks at the first bytes only
-            raise UserError(f"image {file} is of no format that OpenCV can read, or it is damaged")
+            raise UserError(f"image {file} is not an image that OpenCV can read, or it is damaged")
     return files
 
 

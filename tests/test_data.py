@@ -316,10 +316,13 @@ def test_grey_transparent_and_deep_images_become_three_bytes_a_pixel(tmp_path):
 
 @pytest.mark.quick
 def test_images_are_listed_from_files_and_directories(tmp_path):
-    for name in ("b.JPG", "a.png", "notes.txt"):
-        (tmp_path / name).touch()
-    found = data.list_images([tmp_path / "notes.txt", tmp_path])
-    assert [Path(f).name for f in found] == ["notes.txt", "a.png", "b.JPG"]
+    for name in ("b.JPG", "a.png", "c.bmp"):
+        cv2.imwrite(str(tmp_path / name), np.zeros((2, 2, 3), np.uint8))
+    (tmp_path / "notes.txt").touch()
+    found = data.list_images([tmp_path / "c.bmp", tmp_path])
+    assert [Path(f).name for f in found] == ["c.bmp", "a.png", "b.JPG", "c.bmp"]
+    with pytest.raises(UserError, match="notes.txt is not an image"):
+        data.list_images([tmp_path / "notes.txt"])
     (tmp_path / "none").mkdir()
     with pytest.raises(UserError, match="has no image"):
         data.list_images([tmp_path / "none"])

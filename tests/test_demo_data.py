@@ -108,7 +108,7 @@ def test_every_kind_of_annotation_occurs(dataset):
         else:
             kinds["several pieces" if len(segmentation) > 1 else "one piece"] += 1
         side = annotation["area"] ** 0.5
-        kinds["small" if side < 32 else "medium" if side < 96 else "large"] += 1
+        kinds["small" if side < 32 else "medium" if side < 64 else "large"] += 1
         kinds[annotation["category_id"]] += 1
     expected = ["crowd, list of counts", "hole, string of counts", "several pieces", "one piece"]
     assert all(kinds[kind] for kind in [*expected, "small", "medium", "large", *CATEGORY_IDS.values()]), kinds
