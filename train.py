@@ -444,10 +444,13 @@ def _evaluation_builder(
         return evaluate
 
     def _gather(parts: list) -> list:
-        """All processes' results in all processes, by a gather of their JSON bytes."""
+        """All processes' results in all processes; in a graph of its own, since that of the training is finished."""
         import horovod.tensorflow as hvd
 
-        return hvd.allgather_object(parts)
+        from utils.tf_v1 import tf
+
+        with tf.Graph().as_default(), tf.Session() as sess:
+            return hvd.allgather_object(parts, session=sess, name="results")
 
     return build
 

@@ -318,16 +318,33 @@ class ReplicatedTrainer(_Accumulation, SyncMultiGPUTrainerReplicated):
         self.BROADCAST_EVERY_EPOCH = False
 
 
+def _horovod_trainer():
+    from tensorpack import HorovodTrainer
+
+    class DistributedTrainer(_Accumulation, HorovodTrainer):
+        """One replica per process; rank 0's variables, momentum and step included, are everybody's at the start."""
+
+        def initialize(self, session_creator, session_init):
+            # As tensorpack's, which asks TensorFlow 2 for functions it no longer has.
+            self._num_global_variables = len(tf.global_variables())
+            self._broadcast_op = self.hvd.broadcast_global_variables(0)
+            if visible_gpus():
+                session_creator.config.gpu_options.visible_device_list = str(self.hvd.local_rank())
+            super(HorovodTrainer, self).initialize(session_creator, session_init)
+
+        def any_rank(self, flag):
+            """A float scalar -> its maximum over all ranks."""
+            return self.hvd.allreduce(flag, op=self.hvd.Max)
+
+    trainer = DistributedTrainer()
+    trainer.BROADCAST_EVERY_EPOCH = False
+    return trainer
+
+
 def make_trainer(cfg: Config, devices: list[str]):
     """The trainer for TRAINER and the devices of this process."""
     if cfg.TRAINER == "horovod":
-        from tensorpack import HorovodTrainer
-
-        class DistributedTrainer(_Accumulation, HorovodTrainer):
-            """One replica per process."""
-
-        trainer = DistributedTrainer()
-        trainer.BROADCAST_EVERY_EPOCH = False
+        trainer = _horovod_trainer()
     else:
         trainer = SingleTrainer() if len(devices) == 1 else ReplicatedTrainer(devices)
     trainer.accumulation = cfg.TRAIN.ACCUMULATION
@@ -460,10 +477,15 @@ class Checkpoints(Callback):
         self._interval = cfg.TRAIN.CHECKPOINT_PERIOD * cfg.TRAIN.STEPS_PER_EPOCH
         self._keep = cfg.TRAIN.KEEP_CHECKPOINTS
         self._saved_at = None
+        self._stop = False
         self.stop_signal = None
         self.last_path = None
 
     def _setup_graph(self):
+        # A signal reaches the ranks of a job at different steps; they must stop after the same one.
+        self._signalled = tf.placeholder_with_default(0.0, [], "signalled")
+        any_rank = getattr(self.trainer, "any_rank", tf.identity)
+        self._any_signalled = any_rank(self._signalled)
         self._saver = tf.train.Saver(tf.global_variables(), max_to_keep=0, save_relative_paths=True)
 
     def _before_train(self):
@@ -479,6 +501,12 @@ class Checkpoints(Callback):
         for number, old in self._old.items():
             signal.signal(number, old)
 
+    def _before_run(self, _):
+        return tf.train.SessionRunArgs(self._any_signalled, {self._signalled: float(self.stop_signal is not None)})
+
+    def _after_run(self, _, run_values):
+        self._stop = run_values.results > 0
+
     def save(self) -> None:
         step = self.global_step
         if self._chief and self._saved_at != step:
@@ -490,7 +518,8 @@ class Checkpoints(Callback):
 
     def _trigger_step(self):
         step = self.global_step
-        if self.stop_signal is not None:
+        if self._stop:
+            self.stop_signal = self.stop_signal or signal.SIGTERM
             self.save()
             raise StopTraining("signal")
         if step >= self._plan.total_steps or (self._interval and step % self._interval == 0):
