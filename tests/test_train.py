@@ -163,6 +163,16 @@ def test_training_fits_a_repeated_image(tmp_path):
     assert losses[80] < 0.5 * losses[20]
 
 
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_half_precision_trains_and_evaluates_like_float32(trained, tmp_path, precision):
+    logdir = tmp_path / "run"
+    assert train_tiny(logdir, f"TRAIN.PRECISION={precision}", "TRAIN.EVAL_PERIOD=1", steps=4) == 0
+    assert losses_of(logdir)[4] == pytest.approx(losses_of(trained)[4], rel=0.03)
+    weights = weights_of(logdir)
+    assert all(np.isfinite(v).all() and v.dtype != np.float16 for v in weights.values())
+    assert ("loss_scale" in weights) == (precision == "float16")
+
+
 def test_a_frozen_pattern_stays_as_loaded(trained, tmp_path):
     logdir = tmp_path / "run"
     assert train_tiny(logdir, "TRAIN.FREEZE_PATTERN='^(conv0|group)'", flags=["--load", trained], steps=2) == 0
