@@ -255,7 +255,6 @@ def default_config() -> Config:
             "MRCNN": {
                 "HEAD_DIM": 256,
                 "LOSS_WEIGHT": 1.0,
-                "ACCURATE_PASTE": True,  # bilinear in the image frame; False: per-box resize (faster, coarser)
             },
             "KRCNN": {
                 "NUM_KEYPOINT": 17,  # per object; COCO's persons have 17
