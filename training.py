@@ -26,6 +26,7 @@ from utils.tf_v1 import tf
 # isort: split
 from tensorpack import ModelDesc, QueueInput, SimpleTrainer, SyncMultiGPUTrainerReplicated
 from tensorpack.callbacks import Callback
+from tensorpack.dataflow import DataFlow
 from tensorpack.graph_builder.training import SyncMultiGPUReplicatedBuilder
 from tensorpack.graph_builder.utils import (
     allreduce_grads_naive,
@@ -571,15 +572,18 @@ class _LoadWeights(SessionInit):
         self._load(sess)
 
 
-class _WatchedDataflow:
+class _WatchedDataflow(DataFlow):
     """Keeps the exception that ends the input, which tensorpack's thread would only log."""
 
     def __init__(self, dataflow):
         self._dataflow = dataflow
         self.error: BaseException | None = None
 
-    def __getattr__(self, name):
-        return getattr(self._dataflow, name)
+    def reset_state(self):
+        self._dataflow.reset_state()
+
+    def __len__(self):
+        return len(self._dataflow)
 
     def __iter__(self):
         try:
@@ -627,7 +631,7 @@ def _run_in_graph(
     chief = trainer.is_chief
     tf.set_random_seed(cfg.TRAIN.SEED)
     model = DetectionModel(cfg, plan, keys)
-    watched = _watch(dataflow)
+    watched = _WatchedDataflow(dataflow)
     capacity = max(2, 2 * len(devices))
     types = [_INPUT_TYPES[k][0] for k in keys]
     queue = tf.FIFOQueue(capacity, types, name="input_queue")
@@ -649,19 +653,6 @@ def _run_in_graph(
     if checkpoints.stop_signal is not None:
         raise Interrupted(checkpoints.stop_signal)
     return evaluation.metrics if evaluation is not None else {}
-
-
-def _watch(dataflow):
-    from tensorpack.dataflow import DataFlow
-
-    class Watched(_WatchedDataflow, DataFlow):
-        def __len__(self):
-            return 1
-
-        def reset_state(self):
-            self._dataflow.reset_state()
-
-    return Watched(dataflow)
 
 
 def freeze_variables(pattern: str | None) -> list[str]:

@@ -191,6 +191,17 @@ def test_nan_stops_the_run_with_the_names_of_the_images(tmp_path, capsys):
     assert any(i in message for i in ids)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_damaged_during_training_ends_the_run_with_its_name(tmp_path, capsys, workers):
+    shutil.copytree(COCO_MINI / "train2017", tmp_path / "images")
+    for file in (tmp_path / "images").iterdir():
+        file.write_bytes(file.read_bytes()[:100])
+    sets = {"cut": [str(COCO_MINI / "annotations/instances_train2017.json"), str(tmp_path / "images")]}
+    settings = [f"DATA.DATASETS={sets}", "DATA.TRAIN=cut", f"DATA.NUM_WORKERS={workers}"]
+    assert train_tiny(tmp_path / "run", *settings, steps=3) == 2
+    assert str(tmp_path / "images") in last_error(capsys)
+
+
 @pytest.mark.slow
 def test_sigterm_saves_a_checkpoint_and_says_how_to_go_on(tmp_path):
     logdir = tmp_path / "run"
