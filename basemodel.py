@@ -224,17 +224,15 @@ def preprocess_image(image, image_shape, cfg):
     return tf.cast(x, tf.as_dtype(cfg.TRAIN.PRECISION))
 
 
-def _bottleneck(x, stage, index, cfg, trainable):
-    """x [N,H,W,C] -> [N,H/s,W/s,4·STEM·2^stage]; s = 2 in the first block of stages 1 to 3."""
+def _stage_channels(stage, cfg):
+    """Output channels of a stage."""
+    return cfg.BACKBONE.STEM_CHANNELS * 2**stage * (1 if cfg.BACKBONE.BLOCK == "basic" else 4)
+
+
+def _conv_norm(cfg, trainable):
+    """The arguments of `conv2d` that all convolutions of the backbone share."""
     backbone = cfg.BACKBONE
-    out_channels = backbone.STEM_CHANNELS * 4 * 2**stage
-    # The width of a plain ResNet's bottleneck follows the stem; ResNeXt states it as groups x width per group.
-    inner = backbone.NUM_GROUPS * backbone.WIDTH_PER_GROUP * 2**stage
-    if backbone.NUM_GROUPS == 1 and backbone.WIDTH_PER_GROUP == 64:
-        inner = backbone.STEM_CHANNELS * 2**stage
-    stride = 2 if index == 0 and stage > 0 else 1
-    stride1, stride3 = (stride, 1) if backbone.STRIDE_1X1 else (1, stride)
-    norm = {
+    return {
         "norm": backbone.NORM,
         "bias": backbone.NORM is None,
         "tf_padding": backbone.TF_PAD_MODE,
@@ -242,20 +240,44 @@ def _bottleneck(x, stage, index, cfg, trainable):
         "trainable": trainable,
         "affine_trainable": not backbone.FREEZE_AFFINE,
     }
-    shortcut = x
-    if int(x.shape[-1]) != out_channels or stride != 1:
-        shortcut = conv2d("convshortcut", x, out_channels, 1, stride, **norm)
+
+
+def _basic_block(x, channels, stage, stride, cfg, norm):
+    """Two 3x3 convolutions (He et al. 2015, fig. 5 left) before the sum: ResNet-18 and 34."""
+    y = conv2d("conv1", x, channels, 3, stride, relu=True, **norm)
+    return conv2d("conv2", y, channels, 3, **norm)
+
+
+def _bottleneck(x, channels, stage, stride, cfg, norm):
+    """1x1, 3x3 and 1x1 convolutions (fig. 5 right) before the sum."""
+    backbone = cfg.BACKBONE
+    # The width of a plain ResNet's bottleneck follows the stem; ResNeXt states it as groups x width per group.
+    inner = backbone.NUM_GROUPS * backbone.WIDTH_PER_GROUP * 2**stage
+    if backbone.NUM_GROUPS == 1 and backbone.WIDTH_PER_GROUP == 64:
+        inner = backbone.STEM_CHANNELS * 2**stage
+    stride1, stride3 = (stride, 1) if backbone.STRIDE_1X1 else (1, stride)
     y = conv2d("conv1", x, inner, 1, stride1, relu=True, **norm)
     y = conv2d("conv2", y, inner, 3, stride3, groups=backbone.NUM_GROUPS, relu=True, **norm)
-    y = conv2d("conv3", y, out_channels, 1, **norm)
-    return tf.nn.relu(y + shortcut)
+    return conv2d("conv3", y, channels, 1, **norm)
+
+
+def _block(x, stage, index, cfg, trainable):
+    """x [N,H,W,C] -> [N,H/s,W/s,channels of the stage]; s = 2 in the first block of stages 1 to 3."""
+    channels = _stage_channels(stage, cfg)
+    stride = 2 if index == 0 and stage > 0 else 1
+    norm = _conv_norm(cfg, trainable)
+    shortcut = x
+    if int(x.shape[-1]) != channels or stride != 1:
+        shortcut = conv2d("convshortcut", x, channels, 1, stride, **norm)
+    residual = _basic_block if cfg.BACKBONE.BLOCK == "basic" else _bottleneck
+    return tf.nn.relu(residual(x, channels, stage, stride, cfg, norm) + shortcut)
 
 
 def _stage(x, stage, cfg, trainable):
     with tf.variable_scope(f"group{stage}"):
         for index in range(cfg.BACKBONE.RESNET_NUM_BLOCK[stage]):
             with tf.variable_scope(f"block{index}"):
-                x = _bottleneck(x, stage, index, cfg, trainable)
+                x = _block(x, stage, index, cfg, trainable)
     return x
 
 
@@ -266,11 +288,7 @@ def resnet_stages(image, cfg, num_stages):
     """
     backbone = cfg.BACKBONE
     trainable = backbone.FREEZE_AT < 1
-    x = conv2d(
-        "conv0", image, backbone.STEM_CHANNELS, 7, 2, norm=backbone.NORM, bias=backbone.NORM is None, relu=True,
-        tf_padding=backbone.TF_PAD_MODE, epsilon=backbone.BN_EPSILON, trainable=trainable,
-        affine_trainable=not backbone.FREEZE_AFFINE,
-    )  # fmt: skip
+    x = conv2d("conv0", image, backbone.STEM_CHANNELS, 7, 2, relu=True, **_conv_norm(cfg, trainable))
     if backbone.TF_PAD_MODE:
         x = tf.nn.max_pool2d(x, 3, 2, "SAME")
     else:  # after a ReLU, zeros are as good as the -inf that max pooling would pad with
@@ -286,10 +304,11 @@ def resnet_stages(image, cfg, num_stages):
 
 
 def c4_backbone(image, cfg):
-    """Normalised image [N,H,W,3] -> C4 [N,H/16,W/16,1024]."""
+    """Normalised image [N,H,W,3] -> C4 [N,H/16,W/16,1024], 256 channels with basic blocks."""
     return resnet_stages(image, cfg, 3)[-1]
 
 
 def c5_on_rois(rois, cfg):
-    """Stage 5 as a head on RoI features [R,14,14,1024] -> [R,7,7,2048] (He et al. 2015, appendix A)."""
+    """Stage 5 as a head on RoI features [R,14,14,1024] -> [R,7,7,2048] (He et al. 2015, appendix A); with basic blocks
+    256 -> 512 channels."""
     return _stage(rois, 3, cfg, cfg.BACKBONE.FREEZE_AT < 5)

@@ -160,12 +160,13 @@ def default_config() -> Config:
             "BACKBONE": {
                 "WEIGHTS": "",  # .npz of ImageNet weights (native or tensorpack names); "" = from scratch
                 "RESNET_NUM_BLOCK": [3, 4, 6, 3],  # ResNet-50; [3,4,23,3] = 101, [3,8,36,3] = 152
+                "BLOCK": "bottleneck",  # basic: two 3x3 convolutions; [2,2,2,2] = ResNet-18, [3,4,6,3] = ResNet-34
                 "NORM": "FreezeBN",  # FreezeBN | SyncBN | GN | None
                 "FREEZE_AFFINE": False,  # do not train gamma and beta of frozen batch norms
                 "FREEZE_AT": 2,  # 0 nothing, 1 the stem, 2 stem and first stage, … 5 everything
                 "TF_PAD_MODE": False,  # TensorFlow's SAME padding (asymmetric at stride 2) instead of Caffe's symmetric
                 "STRIDE_1X1": False,  # stride 2 in the first 1x1 of a bottleneck (Caffe) instead of its 3x3
-                "STEM_CHANNELS": 64,  # width of conv0; a stage's output is STEM_CHANNELS * 4 * 2^stage
+                "STEM_CHANNELS": 64,  # width of conv0; a stage's output is 4 * 2^stage times it (basic: 2^stage)
                 "NUM_GROUPS": 1,  # ResNeXt: 32
                 "WIDTH_PER_GROUP": 64,  # ResNeXt-50 32x4d: 4; bottleneck width of stage 0 is groups * width
                 "BN_EPSILON": 1e-5,
@@ -279,6 +280,7 @@ def default_config() -> Config:
 _CHOICES = {
     "TRAINER": ["replicated", "horovod"],
     "DATA.SAMPLING": ["uniform", "repeat_factor", "class_aware"],
+    "BACKBONE.BLOCK": ["bottleneck", "basic"],
     "BACKBONE.NORM": ["FreezeBN", "SyncBN", "GN", None],
     "FPN.NORM": ["GN", None],
     "FPN.FRCNN_HEAD_FUNC": ["fastrcnn_2fc_head", "fastrcnn_4conv1fc_head", "fastrcnn_4conv1fc_gn_head"],
@@ -347,6 +349,14 @@ def finalize_config(cfg: Config) -> Config:
         check(cfg.get(key) >= 1, key, "must be 1 or more")
     check(0 <= cfg.BACKBONE.FREEZE_AT <= 5, "BACKBONE.FREEZE_AT", "must be 0 to 5")
     check(len(cfg.BACKBONE.RESNET_NUM_BLOCK) == 4, "BACKBONE.RESNET_NUM_BLOCK", "four numbers, e.g. [3,4,6,3]")
+    if cfg.BACKBONE.BLOCK == "basic":
+        check(cfg.BACKBONE.NUM_GROUPS == 1, "BACKBONE.NUM_GROUPS", "BACKBONE.BLOCK=basic has no groups, must be 1")
+        wants = "BACKBONE.BLOCK=basic is as wide as BACKBONE.STEM_CHANNELS says, must be 64"
+        check(cfg.BACKBONE.WIDTH_PER_GROUP == 64, "BACKBONE.WIDTH_PER_GROUP", wants)
+        check(not cfg.BACKBONE.STRIDE_1X1, "BACKBONE.STRIDE_1X1", "BACKBONE.BLOCK=basic has no 1x1, must be False")
+    if cfg.BACKBONE.NORM == "GN":
+        wants = "BACKBONE.NORM=GN needs a multiple of 32 channels"
+        check(cfg.BACKBONE.STEM_CHANNELS % 32 == 0, "BACKBONE.STEM_CHANNELS", wants)
     check(len(cfg.PREPROC.PIXEL_MEAN) == 3, "PREPROC.PIXEL_MEAN", "three numbers: R, G, B")
     check(len(cfg.PREPROC.PIXEL_STD) == 3 and min(cfg.PREPROC.PIXEL_STD) > 0, "PREPROC.PIXEL_STD", "three numbers > 0")
     if cfg.MODE_FPN:

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 import basemodel
+from common import UserError
 from model_fpn import upsample_nearest_2x
+from model_rcnn import build_inference
 from tests.graph import evaluate, tiny_config
 from utils.tf_v1 import tf
 
@@ -192,6 +194,66 @@ def test_freezing_leaves_gradients_to_the_later_stages_only(frozen):
 
     scopes = [name.decode() for name in evaluate(make)] if frozen < 5 else []
     assert scopes == ["conv0", "group0", "group1", "group2", "group3"][frozen:]
+
+
+def test_basic_blocks_have_the_names_shapes_and_strides_of_resnet_18():
+    cfg = tiny_config("BACKBONE.BLOCK=basic", "BACKBONE.RESNET_NUM_BLOCK=[2,2,2,2]", "BACKBONE.STEM_CHANNELS=64")
+    with tf.Graph().as_default():
+        features = basemodel.resnet_stages(tf.zeros([1, 64, 96, 3]), cfg, 4)
+        kernels = {v.op.name[:-2]: v.shape.as_list() for v in tf.global_variables() if v.op.name.endswith("/W")}
+    assert [f.shape.as_list()[1:] for f in features] == [[16, 24, 64], [8, 12, 128], [4, 6, 256], [2, 3, 512]]
+    expected = {"conv0": [7, 7, 3, 64]}
+    for stage, width in enumerate((64, 128, 256, 512)):
+        for block in range(2):
+            before = width // 2 if stage > 0 and block == 0 else width
+            expected[f"group{stage}/block{block}/conv1"] = [3, 3, before, width]
+            expected[f"group{stage}/block{block}/conv2"] = [3, 3, width, width]
+            if before != width:
+                expected[f"group{stage}/block{block}/convshortcut"] = [1, 1, before, width]
+    assert kernels == expected
+    assert sum(np.prod(shape) for shape in kernels.values()) == 11_166_912  # torchvision's resnet18 less fc and norms
+
+
+@pytest.mark.parametrize("norm", ["FreezeBN", "SyncBN", "GN", "None"])
+def test_basic_blocks_train_under_every_norm(norm):
+    cfg = tiny_config("BACKBONE.BLOCK=basic", "BACKBONE.STEM_CHANNELS=32", f"BACKBONE.NORM={norm}")
+
+    def make():
+        features = basemodel.resnet_stages(tf.random.stateless_normal([1, 64, 64, 3], [1, 2]), cfg, 4)
+        return tf.gradients(tf.reduce_sum(features[-1] ** 2), tf.trainable_variables())
+
+    gradients = evaluate(make)
+    # conv0 and 4 stages of 2 convolutions, 3 of them with a shortcut: each has two affine parameters, or one bias
+    assert len(gradients) == 12 * (2 if norm == "None" else 3)
+    assert all(np.abs(g).max() > 0 for g in gradients)
+
+
+@pytest.mark.parametrize("mask", [True, False])
+def test_basic_blocks_as_c4_heads(mask):
+    cfg = tiny_config("BACKBONE.BLOCK=basic", "MODE_FPN=False", f"MODE_MASK={mask}", "RPN.TEST_POST_NMS_TOPK=20")
+    image = np.random.RandomState(0).randint(0, 256, [1, 64, 64, 3]).astype(np.uint8)
+
+    def make():
+        outputs = build_inference(tf.constant(image), tf.constant([[64, 64]]), cfg)
+        shapes = {v.op.name: v.shape.as_list() for v in tf.global_variables()}
+        assert shapes["group3/block0/conv1/W"] == [3, 3, 32, 64]  # stem 8: C4 has 32 channels, C5 64
+        assert shapes["fastrcnn/class/W"] == [64, 4]
+        assert not mask or shapes["maskrcnn/deconv/W"][-1] == 64
+        return outputs
+
+    outputs = evaluate(make)
+    assert outputs["count"][0] > 0 and np.isfinite(outputs["boxes"]).all()
+
+
+@pytest.mark.parametrize("setting", ["NUM_GROUPS=2", "WIDTH_PER_GROUP=4", "STRIDE_1X1=True"])
+def test_settings_of_bottlenecks_are_refused_with_basic_blocks(setting):
+    with pytest.raises(UserError, match=rf"BACKBONE\.{setting}: BACKBONE.BLOCK=basic"):
+        tiny_config("BACKBONE.BLOCK=basic", f"BACKBONE.{setting}")
+
+
+def test_group_norm_of_a_narrow_stem_is_refused():
+    with pytest.raises(UserError, match=r"BACKBONE\.STEM_CHANNELS=48: .*multiple of 32"):
+        tiny_config("BACKBONE.NORM=GN", "BACKBONE.STEM_CHANNELS=48")
 
 
 def test_initial_values_depend_on_seed_and_name_alone():

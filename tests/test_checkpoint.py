@@ -328,6 +328,16 @@ def test_deeper_backbone_is_named_by_its_setting():
 
 
 @pytest.mark.quick
+@pytest.mark.parametrize("ours, theirs, hint", [(2, 3, "bottleneck"), (3, 2, "basic")])
+def test_other_kind_of_block_is_named_by_its_setting(ours, theirs, hint):
+    def names(convolutions):
+        return {f"group{g}/block0/conv{k + 1}/W": (1,) for g in range(4) for k in range(convolutions)}
+
+    with pytest.raises(UserError, match=f"set BACKBONE.BLOCK={hint}"):
+        match_weights(names(ours), names(theirs)).check()
+
+
+@pytest.mark.quick
 def test_unused_heads_are_shown_but_allowed():
     report = match_weights(GRAPH, zeros_like_graph(**{"maskrcnn/fcn0/W": (3, 3, 8, 8)})).check()
     assert report.unused == ["maskrcnn/fcn0/W"]

@@ -37,6 +37,9 @@ MODELS = {
                       "FPN.FRCNN_HEAD_FUNC=fastrcnn_4conv1fc_gn_head", "FPN.MRCNN_HEAD_FUNC=maskrcnn_up4conv_gn_head",
                       "FPN.CASCADE=True", "BACKBONE.STEM_CHANNELS=32", "BACKBONE.WIDTH_PER_GROUP=32"],
     "keypoint": ["MODE_FPN=True", "MODE_KEYPOINT=True", "MODE_MASK=False"],
+    "basic": ["MODE_FPN=True", "BACKBONE.BLOCK=basic", "BACKBONE.RESNET_NUM_BLOCK=[2,2,2,2]",
+              "BACKBONE.WIDTH_PER_GROUP=64"],
+    "basic_c4": ["BACKBONE.BLOCK=basic", "BACKBONE.WIDTH_PER_GROUP=64"],
     "resnext": ["MODE_FPN=True", "BACKBONE.NUM_GROUPS=4", "BACKBONE.WIDTH_PER_GROUP=3"],
 }  # fmt: skip
 
@@ -334,7 +337,7 @@ def test_detectron2_comes_back_unchanged(tmp_path, kind, classes):
     save_zip(tmp_path / "a.pth", {"model": tensors(state), "iteration": 9})
     settings, report = check(tmp_path / "a.pth", kind, classes, len(state))
     caffe_like = kind not in ("gn", "resnext")
-    assert settings["BACKBONE.STRIDE_1X1"] is caffe_like
+    assert settings["BACKBONE.STRIDE_1X1"] is (caffe_like and not kind.startswith("basic"))
     assert settings["PREPROC.PIXEL_STD"] == ([1.0, 1.0, 1.0] if caffe_like else [58.395, 57.12, 57.375])
     assert settings["FRCNN.CLASS_AGNOSTIC"] is (kind == "agnostic")
 
@@ -386,7 +389,7 @@ def test_maskrcnn_benchmark_comes_back_unchanged(tmp_path, kind):
     assert settings.get("FRCNN.ROI_SAMPLES") == (0 if kind == "c4" else None)
 
 
-@pytest.mark.parametrize("kind", ["fpn", "faster", "keypoint"])
+@pytest.mark.parametrize("kind", ["fpn", "faster", "keypoint", "basic"])
 @pytest.mark.parametrize("new_names", [False, True])
 def test_torchvision_detection_comes_back_unchanged(tmp_path, kind, new_names):
     classes = 1 if kind == "keypoint" else 6
@@ -518,7 +521,7 @@ def test_keras_resnet_has_equal_arithmetic(tmp_path):
         np.testing.assert_array_equal(variables[f"{scope}/W"], want[f"{scope}/W"])
 
 
-@pytest.mark.parametrize("kind", ["fpn", "c4", "cascade"])
+@pytest.mark.parametrize("kind", ["fpn", "c4", "cascade", "basic", "basic_c4"])
 @pytest.mark.parametrize("suffix", ["", ":0"])
 def test_tensorpack_models_pass_through(tmp_path, kind, suffix):
     want = model(kind, 6)
@@ -613,16 +616,16 @@ def test_unusable_files_are_one_line_errors(tmp_path):
         def __reduce__(self):
             return os.system, (f"touch {tmp_path}/executed",)
 
-    def resnet18():
-        names = ("conv1.weight", "layer1.0.conv1.weight")
-        return {name: np.ones((16, 3, 3, 3), np.float32) for name in names}
+    def grouped_basic_blocks():
+        shapes = {"conv1": (16, 3, 7, 7), "layer1.0.conv1": (16, 16, 3, 3), "layer1.0.conv2": (16, 8, 3, 3)}
+        return {f"{name}.weight": np.ones(shape, np.float32) for name, shape in shapes.items()}
 
     (tmp_path / "evil.pkl").write_bytes(pickle.dumps({"model": Evil()}))
-    (tmp_path / "basic.pkl").write_bytes(pickle.dumps(resnet18()))
+    (tmp_path / "basic.pkl").write_bytes(pickle.dumps(grouped_basic_blocks()))
     (tmp_path / "other.pkl").write_bytes(pickle.dumps({"encoder.weight": np.ones(3)}))
     (tmp_path / "number.pkl").write_bytes(pickle.dumps(3))
     (tmp_path / "broken.h5").write_bytes(b"\x89HDF\r\n\x1a\n" + b"x" * 100)
-    cases = {"evil.pkl": "is refused", "basic.pkl": "basic blocks", "other.pkl": "no known system",
+    cases = {"evil.pkl": "is refused", "basic.pkl": "basic blocks with groups", "other.pkl": "no known system",
              "number.pkl": "no dictionary of tensors", "broken.h5": "HDF5", "absent.pth": "does not exist"}  # fmt: skip
     for name, message in cases.items():
         with pytest.raises(UserError, match=message) as e:

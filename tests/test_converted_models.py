@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from torch_files import save_zip, tensors
 
 from basemodel import GN_EPSILON, GN_GROUPS, preprocess_image, resnet_stages
 from config import default_config, finalize_config
@@ -159,6 +160,66 @@ def test_torchvision_imagenet_model_has_the_same_features(tmp_path, architecture
     golden = recorded(f"torchvision_{architecture}")
     variables, settings = convert_seeded(golden, tmp_path / "weights.npz")
     assert_same_stages(variables, settings, seeded_image(64, 96), golden)
+
+
+def torchvision_basic_stages(state, blocks, image):
+    """float64 [C2..C5] [H,W,C] of torchvision's ResNet of basic blocks, from its state_dict and an image uint8 BGR."""
+    state = {name: value.astype(np.float64) for name, value in state.items()}
+
+    def conv_bn(x, conv, bn, stride=1):
+        weight = state[f"{conv}.weight"].transpose(2, 3, 1, 0)
+        pad = len(weight) // 2
+        x = np.pad(x, [(pad, pad), (pad, pad), (0, 0)])
+        windows = np.lib.stride_tricks.sliding_window_view(x, weight.shape[:2], (0, 1))[::stride, ::stride]
+        y = np.einsum("hwcij,ijco->hwo", windows, weight, optimize=True)
+        y = (y - state[f"{bn}.running_mean"]) / np.sqrt(state[f"{bn}.running_var"] + 1e-5)
+        return y * state[f"{bn}.weight"] + state[f"{bn}.bias"]
+
+    x = (image[..., ::-1] / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+    x = np.pad(np.maximum(conv_bn(x, "conv1", "bn1", 2), 0), [(1, 1), (1, 1), (0, 0)])
+    x = np.lib.stride_tricks.sliding_window_view(x, (3, 3), (0, 1))[::2, ::2].max((3, 4))
+    stages = []
+    for layer, count in enumerate(blocks, 1):
+        for index in range(count):
+            scope, stride = f"layer{layer}.{index}", 2 if layer > 1 and index == 0 else 1
+            y = np.maximum(conv_bn(x, f"{scope}.conv1", f"{scope}.bn1", stride), 0)
+            y = conv_bn(y, f"{scope}.conv2", f"{scope}.bn2")
+            if f"{scope}.downsample.0.weight" in state:
+                x = conv_bn(x, f"{scope}.downsample.0", f"{scope}.downsample.1", stride)
+            x = np.maximum(x + y, 0)
+        stages.append(x)
+    return stages
+
+
+@pytest.mark.parametrize("blocks", [[2, 2, 2, 2], [3, 4, 6, 3]])
+def test_torchvision_resnets_of_basic_blocks_have_the_same_features(tmp_path, blocks):
+    shapes = {"conv1.weight": (64, 3, 7, 7), "fc.weight": (1000, 512), "fc.bias": (1000,)}
+
+    def norm(name, channels):
+        leaves = ("weight", "bias", "running_mean", "running_var")
+        shapes.update({f"{name}.{leaf}": (channels,) for leaf in leaves} | {f"{name}.num_batches_tracked": ()})
+
+    norm("bn1", 64)
+    for layer, count in enumerate(blocks, 1):
+        width = 32 * 2**layer
+        for index in range(count):
+            scope, before = f"layer{layer}.{index}", width // 2 if layer > 1 and index == 0 else width
+            shapes[f"{scope}.conv1.weight"], shapes[f"{scope}.conv2.weight"] = (
+                (width, before, 3, 3), (width, width, 3, 3)
+            )  # fmt: skip
+            norm(f"{scope}.bn1", width)
+            norm(f"{scope}.bn2", width)
+            if before != width:
+                shapes[f"{scope}.downsample.0.weight"] = (width, before, 1, 1)
+                norm(f"{scope}.downsample.1", width)
+    state = {name: seeded_tensor(name, shape) for name, shape in shapes.items()}
+    save_zip(tmp_path / "resnet.pth", tensors(state))
+    variables, settings, report = convert(tmp_path / "resnet.pth")
+    assert not report.unused and not report.missing
+    assert settings["BACKBONE.BLOCK"] == "basic" and settings["BACKBONE.RESNET_NUM_BLOCK"] == blocks
+    image = seeded_image(64, 96)
+    want = torchvision_basic_stages(state, blocks, image)
+    assert_same_stages(variables, settings, image, {f"c{k + 2}": stage for k, stage in enumerate(want)})
 
 
 KERAS = """

@@ -97,6 +97,8 @@ def convert(
     variables, settings = translate(tensors, facts, report)
     _check_known_structure(variables, path)
     settings = {**_derive_settings(variables), **settings}
+    if settings["BACKBONE.BLOCK"] == "basic":  # where a system's habit was taken for an answer: there is no 1x1
+        settings["BACKBONE.STRIDE_1X1"] = False
     classes = settings.get("DATA.NUM_CATEGORY", 0)
     names = _default_class_names(system, classes, report) if class_names is None else class_names
     report.category_ids = _coco_ids(system, classes) if class_names is None or drop_unused_classes else []
@@ -211,7 +213,7 @@ def _recognise(tensors: Mapping[str, Any], facts: Mapping[str, Any], path: Path)
         return "detectron2", _from_detectron2
     raise UserError(
         f"{path}: names like {_some(sorted(names), 2)} belong to no known system; known are tensorpack, detectron2, "
-        "Detectron, maskrcnn-benchmark, torchvision and Keras ResNets with bottleneck blocks"
+        "Detectron, maskrcnn-benchmark, torchvision and Keras ResNets"
     )
 
 
@@ -771,16 +773,24 @@ def _groups(variables: Mapping[str, np.ndarray]) -> int:
 def _check_known_structure(variables: Mapping[str, np.ndarray], path: Any) -> None:
     if "conv0/W" not in variables or "group0/block0/conv1/W" not in variables:
         raise UserError(f"{path}: no ResNet found in it")
-    if not any(re.match(r"group0/block0/conv3/", name) for name in variables):
-        raise UserError(f"{path}: a ResNet of basic blocks (18 or 34 layers); only bottleneck ResNets are supported")
+    if "group0/block0/conv2/W" not in variables:
+        raise UserError(f"{path}: no residual blocks found in it, group0/block0 lacks its second convolution")
     stem = variables["conv0/W"].shape[3]
     width = variables["group0/block0/conv1/W"].shape[3]
+    basic = _has_basic_blocks(variables)
+    if basic and _groups(variables) != 1:
+        raise UserError(f"{path}: a ResNet of basic blocks with groups; only bottlenecks can have groups here")
     for name, value in variables.items():
         match = re.fullmatch(r"group(\d)/block\d+/conv([123])/W", name)
         if match:
-            want = (stem * 4 if match[2] == "3" else width) * 2 ** int(match[1])
+            want = (stem if basic else stem * 4 if match[2] == "3" else width) * 2 ** int(match[1])
             if value.shape[3] != want:
                 raise UserError(f"{path}: {name} has {value.shape[3]} channels where this ResNet has {want}")
+
+
+def _has_basic_blocks(variables: Mapping[str, np.ndarray]) -> bool:
+    """Whether the blocks are two 3x3 convolutions (ResNet-18 and 34) instead of bottlenecks."""
+    return not any(name.startswith("group0/block0/conv3/") for name in variables)
 
 
 def _derive_settings(variables: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -796,12 +806,14 @@ def _derive_settings(variables: Mapping[str, np.ndarray]) -> dict[str, Any]:
         if match:
             blocks[int(match[1])] = max(blocks[int(match[1])], int(match[2]) + 1)
     groups = _groups(variables)
+    basic = _has_basic_blocks(variables)
     settings: dict[str, Any] = {
         "BACKBONE.RESNET_NUM_BLOCK": blocks,
+        "BACKBONE.BLOCK": "basic" if basic else "bottleneck",
         "BACKBONE.NORM": "GN" if "conv0/gn/gamma" in names else "FreezeBN" if "conv0/bn/gamma" in names else None,
         "BACKBONE.STEM_CHANNELS": out_channels("conv0/W"),
         "BACKBONE.NUM_GROUPS": groups,
-        "BACKBONE.WIDTH_PER_GROUP": out_channels("group0/block0/conv1/W") // groups,
+        "BACKBONE.WIDTH_PER_GROUP": 64 if basic else out_channels("group0/block0/conv1/W") // groups,
         "BACKBONE.BN_EPSILON": _BN_EPSILON,
         "BACKBONE.TF_PAD_MODE": False,
         "BACKBONE.STRIDE_1X1": False,
@@ -868,9 +880,12 @@ def expected_names(settings: Mapping[str, Any]) -> tuple[set[str], set[str]]:
 
     norm = {"GN": "gn", None: None}.get(settings["BACKBONE.NORM"], "bn")
     layer("conv0", norm)
+    parts = ["conv1", "conv2"] + ["conv3"] * (settings["BACKBONE.BLOCK"] == "bottleneck")
     for group, count in enumerate(settings["BACKBONE.RESNET_NUM_BLOCK"]):
         for block in range(count):
-            for part in ("conv1", "conv2", "conv3", *(["convshortcut"] if block == 0 else [])):
+            # A basic block of the first stage has the channels of its input.
+            shortcut = ["convshortcut"] if block == 0 and (group > 0 or "conv3" in parts) else []
+            for part in [*parts, *shortcut]:
                 layer(f"group{group}/block{block}/{part}", norm)
     if "MODE_FPN" not in settings:
         return expected, {"linear/W", "linear/b"}

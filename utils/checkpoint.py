@@ -412,6 +412,12 @@ class LoadReport:
                 return f"set BACKBONE.NORM={value}"
         if any_of(mismatched, _CLASS_TENSOR.match) and not any_of(mismatched, lambda n: not _CLASS_TENSOR.match(n)):
             return "the number of classes differs: --trim-heads starts those tensors anew"
+        if any_of(self.unused, re.compile(r"^group\d/block\d+/conv3/").match) and not any_of(
+            [*self.loaded, *self.missing, *mismatched], re.compile(r"^group\d/block\d+/conv3/").match
+        ):
+            return "set BACKBONE.BLOCK=bottleneck"
+        if any_of(self.missing, re.compile(r"^group0/block0/conv3/").match):
+            return "set BACKBONE.BLOCK=basic"
         if any_of(self.missing + self.unused, re.compile(r"^group\d/block\d+/").match):
             blocks: dict[int, int] = {}
             for name in [*self.loaded, *self.unused, *mismatched]:
