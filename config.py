@@ -238,6 +238,11 @@ def default_config() -> Config:
                 "ROI_SAMPLES": 2,
                 # False: without the half-pixel shift, and RoIs of one feature cell at least (Detectron, torchvision).
                 "ROI_ALIGNED": True,
+                # Background RoIs that a crowd region covers this much are not trained on; > 1 = off
+                "CROWD_OVERLAP_THRESH": 9.99,
+                # True: a class takes part in an image's softmax only if people looked for it there, and a box with
+                # several labels is each of them. For Open Images and LVIS, whose images are annotated for some classes.
+                "FEDERATED_LOSS": False,
                 # True: RoIs end at x2 - 1, y2 - 1, the index of their last pixel (Detectron, maskrcnn-benchmark).
                 "ROI_TO_LAST_PIXEL": False,
             },

@@ -111,7 +111,8 @@ def list_images(paths: Sequence[str | os.PathLike]) -> list[str]:
 def training_keys(cfg: Any) -> list[str]:
     """Names of a training batch's components, in order."""
     keys = ["image", "image_shape", "image_seed", "gt_boxes", "gt_labels", "gt_is_crowd"]
-    return keys + ["gt_edges"] * bool(cfg.MODE_MASK) + ["gt_keypoints"] * bool(cfg.MODE_KEYPOINT)
+    keys += ["gt_edges"] * bool(cfg.MODE_MASK) + ["gt_keypoints"] * bool(cfg.MODE_KEYPOINT)
+    return keys + ["class_verified"] * bool(cfg.FRCNN.FEDERATED_LOSS)
 
 
 def _padded_size(sizes: Sequence[tuple[int, int]], cfg: Any) -> tuple[int, int]:
@@ -158,7 +159,7 @@ def make_batch(
     image uint8 [N, H, W, 3] BGR zero-padded at the bottom and right, image_shape int32 [N, 2], image_seed int32 [N]
     for the random choices that the graph makes for an image, gt_boxes float32 [N, G, 4], gt_labels int32 [N, G] with 0
     for padding, gt_is_crowd bool [N, G], gt_edges float32 [N, G, E, 4] without vertical edges and those of crowds,
-    zero-length edges padding, gt_keypoints float32 [N, G, K, 3].
+    zero-length edges padding, gt_keypoints float32 [N, G, K, 3], class_verified bool [N, C + 1].
     """
     pixels = [read_split_image(split, i) for i in images]
     sizes, flips, image_seeds = [], [], []
@@ -180,6 +181,8 @@ def make_batch(
         "image_seed": np.array(image_seeds, np.int32),
         **{key: _stack_padded([o[key] for o in objects]) for key in objects[0]},
     }
+    if cfg.FRCNN.FEDERATED_LOSS:
+        batches["class_verified"] = np.stack([split.verified_classes(i) for i in images])
     return [batches[key] for key in training_keys(cfg)]
 
 

@@ -40,6 +40,7 @@ COCO_KEYPOINTS = [
     "right_elbow", "left_wrist", "right_wrist", "left_hip", "right_hip", "left_knee", "right_knee", "left_ankle",
     "right_ankle",
 ]  # fmt: skip
+_EVERY_CLASS = -1  # as a verified label of an image
 MIN_SIDE = 0.01  # pixels; a box with a shorter side inside the image has no extent that float32 could regress to
 
 # Why an annotation is left out (index = code in the columns), in the order in which the reasons are looked for.
@@ -151,6 +152,24 @@ class DatasetSplit:
         return {
             "boxes": o.boxes, "labels": o.labels, "is_crowd": o.is_crowd, "rings": rings, "keypoints": o.keypoints,
         }  # fmt: skip
+
+    def is_federated(self) -> bool:
+        """Whether the set says of each image which classes people looked for there (Open Images, LVIS)."""
+        return self._columns["first_verified"] is not None
+
+    def verified_classes(self, i: int) -> np.ndarray:
+        """bool [C + 1]: the background, and the classes of which image i shows no object beside the annotated ones.
+
+        Of the others nobody knows. A set that is not federated is annotated for all its classes.
+        """
+        c = self._columns
+        verified = np.full(len(self.class_names) + 1, c["first_verified"] is None)
+        verified[0] = True
+        if c["first_verified"] is not None:
+            labels = c["verified"][c["first_verified"][i] : c["first_verified"][i + 1]]
+            verified[labels] = True
+            verified |= _EVERY_CLASS in labels
+        return verified
 
     def nonempty_images(self) -> np.ndarray:
         """int64 indices of the images with an object that is not a crowd."""
@@ -287,6 +306,10 @@ class _Collector:
         self.image_of_entry = array("i")  # number of the image id of each image entry
         self.image_numbers: dict = {}  # any image id -> number, in order of appearance
         self.category_numbers: dict = {}
+        # Whether images say which classes were looked for there; the image and category numbers of these, flat, and of
+        # classes with objects that are not annotated.
+        self.is_federated = False
+        self.verified, self.incomplete = array("i"), array("i")
         self.broken = 0
         self.image, self.category = array("i"), array("i")  # per annotation
         self.crowd = array("b")
@@ -305,6 +328,11 @@ class _Collector:
             height, width = int(entry["height"]), int(entry["width"])
             name = entry.get("file_name") or "/".join(entry["coco_url"].split("/")[-2:])
             number = self.image_numbers.setdefault(image_id, len(self.image_numbers))
+            self.is_federated |= "neg_category_ids" in entry
+            for key in ("pos_category_ids", "neg_category_ids", "not_exhaustive_category_ids"):
+                pairs = self.incomplete if key.startswith("not") else self.verified
+                for category in entry.get(key) or ():
+                    pairs.extend((number, self.category_numbers.setdefault(category, len(self.category_numbers))))
         except (KeyError, TypeError, ValueError, AttributeError):
             shown = entry.get("id", entry) if isinstance(entry, dict) else entry
             raise UserError(
@@ -538,7 +566,18 @@ def _build_columns(
         "first_vertex": _offsets(ring_sizes[rings]),
         "vertices": _gather_ragged(vertices, ring_starts[rings], ring_sizes[rings], inverted[rings]),
         "keypoints": _keypoint_column(raw, place, len(kept), num_keypoints) if num_keypoints else None,
+        "first_verified": None,
+        "verified": None,
     }
+    if raw.is_federated:
+        given, lacking = (np.asarray(pairs, np.int64).reshape(-1, 2) for pairs in (raw.verified, raw.incomplete))
+        lost = np.flatnonzero(reason == _NO_OUTLINE)
+        columns |= _verified_columns(
+            [(image_rows[given[:, 0]], label_of_number[given[:, 1]]), (rows[kept], labels[kept])],
+            [(image_rows[lacking[:, 0]], label_of_number[lacking[:, 1]]), (rows[lost], labels[lost])],
+            len(sizes),
+            max(label_of_category.values(), default=0),
+        )  # fmt: skip
     if raw.short_rings:
         dropped["polygon part with fewer than 3 points"] += raw.short_rings
     if not finite.all():
@@ -550,6 +589,26 @@ def _build_columns(
 
 def _offsets(counts: np.ndarray) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+
+
+def _verified_columns(
+    known: list[tuple[np.ndarray, np.ndarray]],
+    incomplete: list[tuple[np.ndarray, np.ndarray]],
+    num_images: int,
+    num_classes: int,
+) -> dict[str, np.ndarray]:
+    """The columns first_verified int64 [num_images + 1] and verified int32: an image's labels that are `known`, but not
+    `incomplete`. Both are pairs of images and labels; pairs of no image (-1) or no class (0) do not count."""
+    size = np.int64(num_classes + 1)
+
+    def codes(pairs: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+        images, labels = (np.concatenate([p[side] for p in pairs]) for side in (0, 1))
+        good = (images >= 0) & (labels > 0)
+        return np.unique(images[good] * size + labels[good])
+
+    found = np.setdiff1d(codes(known), codes(incomplete), assume_unique=True)
+    counts = np.bincount(found // size, minlength=num_images)
+    return {"first_verified": _offsets(counts), "verified": (found % size).astype(np.int32)}
 
 
 def _keypoint_column(raw: _Collector, place: np.ndarray, count: int, num_keypoints: int) -> np.ndarray:
@@ -730,7 +789,7 @@ def _select_images(columns: dict[str, Any], images: np.ndarray) -> dict[str, Any
     c = columns
     objects = _ranges(c["first_object"], images)
     rings = _ranges(c["first_ring"], objects)
-    ids = c["id"]
+    ids, first_verified = c["id"], c["first_verified"]
     return {
         "folder": c["folder"][images],
         "file": _select_texts(c["file"], images),
@@ -744,6 +803,8 @@ def _select_images(columns: dict[str, Any], images: np.ndarray) -> dict[str, Any
         "first_vertex": _offsets(np.diff(c["first_vertex"])[rings]),
         "vertices": c["vertices"][_ranges(c["first_vertex"], rings)],
         "keypoints": None if c["keypoints"] is None else c["keypoints"][objects],
+        "first_verified": None if first_verified is None else _offsets(np.diff(first_verified)[images]),
+        "verified": None if first_verified is None else c["verified"][_ranges(first_verified, images)],
     }
 
 
@@ -780,6 +841,11 @@ def load_training_split(cfg: Any) -> DatasetSplit:
             _check_same_classes(cfg, split, strict=not wanted)
         splits.append(split)
     split = concatenate_splits(splits)
+    if cfg.FRCNN.FEDERATED_LOSS and not split.is_federated():
+        raise UserError(
+            f"setting FRCNN.FEDERATED_LOSS=True: {', '.join(cfg.DATA.TRAIN)} does not say which classes people "
+            "looked for in an image (Open Images' image labels, or neg_category_ids of a json's images)"
+        )
     if len(split.nonempty_images()) == 0:
         outlines = split.dropped.get(REASONS[_NO_OUTLINE], 0)
         why = f"none of its {outlines} objects has an outline; set MODE_MASK=False" if outlines else "check its json"
@@ -816,6 +882,13 @@ def load_validation_splits(cfg: Any) -> list[DatasetSplit]:
     return splits
 
 
+class ConcatenatedSplit(DatasetSplit):
+    """The images of several sets, to train on."""
+
+    def evaluate(self, results: list[dict], **options: Any) -> dict[str, float]:
+        raise ValueError(f"{self.name}: sets are scored one by one, each by its own protocol")
+
+
 def concatenate_splits(splits: Sequence[DatasetSplit]) -> DatasetSplit:
     """One split with the images of all; their class names must be equal."""
     if len(splits) == 1:
@@ -841,11 +914,20 @@ def concatenate_splits(splits: Sequence[DatasetSplit]) -> DatasetSplit:
     if len({None if k is None else k.shape[1] for k in points}) > 1:
         raise UserError("sets that are trained together must have the same keypoints")
     columns["keypoints"] = None if points[0] is None else np.concatenate(points)
+    columns |= {"first_verified": None, "verified": None}
+    if any(s.is_federated() for s in splits):
+        every = [np.full(len(p["sizes"]), _EVERY_CLASS, np.int32) for p in parts]
+        labels = [p["verified"] if s.is_federated() else e for s, p, e in zip(splits, parts, every)]
+        counts = [
+            np.diff(p["first_verified"]) if s.is_federated() else np.ones(len(s), np.int64)
+            for s, p in zip(splits, parts)
+        ]
+        columns |= {"first_verified": _offsets(np.concatenate(counts)), "verified": np.concatenate(labels)}
     dropped = Counter()
     for s in splits:
         dropped.update(s.dropped)
     first = splits[0]
-    return DatasetSplit(
+    return ConcatenatedSplit(
         "+".join(s.name for s in splits), first.annotation_file, folders, first.class_names, first._category_ids,
         columns, dict(dropped), sum(s.num_annotations for s in splits), first.keypoint_flip,
     )  # fmt: skip

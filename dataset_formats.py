@@ -551,24 +551,13 @@ class OpenImagesSplit(DatasetSplit):
     Attributes:
         directory, split: where it was read from.
         missing: how many of its images are not on disk (they are not part of the split).
-        first_verified: int64 [len + 1]; verified_labels int32, verified_positive bool: the image labels, by image.
+        expanded: whether its boxes are those of the ancestor classes too.
     """
 
     directory: str
     split: str
     missing: int
-    first_verified: np.ndarray
-    verified_labels: np.ndarray
-    verified_positive: np.ndarray
-
-    def verified(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        """Labels int32 of the classes that people saw in image i, and of those they looked for and did not see.
-
-        Of all other classes nothing is known there, unless the image has a box of them.
-        """
-        first, last = self.first_verified[i], self.first_verified[i + 1]
-        labels, positive = self.verified_labels[first:last], self.verified_positive[first:last]
-        return labels[positive], labels[~positive]
+    expanded: bool
 
     def _result_rows(self, results: Iterable[dict]) -> Iterable[dict]:
         place = {self.image_id(i): self.image_size(i) for i in range(len(self))}
@@ -598,8 +587,11 @@ class OpenImagesSplit(DatasetSplit):
         return written
 
     def evaluate(self, results: list[dict], verbose: bool = True, **_: Any) -> dict[str, float]:
-        """The official metrics: oid-v2/mAP and, with a hierarchy, oid-challenge/mAP (detections expanded), with masks
-        oid-challenge-segm/mAP; each with AP_per_class/<class name>. Images missing on disk are not scored.
+        """The official metrics: oid-v2/mAP and, with a hierarchy, oid-challenge/mAP, with masks oid-challenge-segm/mAP;
+        each with AP_per_class/<class name>. Images missing on disk are not scored.
+
+        For the challenges a detection counts for the ancestors of its class too, unless the set was loaded with
+        expand=True: a model of such boxes finds the ancestors by itself.
         """
         results = [r for r in results if r["category_id"] is not None]
         masked = (
@@ -630,7 +622,7 @@ class OpenImagesSplit(DatasetSplit):
                 protocols["challenge-segm"] = _with_masks(detections, rows)
         metrics: dict[str, float] = {}
         for protocol, found in protocols.items():
-            scores = oid_eval.evaluate(truth, found, protocol, expand_detections=protocol != "v2")
+            scores = oid_eval.evaluate(truth, found, protocol, protocol != "v2" and not self.expanded)
             metrics |= _named_scores(f"oid-{protocol}", scores, truth.class_ids, truth.class_names)
             if verbose:
                 logger.info(f"{self.name}: Open Images {protocol} mAP {metrics[f'oid-{protocol}/mAP']:.4f}")
@@ -675,7 +667,7 @@ def _only_truth_of(truth: oid_eval.Truth, ids: list[bytes]) -> oid_eval.Truth:
 
 def _load_openimages(name, path, split, cfg, class_names, training, **options) -> OpenImagesSplit:
     images = options.pop("images", None)
-    return load_openimages(
+    result = load_openimages(
         name,
         path,
         split,
@@ -686,13 +678,21 @@ def _load_openimages(name, path, split, cfg, class_names, training, **options) -
         image_folder=images and dataset._own_path(Path(cfg.DATA.BASEDIR).expanduser(), images),
         **options,
     )
+    groups = int(result._columns["crowd"].sum())
+    off = [k for k in ("RPN", "FRCNN") if cfg.get(f"{k}.CROWD_OVERLAP_THRESH") > 1]
+    if training and groups and off:
+        logger.warning(
+            f"{name}: what lies in its {groups} group-of boxes is background to the model; to ignore it, set "
+            + " ".join(f"{k}.CROWD_OVERLAP_THRESH=0.7" for k in off)
+        )
+    return result
 
 
 # Rises when the meaning of the cached columns changes.
-_CACHE_VERSION = 1
+_CACHE_VERSION = 2
 _OPEN_IMAGES_COLUMNS = (
     "file_bytes", "file_offsets", "id_bytes", "id_offsets", "folder", "sizes", "first_object", "boxes", "labels",
-    "crowd", "first_ring", "first_vertex", "vertices", "first_verified", "verified_labels", "verified_positive",
+    "crowd", "first_ring", "first_vertex", "vertices", "first_verified", "verified",
 )  # fmt: skip
 
 
@@ -717,7 +717,8 @@ def load_openimages(
             <split>_0 to <split>_f that the archives unpack to, unless `image_folder` is given.
         class_names: display names of the classes wanted, in the order of their labels; all if empty.
         group_of: what a group-of box becomes: "ignore" (a crowd region), "object", or "drop".
-        expand: add a box for each ancestor class of the hierarchy, as in the challenges' ground truth.
+        expand: add a box for each ancestor class of the hierarchy, as in the challenges' ground truth; to train on
+            with FRCNN.FEDERATED_LOSS, which lets an object have several labels.
         masks: trace the segmentation masks into outlines.
         need_masks: leave out the boxes without a mask that are no crowd region.
         keep_missing: go on without images that are missing on disk, instead of an error.
@@ -762,12 +763,12 @@ def load_openimages(
             "vertices": columns["vertices"], "keypoints": None,
             "file": (columns["file_bytes"], columns["file_offsets"]),
             "id": (columns["id_bytes"], columns["id_offsets"]),
+            "first_verified": columns["first_verified"] if files.image_labels else None,
+            "verified": columns["verified"],
         },
         meta["dropped"], meta["num_annotations"], np.zeros(0, np.int64),
     )  # fmt: skip
-    result.directory, result.split, result.missing = str(directory), split, meta["missing"]
-    for key in ("first_verified", "verified_labels", "verified_positive"):
-        setattr(result, key, columns[key])
+    result.directory, result.split, result.missing, result.expanded = str(directory), split, meta["missing"], expand
     dataset._report(result, time.time() - started)
     return result
 
@@ -883,11 +884,10 @@ def _build_open_images(files, size_file: Path, folders: list[Path], options: dic
         if files.hierarchy is None:
             raise UserError(f"{files.boxes.parent}: expand needs the class hierarchy (bbox_labels_hierarchy.json)")
         ancestors = read_ancestors(files.hierarchy, all_ids)
-        copies = np.append(ancestors.sum(1), 0)[class_index]
-        above = [np.flatnonzero(a) for a in ancestors] + [np.zeros(0, np.int64)]
-        source = np.concatenate([source, np.repeat(source, copies)])
-        added = [above[c] for c in class_index[copies > 0]]
-        class_index = np.concatenate([class_index, *added]) if added else class_index
+        rows, above = _related_classes(class_index, ancestors)
+        source, class_index = np.concatenate([source, rows]), np.concatenate([class_index, above])
+        # A class that is there implies its ancestors, one that is not there excludes its descendants.
+        labels = _expand_image_labels(labels, ancestors)
     label = label_of[class_index]
     scale = sizes[:, [1, 0, 1, 0]].astype(np.float32)
     boxes *= scale[image]
@@ -910,6 +910,8 @@ def _build_open_images(files, size_file: Path, folders: list[Path], options: dic
         if (which & keep).any():
             dropped[why] = int((which & keep).sum())
         keep &= ~which
+    unused = np.flatnonzero(~keep)
+    unused = image[source[unused]], label[unused]
     source, label = source[keep], label[keep]
     order = image[source]
     if len(order) and (np.diff(order) < 0).any():
@@ -931,18 +933,39 @@ def _build_open_images(files, size_file: Path, folders: list[Path], options: dic
     }
     columns["file_bytes"], columns["file_offsets"] = _pack(ids[there], b"", b".jpg")
     columns["id_bytes"], columns["id_offsets"] = _pack(ids[there], b'"', b'"')
-    keep = (label_of[labels["LabelName"]] > 0) & present[labels["ImageID"]]
-    who = number_of[labels["ImageID"][keep]]
-    order = np.argsort(who, kind="stable")
-    columns["first_verified"] = dataset._offsets(np.bincount(who, minlength=len(there)))
-    columns["verified_labels"] = label_of[labels["LabelName"][keep]][order]
-    columns["verified_positive"] = labels["Confidence"][keep][order] > 0.5
+    row_of = np.where(present, number_of, -1)
+    columns |= dataset._verified_columns(
+        [(row_of[labels["ImageID"]], label_of[labels["LabelName"]]), (row_of[image[source]], label)],
+        [(row_of[unused[0]], unused[1])],
+        len(there), len(class_names),
+    )  # fmt: skip
     lost = np.flatnonzero(~present)
     return columns, {
         "class_names": list(class_names), "class_ids": class_ids, "dropped": dict(dropped), "num_annotations": number,
         "listed": len(ids), "missing": len(lost),
         "first_missing": str(folders[0] / f"{ids[lost[0]].decode()}.jpg") if len(lost) else "",
     }  # fmt: skip
+
+
+def _related_classes(classes: np.ndarray, related: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """All pairs (row of `classes`, class that `related` [C, C] has for its class); a class of -1 has none."""
+    rows = np.flatnonzero(classes >= 0)
+    found = dataset._ranges(dataset._offsets(related.sum(1)), classes[rows])
+    return np.repeat(rows, related.sum(1)[classes[rows]]), np.nonzero(related)[1][found].astype(np.int32)
+
+
+def _expand_image_labels(labels: dict[str, np.ndarray], ancestors: np.ndarray) -> dict[str, np.ndarray]:
+    """The image labels and those they imply."""
+    positive = labels["Confidence"] > 0.5
+    rows, classes = zip(*(
+        (which[row], implied)
+        for which, related in ((np.flatnonzero(positive), ancestors), (np.flatnonzero(~positive), ancestors.T))
+        for row, implied in [_related_classes(labels["LabelName"][which], related)]
+    ))  # fmt: skip
+    return {
+        "ImageID": np.concatenate([labels["ImageID"], *(labels["ImageID"][r] for r in rows)]),
+        "LabelName": np.concatenate([labels["LabelName"], *classes]),
+    }
 
 
 def _open_images_on_disk(

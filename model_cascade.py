@@ -1,7 +1,7 @@
 """Cascade R-CNN's box branch (Cai & Vasconcelos 2018): three heads, each trained and run on the boxes of the last."""
 
 from model_box import clip_boxes, decode_boxes
-from model_frcnn import SampledRois, fastrcnn_head, fastrcnn_losses, fastrcnn_outputs, label_rois
+from model_frcnn import SampledRois, covered_by_crowd, fastrcnn_head, fastrcnn_losses, fastrcnn_outputs, label_rois
 from utils.tf_v1 import tf
 
 __all__ = ["cascade_inference", "cascade_losses"]
@@ -49,6 +49,9 @@ def cascade_losses(pool, rois, batch, cfg):
             sides = boxes[..., 2:] - boxes[..., :2]
             valid = tf.logical_and(rois["valid"], tf.reduce_all(sides > 0, -1))
             labels, match, _ = label_rois(boxes, valid, batch, stages[stage + 1][0])
+            if cfg.FRCNN.CROWD_OVERLAP_THRESH < 1:
+                ignored = tf.logical_and(tf.equal(labels, 0), covered_by_crowd(boxes, batch, cfg))
+                valid = tf.logical_and(valid, tf.logical_not(ignored))
             rois = SampledRois(boxes=boxes, valid=valid, labels=labels, match=match, fg_limit=None)
     return losses, stats
 

@@ -6,13 +6,13 @@ RoIs are kept dense per image, [N,R,4] with a validity mask; the heads see them 
 import numpy as np
 
 from basemodel import conv2d, detector_group_norm, fully_connected, he_fan_out, normal_init
-from model_box import clip_boxes, decode_boxes, encode_boxes, pairwise_iou
+from model_box import clip_boxes, decode_boxes, encode_boxes, pairwise_ioa, pairwise_iou
 from model_rpn import sample_per_image, smooth_l1
 from utils.tf_v1 import tf
 
 __all__ = [
-    "SampledRois", "decode_detections", "fastrcnn_head", "fastrcnn_losses", "fastrcnn_outputs", "label_rois",
-    "loss_weights", "sample_rois",
+    "SampledRois", "covered_by_crowd", "decode_detections", "fastrcnn_head", "fastrcnn_losses", "fastrcnn_outputs",
+    "label_rois", "loss_weights", "sample_rois",
 ]  # fmt: skip
 
 _SALT_ROI = (21, 22)  # for foreground and background
@@ -39,6 +39,13 @@ def label_rois(boxes, valid, batch, fg_thresh):
     return labels, match, iou
 
 
+def covered_by_crowd(boxes, batch, cfg):
+    """boxes [N,R,4] -> bool [N,R]: more than CROWD_OVERLAP_THRESH of the box lies in a crowd region."""
+    crowd = tf.logical_and(batch["gt_is_crowd"], batch["gt_labels"] > 0)
+    crowd_boxes = tf.where_v2(crowd[..., None], batch["gt_boxes"], 0.0)
+    return tf.reduce_max(pairwise_ioa(boxes, crowd_boxes), 2) > cfg.FRCNN.CROWD_OVERLAP_THRESH
+
+
 def sample_rois(proposals, valid, batch, cfg):
     """Adds the ground truth to the proposals and samples BATCH_PER_IM of them, FG_RATIO of which foreground at most.
 
@@ -52,6 +59,8 @@ def sample_rois(proposals, valid, batch, cfg):
     labels, match, iou = label_rois(boxes, valid, batch, cfg.CASCADE.IOUS[0] if cfg.FPN.CASCADE else frcnn.FG_THRESH)
     foreground = labels > 0
     background = tf.logical_and(valid, tf.logical_not(foreground))
+    if frcnn.CROWD_OVERLAP_THRESH < 1:
+        background = tf.logical_and(background, tf.logical_not(covered_by_crowd(boxes, batch, cfg)))
     fg_limit = int(frcnn.BATCH_PER_IM * frcnn.FG_RATIO)
     fg_index, fg_valid = sample_per_image(foreground, fg_limit, batch["image_seed"], _SALT_ROI[0])
     num_fg = tf.reduce_sum(tf.cast(fg_valid, tf.int32), 1, keepdims=True)
@@ -129,6 +138,30 @@ def loss_weights(members, per_image):
     return weights / tf.maximum(tf.reduce_sum(weights), 1.0)
 
 
+def labels_of_rois(rois, batch, num_classes):
+    """bool [N,R,C+1]: the classes of each RoI. A foreground RoI has those of all boxes equal to the one it matches."""
+    one_hot = tf.one_hot(batch["gt_labels"], num_classes + 1)  # [N, G, C+1]
+    equal = tf.reduce_all(tf.equal(batch["gt_boxes"][:, :, None], batch["gt_boxes"][:, None]), -1)  # [N, G, G]
+    equal = tf.logical_and(equal, usable_gt(batch)[:, None])
+    classes = tf.matmul(tf.cast(equal, tf.float32), one_hot) > 0
+    background = tf.one_hot(0, num_classes + 1, True, False, dtype=tf.bool)
+    return tf.where_v2(rois["labels"][..., None] > 0, tf.gather(classes, rois["match"], batch_dims=1), background)
+
+
+def federated_class_losses(logits, own, verified):
+    """Cross entropy where each image is annotated for some classes only, and a RoI may have several.
+
+    logits [N,R,C+1], own bool [N,R,C+1] (see `labels_of_rois`), verified bool [N,C+1] -> [N,R]: the mean over a RoI's
+    classes i of -log(e^z_i / (e^z_i + sum of e^z_j over verified classes j not its own)), which is the usual cross
+    entropy when all are verified and one is its own. A logit that is not in the sum has no gradient. (Peng et al. 2020,
+    "Large-Scale Object Detection in the Wild from Imbalanced Multi-Labels", do so with the classes of one box.)
+    """
+    others = tf.logical_and(verified[:, None], tf.logical_not(own))
+    rest = tf.reduce_logsumexp(tf.where_v2(others, logits, -1e9), -1, keepdims=True)
+    losses = tf.where_v2(own, tf.nn.softplus(rest - logits), 0.0)
+    return tf.reduce_sum(losses, -1) / tf.reduce_sum(tf.cast(own, logits.dtype), -1)
+
+
 def fastrcnn_losses(logits, deltas, rois, batch, reg_weights, cfg, prefix="frcnn"):
     """Cross entropy over the valid RoIs and smooth L1 over the foreground ones, both per valid RoI.
 
@@ -138,7 +171,14 @@ def fastrcnn_losses(logits, deltas, rois, batch, reg_weights, cfg, prefix="frcnn
     shape = tf.shape(labels)
     weights = loss_weights(valid, cfg.TRAIN.LOSS_PER_IMAGE)
     flat_labels = tf.reshape(labels, [-1])
-    class_losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels=flat_labels, logits=logits)
+    if cfg.FRCNN.FEDERATED_LOSS:
+        num_classes = int(logits.shape[1]) - 1
+        own = labels_of_rois(rois, batch, num_classes)
+        class_losses = federated_class_losses(
+            tf.reshape(logits, [shape[0], shape[1], num_classes + 1]), own, batch["class_verified"]
+        )
+    else:
+        class_losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels=flat_labels, logits=logits)
     class_losses = tf.where_v2(valid, tf.reshape(class_losses, shape), 0.0)
 
     # Only foreground RoIs have a box target; they come first, so the background never enters the arithmetic.

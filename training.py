@@ -191,6 +191,7 @@ _INPUT_TYPES = {
     "gt_is_crowd": (tf.bool, [None]),
     "gt_edges": (tf.float32, [None, None, 4]),
     "gt_keypoints": (tf.float32, [None, None, 3]),
+    "class_verified": (tf.bool, [None]),
 }
 
 

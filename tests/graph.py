@@ -58,6 +58,8 @@ def make_batch(
             batch["gt_edges"][row, column] = np.concatenate([corners, np.roll(corners, -1, 0)], 1)
             points = random.uniform([x1, y1], [x2, y2], [cfg.KRCNN.NUM_KEYPOINT, 2])
             batch["gt_keypoints"][row, column] = np.concatenate([points, np.full([len(points), 1], 2.0)], 1)
+    if cfg.FRCNN.FEDERATED_LOSS:
+        batch["class_verified"] = np.ones([n, cfg.DATA.NUM_CATEGORY + 1], bool)
     if not cfg.MODE_MASK:
         del batch["gt_edges"]
     if not cfg.MODE_KEYPOINT:

@@ -121,6 +121,24 @@ def test_a_batch_has_the_promised_types_shapes_and_padding(args, stride):
         assert (boxes[:, 2:] > boxes[:, :2]).all()
 
 
+def test_verified_classes_are_shipped_when_the_loss_wants_them(tmp_path):
+    content = json.loads((MINI / "annotations/instances_train2017.json").read_text())
+    ids = sorted(c["id"] for c in content["categories"])
+    for image, absent in zip(content["images"], ids):
+        image["neg_category_ids"] = [absent]
+    (tmp_path / "train.json").write_text(json.dumps(content))
+    cfg = settings(MINI, *SMALL, f"DATA.DATASETS={{'f':['{tmp_path}/train.json','train2017']}}", "DATA.TRAIN=f",
+                   "FRCNN.FEDERATED_LOSS=True")  # fmt: skip
+    split = load_training_split(cfg)
+    batch = one_batch(split, cfg, [2, 0])
+    assert data.training_keys(cfg)[-1] == "class_verified" and batch["class_verified"].shape == (2, 81)
+    for row, i in enumerate((2, 0)):
+        there = {ids[label - 1] for label in split.annotations(i)["labels"]}
+        absent = ids[[im["id"] for im in content["images"]].index(split.image_id(i))]
+        found = {ids[label - 1] for label in np.flatnonzero(batch["class_verified"][row]) if label}
+        assert batch["class_verified"][row, 0] and found == there | {absent}
+
+
 def test_edges_of_crowds_are_not_shipped():
     crowds = 0
     for name in ("coco_train2017", "coco_val2017"):

@@ -179,6 +179,47 @@ def test_concatenated_sets_hold_the_images_of_both_and_map_labels_by_name(tmp_pa
     np.testing.assert_allclose(split.annotations(2)["boxes"], [[1, 2, 4, 6]])
 
 
+CLASSES = [{"id": 7, "name": "cat"}, {"id": 9, "name": "dog"}, {"id": "x", "name": "cow"}, {"id": "y", "name": "ox"}]
+
+
+def federated_images(**more):
+    images = [{"id": i, "file_name": f"{i}.png", "height": 40, "width": 60, "neg_category_ids": []} for i in (1, 2, 3)]
+    images[0] |= {"pos_category_ids": [7], "neg_category_ids": ["y"]}
+    images[1] |= {"not_exhaustive_category_ids": [9], "neg_category_ids": [7, 123]}
+    return images
+
+
+@pytest.mark.quick
+def test_verified_classes_are_those_looked_for_or_annotated_in_full(tmp_path):
+    annotations = [annotation(category_id="x"), annotation(image_id=2, category_id=9), annotation(2, 2, 7)]
+    split = load(tmp_path, annotations, categories=CLASSES, images=federated_images())
+    assert split.is_federated() and split.class_names == ["cat", "dog", "cow", "ox"]
+    expected = [[0, 1, 3, 4], [0, 1], [0]]
+    assert [np.flatnonzero(split.verified_classes(i)).tolist() for i in range(3)] == expected
+    # An object that cannot be trained on leaves its class open in that image.
+    annotations[0] = annotation(category_id="x", segmentation=[])
+    split = load(tmp_path, annotations, categories=CLASSES, images=federated_images(), training=True)
+    assert np.flatnonzero(split.verified_classes(0)).tolist() == [0, 1, 4]
+    plain = load(tmp_path, [annotation()])
+    assert not plain.is_federated() and plain.verified_classes(0).tolist() == [True] * 3
+
+
+@pytest.mark.quick
+def test_verified_classes_survive_concatenation_and_the_loss_of_images(tmp_path):
+    write_set(tmp_path, [annotation(category_id="x")], CLASSES, federated_images(), name="a")
+    write_set(tmp_path, [annotation(category_id=7)], CLASSES, name="b")
+    sets = "DATA.DATASETS={'a': ['a.json', 'a'], 'b': ['b.json', 'b']}"
+    more = ["DATA.KEEP_MISSING_IMAGES=True", "FRCNN.FEDERATED_LOSS=True", "MODE_MASK=False"]
+    (tmp_path / "a/1.png").unlink()
+    for order, expected in ((["b", "a"], [[0, 1, 2, 3, 4], [0, 1], [0]]), (["a", "b"], [[0, 1], [0], [0, 1, 2, 3, 4]])):
+        split = dataset.load_training_split(settings(tmp_path, sets, f"DATA.TRAIN={order}", *more))
+        assert [np.flatnonzero(split.verified_classes(i)).tolist() for i in range(3)] == expected
+        with pytest.raises(ValueError, match="scored one by one"):
+            split.evaluate([])
+    with pytest.raises(UserError, match="FRCNN.FEDERATED_LOSS=True: b does not say which classes"):
+        dataset.load_training_split(settings(tmp_path, sets, "DATA.TRAIN=b", *more))
+
+
 @pytest.mark.quick
 def test_sets_with_other_classes_cannot_be_trained_together(tmp_path):
     write_set(tmp_path, [annotation()], name="a")

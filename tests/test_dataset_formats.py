@@ -242,15 +242,76 @@ def test_open_images_options_change_the_boxes(open_images):
 
 
 @pytest.mark.quick
-def test_open_images_verified_labels_are_those_of_the_file(open_images):
-    split = load_openimages("oid", open_images, "validation")
+@pytest.mark.parametrize("expand", [False, True])
+def test_open_images_verified_classes_are_those_of_the_image_labels_and_boxes(open_images, expand):
+    split = load_openimages("oid", open_images, "validation", expand=expand)
+    classes = list(EXPECTED["classes"])
+
+    def lines(name):
+        return [
+            line.split(",") for line in (open_images / f"validation-annotations-{name}.csv").read_text().split()[1:]
+        ]
+
+    parents: dict = {c: set() for c in classes}
+
+    def walk(node, above):
+        parents.setdefault(node["LabelName"], set()).update(above)
+        for child in node.get("Subcategory", []):
+            walk(child, {*above, node["LabelName"]})
+
+    walk(json.loads((open_images / "bbox_labels_hierarchy.json").read_text()), set())
+    implied = {c: {c} | (parents[c] if expand else set()) for c in classes}
+    excluded = {c: {c} | ({d for d in classes if c in parents[d]} if expand else set()) for c in classes}
     expected: dict = {}
-    for line in (open_images / "validation-annotations-human-imagelabels-boxable.csv").read_text().splitlines()[1:]:
-        image, _, label, confidence = line.split(",")
-        expected.setdefault((image, confidence), []).append(list(EXPECTED["classes"]).index(label) + 1)
+    for image, _, label, confidence in lines("human-imagelabels-boxable"):
+        expected.setdefault(image, set()).update(implied[label] if confidence == "1" else excluded[label])
+    for image, _, label, *_ in lines("bbox"):
+        expected.setdefault(image, set()).update(implied[label])
+    sizes = set()
     for i in range(len(split)):
-        for confidence, labels in zip("10", split.verified(i)):
-            assert sorted(labels.tolist()) == sorted(expected.get((split.image_id(i), confidence), []))
+        found = {classes[label - 1] for label in np.flatnonzero(split.verified_classes(i)) if label}
+        assert found == expected[split.image_id(i)] & set(classes)
+        sizes.add(len(found))
+    assert split.is_federated() and len(sizes) > 3
+
+
+@pytest.mark.quick
+def test_open_images_classes_with_objects_left_out_are_not_verified(open_images):
+    """What is trained on may lack objects that people annotated; there, their class is not background."""
+    everything = load_openimages("oid", open_images, "validation")
+    for options in ({"group_of": "drop"}, {"masks": True, "need_masks": True}):
+        split = load_openimages("oid", open_images, "validation", **options)
+        lost = 0
+        for i in range(len(split)):
+            before, after = everything.annotations(i), split.annotations(i)
+            for label in np.unique(before["labels"]):
+                whole = (before["labels"] == label).sum() == (after["labels"] == label).sum()
+                assert split.verified_classes(i)[label] == whole
+                lost += not whole
+        assert lost > 0
+
+
+@pytest.mark.quick
+def test_open_images_boxes_of_ancestors_stand_beside_their_own(open_images):
+    split = load_openimages("oid", open_images, "validation", expand=True)
+    plain = load_openimages("oid", open_images, "validation")
+    names = list(EXPECTED["classes"].values())
+    ancestors = dataset_formats.read_ancestors(open_images / "bbox_labels_hierarchy.json", list(EXPECTED["classes"]))
+    for i in range(len(split)):
+        before = plain.annotations(i)
+        expected = sorted(
+            (*box.tolist(), int(c))
+            for box, label in zip(before["boxes"], before["labels"])
+            for c in [label, *(np.flatnonzero(ancestors[label - 1]) + 1)]
+        )
+        after = split.annotations(i)
+        assert sorted((*b.tolist(), int(c)) for b, c in zip(after["boxes"], after["labels"])) == expected
+    assert split.class_names == names
+    # A model of these boxes finds ancestors by itself: its detections are scored as they are.
+    perfect = annotations_as_results(split)
+    assert split.evaluate(perfect, verbose=False)["oid-challenge/mAP"] == pytest.approx(
+        plain.evaluate(annotations_as_results(plain), verbose=False)["oid-challenge/mAP"]
+    )
 
 
 @pytest.mark.quick

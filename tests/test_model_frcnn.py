@@ -93,6 +93,24 @@ def test_crowd_regions_are_never_rois_nor_positives():
     assert rois["valid"].sum() == 5 and not rois["labels"].any()
 
 
+def test_background_in_crowd_regions_is_left_out_when_asked():
+    cfg = tiny_config("FRCNN.BATCH_PER_IM=40", "FRCNN.CROWD_OVERLAP_THRESH=0.7")
+    batch = make_batch([(128, 128)] * 2, [[(10, 10, 60, 60, 1, True), (20, 20, 40, 40, 2)], [(70, 70, 90, 90, 1)]], cfg)
+    boxes = [
+        [20, 20, 41, 40],  # an object, inside the crowd region
+        [10, 10, 30, 25],  # inside
+        [0, 10, 40, 60],  # three quarters inside
+        [0, 10, 20, 60],  # half inside
+        [80, 80, 120, 120],
+    ]
+    proposals = np.array([boxes] * 2, np.float32)
+    rois, _ = sampled(batch, proposals, np.ones([2, 5], bool), cfg)
+    used = [{tuple(b) for b in rois["boxes"][n][rois["valid"][n]].astype(int).tolist()} for n in range(2)]
+    assert used[0] == {(20, 20, 41, 40), (20, 20, 40, 40), (0, 10, 20, 60), (80, 80, 120, 120)}
+    assert used[1] == {tuple(b) for b in boxes} | {(70, 70, 90, 90)}
+    assert [(row > 0).sum() for row in rois["labels"]] == [2, 1]
+
+
 # -------------------------------------------------------------------------------------------------------------- losses
 @pytest.mark.parametrize("agnostic", [True, False])
 @pytest.mark.parametrize("per_image", [True, False])
@@ -133,6 +151,69 @@ def test_losses_equal_the_float64_reference(agnostic, per_image):
     assert len(box_loss) > 5 and count[0] != count[1]
     assert losses["frcnn/class_loss"] == pytest.approx(sum(v * scale[i] for i, v in class_loss), rel=1e-5)
     assert losses["frcnn/box_loss"] == pytest.approx(sum(v * scale[i] for i, v in box_loss), rel=1e-5)
+
+
+def federated_reference(logits, own, verified):
+    """One RoI's loss in float64, written as the sentence that defines it."""
+    rest = [np.exp(z) for z, mine, known in zip(logits.astype(np.float64), own, verified) if known and not mine]
+    terms = [-np.log(np.exp(np.float64(z)) / (np.exp(np.float64(z)) + sum(rest))) for z in logits[own]]
+    return np.mean(terms)
+
+
+def test_federated_loss_equals_its_definition_and_silences_what_nobody_looked_for():
+    random = np.random.RandomState(0)
+    logits = (random.randn(2, 40, 8) * 3).astype(np.float32)
+    own = np.zeros([2, 40, 8], bool)
+    own[np.arange(2)[:, None], np.arange(40), random.randint(0, 8, [2, 40])] = True
+    own[:, :10, 5] = True  # some have two classes
+    verified = random.rand(2, 8) < 0.6
+    verified[:, 0] = True
+
+    def make(weight=1.0):
+        z = tf.constant(logits)
+        losses = model_frcnn.federated_class_losses(z, tf.constant(own), tf.constant(verified))
+        return losses, tf.gradients(losses, z)[0]
+
+    losses, gradient = evaluate(make)
+    expected = [[federated_reference(logits[n, r], own[n, r], verified[n]) for r in range(40)] for n in range(2)]
+    np.testing.assert_allclose(losses, expected, rtol=2e-5, atol=1e-6)
+    silent = ~verified[:, None] & ~own
+    assert silent.any() and (gradient[silent] == 0).all() and (gradient[~silent] != 0).all()
+    # Only a class of its own raises its logit, and the gradients of a RoI cancel.
+    assert (gradient[own] < 0).all() and (gradient[~own] >= 0).all()
+    np.testing.assert_allclose(gradient.sum(-1), 0, atol=1e-6)
+
+
+def test_federated_loss_of_fully_verified_images_is_the_softmax_cross_entropy():
+    logits = np.random.RandomState(3).randn(60, 4).astype(np.float32) * 4
+
+    def class_loss(federated):
+        cfg = tiny_config("FRCNN.BATCH_PER_IM=30", f"FRCNN.FEDERATED_LOSS={federated}")
+        batch = make_batch([(128, 128)] * 2, [[(10, 10, 60, 60, 1), (40, 30, 110, 90, 2)], [(20, 20, 70, 90, 3)]], cfg)
+        proposals, tensors, z = jittered(batch, 60), constants(batch), tf.constant(logits)
+        rois, _ = model_frcnn.sample_rois(tf.constant(proposals), tf.ones([2, 60], tf.bool), tensors, cfg)
+        losses, _ = model_frcnn.fastrcnn_losses(z, tf.zeros([60, 1, 4]), rois, tensors, (1.0, 1.0, 1.0, 1.0), cfg)
+        return losses["frcnn/class_loss"], tf.gradients(losses["frcnn/class_loss"], z)[0]
+
+    (plain, gradient), (federated, federated_gradient) = (evaluate(lambda f=f: class_loss(f)) for f in (False, True))
+    assert plain > 0 and federated == pytest.approx(plain, rel=1e-6)
+    np.testing.assert_allclose(federated_gradient, gradient, rtol=1e-4, atol=1e-8)
+
+
+def test_rois_have_the_classes_of_all_boxes_equal_to_theirs():
+    cfg = tiny_config("FRCNN.FEDERATED_LOSS=True")
+    dog_and_animal = [(10, 10, 60, 60, 1), (70, 10, 110, 60, 2), (10, 10, 60, 60, 3)]
+    batch = make_batch([(128, 128)] * 2, [dog_and_animal, [(10, 10, 60, 60, 2, True), (10, 10, 60, 60, 1)]], cfg)
+    boxes = np.array([[[12, 10, 60, 60], [70, 12, 110, 60], [0, 90, 30, 120]]] * 2, np.float32)
+
+    def make():
+        tensors = constants(batch)
+        labels, match, _ = model_frcnn.label_rois(tf.constant(boxes), tf.ones([2, 3], tf.bool), tensors, 0.5)
+        return model_frcnn.labels_of_rois({"labels": labels, "match": match}, tensors, 3)
+
+    own = evaluate(make)
+    assert [np.flatnonzero(row).tolist() for row in own[0]] == [[1, 3], [2], [0]]
+    assert [np.flatnonzero(row).tolist() for row in own[1]] == [[1], [0], [0]]  # a crowd region gives no label
 
 
 # ---------------------------------------------------------------------------------------------------------- detections

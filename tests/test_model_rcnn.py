@@ -196,6 +196,19 @@ def test_with_losses_per_image_a_batch_of_two_is_the_mean_of_its_images(kind):
         assert np.abs(gradient - mean).max() <= 1e-5 * max(np.abs(mean).max(), 1e-2), name
 
 
+@pytest.mark.parametrize("kind", ["cascade", "fpn"])
+def test_classes_nobody_looked_for_get_no_gradient_in_any_stage(kind):
+    built = detector(kind, 2, "FRCNN.FEDERATED_LOSS=True")
+    batch = built.batch([(96, 96)] * 2, [[(5, 5, 60, 60, 1)], [(10, 30, 70, 90, 1)]])
+    names = [f"cascade_rcnn_stage{s}/outputs/class/b" for s in (1, 2, 3)] if kind == "cascade" else [
+        "fastrcnn/outputs/class/b"]  # fmt: skip
+    batch["class_verified"] = np.array([[True, True, False, False], [True, True, True, False]])
+    _, gradients = built.train(batch)
+    for name in names:
+        assert (gradients[name][:3] != 0).all() and gradients[name][3] == 0
+        assert (gradients[name.replace("/b", "/W")][:, 3] == 0).all()
+
+
 def test_c4_masks_work_inside_a_tower():
     """The scope of a replica: variables of the branches are found under it."""
     cfg = tiny_config(*KINDS["c4"], *COMMON)

@@ -313,16 +313,18 @@ def test_a_mismatch_stops_and_partial_loading_or_trimming_goes_on(trained, tmp_p
     assert meta["class_names"] == [c["name"] for c in annotations["categories"]]
 
 
-def test_open_images_train_with_class_balance_and_their_own_score(tmp_path):
-    """Open Images as published: csv files, group-of boxes, the official metric, the submission file."""
+def test_open_images_train_with_what_they_say_and_their_own_score(tmp_path):
+    """Open Images as published: csv files, group-of boxes, verified classes, hierarchy, images without boxes, the
+    official metric, the submission file."""
     oid = tmp_path / "oid"
     shutil.copytree(DATA / "golden_oid", oid)  # its cache is written beside the files
-    sets = {f"oid_{s}": ["openimages", str(oid), s, f"images={oid}/images/{s}"]
+    sets = {f"oid_{s}": ["openimages", str(oid), s, f"images={oid}/images/{s}", "expand=True"]
             for s in ("train", "validation")}  # fmt: skip
     logdir = tmp_path / "run"
     code = train_tiny(
         logdir, f"DATA.DATASETS={sets}", "DATA.TRAIN=oid_train", "DATA.VAL=oid_validation", "MODE_MASK=False",
-        "DATA.SAMPLING=repeat_factor", "DATA.REPEAT_THRESHOLD=0.9", steps=2,
+        "DATA.SAMPLING=repeat_factor", "DATA.REPEAT_THRESHOLD=0.9", "DATA.FILTER_EMPTY=False",
+        "FRCNN.FEDERATED_LOSS=True", "FRCNN.CROWD_OVERLAP_THRESH=0.7", "RPN.CROWD_OVERLAP_THRESH=0.7", steps=2,
     )  # fmt: skip
     assert code == 0
     out = tmp_path / "results.json"
