@@ -216,6 +216,9 @@ def default_config() -> Config:
                 "CROWD_OVERLAP_THRESH": 9.99,  # anchors that overlap a crowd region this much are ignored; > 1 = off
                 "TRAIN_ON_PADDING": False,  # True: anchors centred in the batch padding count as negatives (detectron2)
                 "HEAD_DIM": 1024,  # C4
+                # smooth_l1, of the deltas | giou: 1 - generalised IoU of the decoded boxes (Rezatofighi et al. 2019).
+                "BBOX_LOSS": "smooth_l1",
+                "BBOX_LOSS_WEIGHT": 1.0,
                 "SMOOTH_L1_BETA": 1.0 / 9,  # 0 = L1
                 "TRAIN_PRE_NMS_TOPK": 12000,  # C4
                 "TRAIN_POST_NMS_TOPK": 2000,
@@ -231,6 +234,8 @@ def default_config() -> Config:
                 "FG_THRESH": 0.5,
                 "FG_RATIO": 0.25,
                 "BBOX_REG_WEIGHTS": [10.0, 10.0, 5.0, 5.0],
+                "BBOX_LOSS": "smooth_l1",  # smooth_l1 | giou, as in the RPN; of all stages of a cascade
+                "BBOX_LOSS_WEIGHT": 1.0,
                 "SMOOTH_L1_BETA": 1.0,  # 0 = L1
                 "CLASS_AGNOSTIC": False,
                 # RoIAlign samples per bin and axis, 1 to 4. 0: as many as a bin has feature cells, rounded up, which
@@ -288,6 +293,8 @@ _CHOICES = {
     "BACKBONE.BLOCK": ["bottleneck", "basic"],
     "BACKBONE.NORM": ["FreezeBN", "SyncBN", "GN", None],
     "FPN.NORM": ["GN", None],
+    "RPN.BBOX_LOSS": ["smooth_l1", "giou"],
+    "FRCNN.BBOX_LOSS": ["smooth_l1", "giou"],
     "FPN.FRCNN_HEAD_FUNC": ["fastrcnn_2fc_head", "fastrcnn_4conv1fc_head", "fastrcnn_4conv1fc_gn_head"],
     "FPN.MRCNN_HEAD_FUNC": ["maskrcnn_up4conv_head", "maskrcnn_up4conv_gn_head"],
     "TRAIN.PRECISION": ["float32", "bfloat16", "float16", "float64"],
@@ -369,6 +376,8 @@ def finalize_config(cfg: Config) -> Config:
         check(len(sizes) == len(strides), "RPN.ANCHOR_SIZES", f"needs one size for each of the strides {strides}")
     if cfg.RPN.CELL_ANCHORS:
         _check_cell_anchors(cfg)
+    for key in ("RPN.BBOX_LOSS_WEIGHT", "FRCNN.BBOX_LOSS_WEIGHT"):
+        check(cfg.get(key) >= 0, key, "must be 0 or more")
     check(0 <= cfg.FRCNN.ROI_SAMPLES <= 4, "FRCNN.ROI_SAMPLES", "1 to 4, or 0 for the size of a bin")
     check(not cfg.FPN.CASCADE or cfg.MODE_FPN, "FPN.CASCADE", "needs MODE_FPN=True")
     check(not cfg.MODE_KEYPOINT or cfg.MODE_FPN, "MODE_KEYPOINT", "needs MODE_FPN=True")

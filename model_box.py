@@ -11,7 +11,7 @@ from utils.tf_v1 import tf
 
 __all__ = [
     "BOX_SCALE_CLAMP", "anchors_of_level", "area", "cell_anchors", "clip_boxes", "decode_boxes", "encode_boxes",
-    "multilevel_roi_align", "pairwise_ioa", "pairwise_iou", "rasterize_edges", "roi_align",
+    "generalized_iou", "multilevel_roi_align", "pairwise_ioa", "pairwise_iou", "rasterize_edges", "roi_align",
 ]  # fmt: skip
 
 BOX_SCALE_CLAMP = math.log(1000.0 / 16)  # largest dw, dh: a box grows 62.5-fold at most (Detectron)
@@ -40,6 +40,21 @@ def pairwise_iou(a, b):
 def pairwise_ioa(a, b):
     """Intersection over the area of a (for crowd regions b): [..., A, 4], [..., B, 4] -> [..., A, B]."""
     return tf.math.divide_no_nan(_pairwise_intersection(a, b), area(a)[..., :, None])
+
+
+def generalized_iou(a, b):
+    """Generalised IoU, row by row (Rezatofighi et al. 2019, algorithm 1): [..., 4], [..., 4] -> [...] in [-1, 1].
+
+    IoU - (hull - union) / hull, where the hull is the smallest box around both. Differentiable in a and b; two empty
+    boxes have IoU 0, and no box, however small or far away, makes a value or a gradient that is not finite.
+    """
+    tiny = 1e-12  # square pixels
+    low, high = tf.maximum(a[..., :2], b[..., :2]), tf.minimum(a[..., 2:], b[..., 2:])
+    sides = tf.maximum(high - low, 0.0)
+    intersection = sides[..., 0] * sides[..., 1]
+    union = area(a) + area(b) - intersection
+    hull = area(tf.concat([tf.minimum(a[..., :2], b[..., :2]), tf.maximum(a[..., 2:], b[..., 2:])], -1))
+    return intersection / tf.maximum(union, tiny) - 1.0 + tf.math.divide_no_nan(union, hull)
 
 
 def clip_boxes(boxes, image_shape):

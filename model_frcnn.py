@@ -6,8 +6,8 @@ RoIs are kept dense per image, [N,R,4] with a validity mask; the heads see them 
 import numpy as np
 
 from basemodel import conv2d, detector_group_norm, fully_connected, he_fan_out, normal_init
-from model_box import clip_boxes, decode_boxes, encode_boxes, pairwise_ioa, pairwise_iou
-from model_rpn import sample_per_image, smooth_l1
+from model_box import clip_boxes, decode_boxes, pairwise_ioa, pairwise_iou
+from model_rpn import box_losses, sample_per_image
 from utils.tf_v1 import tf
 
 __all__ = [
@@ -163,7 +163,7 @@ def federated_class_losses(logits, own, verified):
 
 
 def fastrcnn_losses(logits, deltas, rois, batch, reg_weights, cfg, prefix="frcnn"):
-    """Cross entropy over the valid RoIs and smooth L1 over the foreground ones, both per valid RoI.
+    """Cross entropy over the valid RoIs and FRCNN.BBOX_LOSS over the foreground ones, both per valid RoI.
 
     logits [N·R,C+1], deltas [N·R,B,4] -> losses {prefix/class_loss, prefix/box_loss}, stats.
     """
@@ -185,20 +185,20 @@ def fastrcnn_losses(logits, deltas, rois, batch, reg_weights, cfg, prefix="frcnn
     num_fg = tf.minimum(rois["fg_limit"], shape[1]) if rois["fg_limit"] is not None else shape[1]
     fg_labels = labels[:, :num_fg]
     is_fg = fg_labels > 0  # [N, F]
-    targets = encode_boxes(
-        tf.gather(batch["gt_boxes"], rois["match"][:, :num_fg], batch_dims=1), rois["boxes"][:, :num_fg], reg_weights
-    )
+    matched = tf.gather(batch["gt_boxes"], rois["match"][:, :num_fg], batch_dims=1)
     num_boxes = int(deltas.shape[1])
     fg_deltas = tf.reshape(deltas, [shape[0], shape[1], num_boxes, 4])[:, :num_fg]
     if num_boxes == 1:
         fg_deltas = fg_deltas[:, :, 0]
     else:
         fg_deltas = tf.gather(fg_deltas, fg_labels, batch_dims=2)
-    box_losses = tf.reduce_sum(smooth_l1(fg_deltas - targets, cfg.FRCNN.SMOOTH_L1_BETA), -1)
-    box_losses = tf.where_v2(is_fg, box_losses, 0.0)
+    fg_losses = box_losses(
+        fg_deltas, rois["boxes"][:, :num_fg], matched, cfg.FRCNN.BBOX_LOSS, cfg.FRCNN.SMOOTH_L1_BETA, reg_weights
+    )
+    fg_losses = tf.where_v2(is_fg, tf.reduce_sum(fg_losses, -1), 0.0)
     losses = {
         f"{prefix}/class_loss": tf.reduce_sum(class_losses * weights),
-        f"{prefix}/box_loss": tf.reduce_sum(box_losses * weights[:, :num_fg]),
+        f"{prefix}/box_loss": cfg.FRCNN.BBOX_LOSS_WEIGHT * tf.reduce_sum(fg_losses * weights[:, :num_fg]),
     }
     correct = tf.equal(tf.argmax(logits, 1, output_type=tf.int32), flat_labels)
     correct = tf.logical_and(tf.reshape(correct, shape), valid)

@@ -12,12 +12,15 @@ from model_box import (
     clip_boxes,
     decode_boxes,
     encode_boxes,
+    generalized_iou,
     pairwise_ioa,
     pairwise_iou,
 )  # fmt: skip
 from utils.tf_v1 import tf
 
-__all__ = ["rpn_anchors", "rpn_head", "rpn_losses", "rpn_proposals", "sample_per_image", "smooth_l1"]
+__all__ = [
+    "box_losses", "rpn_anchors", "rpn_head", "rpn_losses", "rpn_proposals", "sample_per_image", "smooth_l1",
+]  # fmt: skip
 
 _SALT_RPN = (11, 12)  # for foreground and background
 
@@ -139,11 +142,23 @@ def smooth_l1(error, beta):
     return tf.where_v2(absolute < beta, 0.5 / beta * tf.square(error), absolute - 0.5 * beta)
 
 
+def box_losses(deltas, references, targets, kind, beta, weights=(1.0, 1.0, 1.0, 1.0)):
+    """How far the boxes that `deltas` make of `references` are from `targets`: [..., 4] each, see `decode_boxes`.
+
+    kind "smooth_l1": of each delta, [..., 4]; "giou": 1 - generalised IoU of the decoded box, not clipped to the
+    image, [..., 1]. A box's loss is the sum over the last axis.
+    """
+    if kind == "giou":
+        return 1.0 - generalized_iou(decode_boxes(deltas, references, weights), targets)[..., None]
+    return smooth_l1(deltas - encode_boxes(targets, references, weights), beta)
+
+
 def rpn_losses(logits, deltas, anchors, batch, cfg):
     """Losses over the sampled anchors alone.
 
     logits [N,A], deltas [N,A,4], anchors [A,4]; batch: image_shape, gt_boxes, gt_labels, gt_is_crowd, image_seed.
-    -> losses {rpn/class_loss, rpn/box_loss}: sums over samples / (BATCH_PER_IM · N), and stats for summaries.
+    -> losses {rpn/class_loss, rpn/box_loss}: sums over samples / (BATCH_PER_IM · N), the latter of the loss that
+    RPN.BBOX_LOSS names and times its weight, and stats for summaries.
     """
     rpn = cfg.RPN
     crowd = tf.logical_and(batch["gt_is_crowd"], batch["gt_labels"] > 0)
@@ -173,14 +188,14 @@ def rpn_losses(logits, deltas, anchors, batch, cfg):
         labels=tf.cast(target, tf.float32), logits=sampled_logits
     )  # [N, S]
     matched = tf.gather(batch["gt_boxes"], tf.gather(match, fg_index, batch_dims=1), batch_dims=1)  # [N, F, 4]
-    target_deltas = encode_boxes(matched, tf.gather(anchors, fg_index))
-    error = tf.gather(deltas, fg_index, batch_dims=1) - target_deltas
+    fg_deltas, fg_anchors = tf.gather(deltas, fg_index, batch_dims=1), tf.gather(anchors, fg_index)
+    fg_losses = box_losses(fg_deltas, fg_anchors, matched, rpn.BBOX_LOSS, rpn.SMOOTH_L1_BETA)
     # Rows that are not foreground may match an empty box: their targets are meaningless and must not reach the sum.
-    box_losses = tf.where_v2(fg_valid[..., None], smooth_l1(error, rpn.SMOOTH_L1_BETA), 0.0)
+    fg_losses = tf.where_v2(fg_valid[..., None], fg_losses, 0.0)
     normalizer = 1.0 / tf.cast(rpn.BATCH_PER_IM * tf.shape(logits)[0], tf.float32)
     losses = {
         "rpn/class_loss": tf.reduce_sum(tf.where_v2(valid, class_losses, 0.0)) * normalizer,
-        "rpn/box_loss": tf.reduce_sum(box_losses) * normalizer,
+        "rpn/box_loss": rpn.BBOX_LOSS_WEIGHT * tf.reduce_sum(fg_losses) * normalizer,
     }
     predicted_fg = tf.logical_and(tf.gather(logits, fg_index, batch_dims=1) > 0, fg_valid)
     stats = {

@@ -21,7 +21,7 @@ from config import Config, default_config, finalize_config
 
 # Settings that shape the network: taken from the file given to --load also when training.
 _MODEL_SETTINGS = re.compile(
-    r"^(MODE_|BACKBONE\.(?!WEIGHTS|FREEZE)|FPN\.|CASCADE\.BBOX|RPN\.(ANCHOR_|CELL_|STRIDE_|HEAD_DIM)|FRCNN\.(CLASS_AGN|BBOX|ROI)"
+    r"^(MODE_|BACKBONE\.(?!WEIGHTS|FREEZE)|FPN\.|CASCADE\.BBOX|RPN\.(ANCHOR_|CELL_|STRIDE_|HEAD_DIM)|FRCNN\.(CLASS_AGN|BBOX_REG|ROI)"
     r"|MRCNN\.HEAD_DIM|KRCNN\.|PREPROC\.PIXEL_)"
 )
 # Settings that belong to pretrained weights of a backbone: taken from the file that BACKBONE.WEIGHTS names.

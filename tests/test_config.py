@@ -44,6 +44,8 @@ def test_a_value_is_never_executed(tmp_path):
         ("TRAIN.LR_SCHEDULE=[5,3]", "TRAIN.LR_SCHEDULE"),
         ("PREPROC.MAX_SIZE=100", "PREPROC.MAX_SIZE"),
         ("FPN.CASCADE=True", "MODE_FPN=True"),
+        ("FRCNN.BBOX_LOSS=giuo", "giou"),
+        ("RPN.BBOX_LOSS_WEIGHT=-1", "RPN.BBOX_LOSS_WEIGHT"),
         ("DATA.DATASETS={'a':'b'}", "DATA.DATASETS"),
     ],
 )

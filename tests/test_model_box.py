@@ -300,6 +300,75 @@ def test_decoding_inverts_encoding(pairs):
     np.testing.assert_allclose(evaluate(make), boxes[:, 0], atol=0.02)
 
 
+# ----------------------------------------------------------------------------------------------------- generalised IoU
+def reference_giou(a, b):
+    """Rezatofighi et al. 2019, algorithm 1, of two boxes in float64."""
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    common = max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
+    union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - common
+    hull = (max(a[2], b[2]) - min(a[0], b[0])) * (max(a[3], b[3]) - min(a[1], b[1]))
+    return common / union - (hull - union) / hull
+
+
+def giou_with_gradient(a, b):
+    def make():
+        x, y = tf.constant(a, tf.float32), tf.constant(b, tf.float32)
+        giou = model_box.generalized_iou(x, y)
+        return giou, *tf.gradients(giou, [x, y])
+
+    return evaluate(make)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.tuples(boxes_of_a_million_pixels, boxes_of_a_million_pixels), min_size=1, max_size=30))
+def test_giou_equals_its_definition_is_symmetric_and_scale_invariant(pairs):
+    boxes = np.round(np.array(pairs, np.float32) * 64) / 64  # no subnormal numbers once scaled
+    boxes[..., 2:] += boxes[..., :2]
+    a, b = boxes[:, 0], boxes[:, 1]
+    # Each pair, the same swapped, each box with itself, and both scaled by powers of two, which rounds nothing.
+    first = np.concatenate([a, b, a, a * np.float32(0.25), a * np.float32(64)])
+    second = np.concatenate([b, a, a, b * np.float32(0.25), b * np.float32(64)])
+    giou, by_first, by_second = giou_with_gradient(first, second)
+    assert (giou >= -1).all() and (giou <= 1).all() and np.isfinite(by_first).all() and np.isfinite(by_second).all()
+    plain, swapped, same, small, large = np.split(giou, 5)
+    np.testing.assert_allclose(plain, [reference_giou(x, y) for x, y in zip(a, b)], atol=1e-4)
+    np.testing.assert_allclose(swapped, plain, atol=1e-6)
+    np.testing.assert_array_equal(same, 1.0)
+    np.testing.assert_allclose([small, large], [plain, plain], atol=1e-6)
+    by_a, _, _, by_small, by_large = np.split(by_first, 5)
+    np.testing.assert_allclose([by_small * 0.25, by_large * 64], [by_a, by_a], rtol=1e-4, atol=1e-6)
+
+
+def test_gradient_of_giou_equals_finite_differences():
+    random = np.random.RandomState(0)
+    corner = random.uniform(0, 60, [2, 40, 2])
+    a, b = np.concatenate([corner, corner + random.uniform(3, 50, corner.shape)], -1)
+    giou, by_a, by_b = giou_with_gradient(a, b)
+    assert (giou < 0).any() and (giou > 0).any()
+    step = 1e-6
+    for row in range(len(a)):
+        for k in range(4):
+            shift = step * np.eye(4)[k]
+            slope = (reference_giou(a[row] + shift, b[row]) - reference_giou(a[row] - shift, b[row])) / (2 * step)
+            assert by_a[row, k] == pytest.approx(slope, abs=2e-5)
+            slope = (reference_giou(a[row], b[row] + shift) - reference_giou(a[row], b[row] - shift)) / (2 * step)
+            assert by_b[row, k] == pytest.approx(slope, abs=2e-5)
+
+
+def test_giou_and_its_gradient_are_finite_for_empty_tiny_and_distant_boxes():
+    special = np.array([
+        [5, 5, 5, 5], [5, 5, 5, 30], [0, 0, 10, 10], [7, 7, 7 + 1e-20, 7 + 1e-20], [0, 0, 1e-20, 1e-20],
+        [1e18, 1e18, 1e18, 1e18], [-1e18, -1e18, 1e18, 1e18], [1e30, 0, 2e30, 1],
+    ], np.float32)  # fmt: skip
+    a, b = np.repeat(special, len(special), 0), np.tile(special, [len(special), 1])
+    giou, by_a, by_b = giou_with_gradient(a, b)
+    assert np.isfinite(giou).all() and np.isfinite(by_a).all() and np.isfinite(by_b).all()
+    assert (giou >= -1).all() and (giou <= 1).all()
+    # An empty box inside another: the hull is the other box, and a larger box would do better.
+    inside, by_inside, _ = giou_with_gradient([[5.0, 5, 5, 8]], [[0.0, 0, 10, 10]])
+    assert inside[0] == 0 and by_inside[0, 0] < 0 < by_inside[0, 2]
+
+
 # ------------------------------------------------------------------------------------------------------------- anchors
 @pytest.mark.parametrize(
     "name, stride, sizes, shapes",

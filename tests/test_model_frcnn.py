@@ -7,6 +7,7 @@ import pytest
 
 import model_frcnn
 from tests.graph import constants, evaluate, make_batch, tiny_config
+from tests.test_model_box import reference_giou
 from utils.np_box_ops import decode_boxes, encode_boxes, pairwise_iou
 from utils.tf_v1 import tf
 
@@ -112,10 +113,14 @@ def test_background_in_crowd_regions_is_left_out_when_asked():
 
 
 # -------------------------------------------------------------------------------------------------------------- losses
+@pytest.mark.parametrize("kind, box_weight", [("smooth_l1", 1.0), ("giou", 10.0)])
 @pytest.mark.parametrize("agnostic", [True, False])
 @pytest.mark.parametrize("per_image", [True, False])
-def test_losses_equal_the_float64_reference(agnostic, per_image):
-    cfg = tiny_config(f"TRAIN.LOSS_PER_IMAGE={per_image}", "FRCNN.BATCH_PER_IM=30")
+def test_losses_equal_the_float64_reference(agnostic, per_image, kind, box_weight):
+    cfg = tiny_config(
+        f"TRAIN.LOSS_PER_IMAGE={per_image}", "FRCNN.BATCH_PER_IM=30",
+        f"FRCNN.BBOX_LOSS={kind}", f"FRCNN.BBOX_LOSS_WEIGHT={box_weight}",
+    )  # fmt: skip
     batch = make_batch([(128, 128)] * 2, [[(10, 10, 60, 60, 1), (40, 30, 110, 90, 2)], [(20, 20, 70, 90, 3)]], cfg)
     proposals = jittered(batch, 60)
     valid = np.arange(60)[None] < np.array([[60], [12]])
@@ -140,17 +145,18 @@ def test_losses_equal_the_float64_reference(agnostic, per_image):
             z, label = logits[row * 30 + r].astype(np.float64), rois["labels"][row, r]
             class_loss.append((row, np.log(np.exp(z).sum()) - z[label]))
             if label:
-                target = encode_boxes(
-                    batch["gt_boxes"][row][rois["match"][row, r]][None].astype(np.float64),
-                    rois["boxes"][row, r][None].astype(np.float64), weights,
-                )[0]  # fmt: skip
-                error = np.abs(deltas[row * 30 + r, 0 if agnostic else label] - target)
+                box = batch["gt_boxes"][row][rois["match"][row, r]].astype(np.float64)
+                roi, own = rois["boxes"][row, r].astype(np.float64), deltas[row * 30 + r, 0 if agnostic else label]
+                if kind == "giou":
+                    box_loss.append((row, 1 - reference_giou(decode_boxes(own.astype(np.float64), roi, weights), box)))
+                    continue
+                error = np.abs(own - encode_boxes(box, roi, weights))
                 box_loss.append((row, np.where(error < 1, 0.5 * error**2, error - 0.5).sum()))
     count = rois["valid"].sum(1)
     scale = 1 / (2 * count) if per_image else np.full(2, 1 / count.sum())
     assert len(box_loss) > 5 and count[0] != count[1]
     assert losses["frcnn/class_loss"] == pytest.approx(sum(v * scale[i] for i, v in class_loss), rel=1e-5)
-    assert losses["frcnn/box_loss"] == pytest.approx(sum(v * scale[i] for i, v in box_loss), rel=1e-5)
+    assert losses["frcnn/box_loss"] == pytest.approx(box_weight * sum(v * scale[i] for i, v in box_loss), rel=1e-5)
 
 
 def federated_reference(logits, own, verified):

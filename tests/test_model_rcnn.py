@@ -221,3 +221,23 @@ def test_c4_masks_work_inside_a_tower():
             model_rcnn.build_inference(tf.constant(batch["image"]), tf.constant(batch["image_shape"]), cfg)
         assert {v.op.name for v in tf.global_variables()} == names
         assert all(name.startswith("tower1/") and "//" not in name for name in names)
+
+
+@pytest.mark.parametrize("case", ["border", "empty boxes", "one pixel", "objects in one image only"])
+def test_giou_losses_of_a_cascade_are_bounded_and_reach_every_stage(case):
+    built = detector("cascade", 2, "FRCNN.BBOX_LOSS=giou", "RPN.BBOX_LOSS=giou", "MODE_MASK=False")
+    shapes, objects = CASES[case]
+    batch = built.batch(shapes, objects)
+    losses, gradients = built.train(batch)
+    assert all(np.isfinite(g).all() for g in gradients.values())
+    for stage in (1, 2, 3):
+        assert 0 < losses[f"cascade_rcnn_stage{stage}/box_loss"] < 2
+        assert gradients[f"cascade_rcnn_stage{stage}/outputs/box/W"].any()
+    assert 0 < losses["rpn/box_loss"] < 2 and gradients["rpn/box/W"].any()
+    bias = built.fill("rpn/box/b", -1e4)  # every proposal far outside and of no size
+    try:
+        losses, gradients = built.train(batch)
+        assert all(np.isfinite(v) for v in losses.values()) and losses["rpn/box_loss"] <= 2
+        assert all(np.isfinite(g).all() for g in gradients.values())
+    finally:
+        built.fill("rpn/box/b", bias)

@@ -7,6 +7,8 @@ import pytest
 
 import model_rpn
 from tests.graph import constants, evaluate, make_batch, tiny_config
+from tests.test_model_box import reference_giou
+from utils.np_box_ops import decode_boxes as numpy_decode
 from utils.np_box_ops import pairwise_iou as numpy_iou
 from utils.tf_v1 import tf
 
@@ -90,6 +92,50 @@ def test_smooth_l1_equals_its_definition(beta):
     np.testing.assert_allclose(ours, expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0, 1.0), (10.0, 10.0, 5.0, 5.0)])
+def test_giou_loss_is_that_of_the_decoded_box_and_its_gradient_the_finite_difference(weights):
+    """One reference per row, among them deltas beyond the clamp of decoding and boxes far outside any image."""
+    random = np.random.RandomState(4)
+    corner = random.uniform(-20, 60, [2, 30, 2])
+    references, targets = np.concatenate([corner, corner + random.uniform(4, 50, corner.shape)], -1)
+    deltas = 0.5 * random.randn(30, 4) * weights
+    deltas[0, 2], deltas[1, :2] = 100 * weights[2], 50 * np.array(weights[:2])
+
+    def make():
+        x = tf.constant(deltas, tf.float32)
+        tensors = (tf.constant(v, tf.float32) for v in (references, targets))
+        losses = model_rpn.box_losses(x, *tensors, "giou", 0.0, weights)
+        return losses, tf.gradients(losses, x)[0]
+
+    losses, gradient = evaluate(make)
+
+    def expected(row, shift):
+        decoded = numpy_decode(deltas[row] + shift, references[row], weights)
+        return 1 - reference_giou(decoded, targets[row])
+
+    assert losses.shape == (30, 1) and losses.min() >= 0 and losses.max() <= 2
+    np.testing.assert_allclose(losses[:, 0], [expected(row, 0) for row in range(30)], atol=1e-5)
+    step = 1e-6
+    for row in range(30):
+        for k in range(4):
+            shift = step * np.eye(4)[k]
+            slope = (expected(row, shift) - expected(row, -shift)) / (2 * step)
+            assert gradient[row, k] == pytest.approx(slope, abs=5e-5)
+    assert gradient[0, 2] == 0 and gradient[1, 0] > 0
+
+
+def test_giou_loss_of_a_box_that_shrank_to_nothing_has_a_finite_gradient():
+    def make():
+        deltas = tf.constant([[0.0, 0.0, -200.0, -200.0], [0.1, 0.1, -200.0, 0.0], [0.0, 0.0, 1e10, 1e10]])
+        references, targets = tf.constant([[10.0, 10, 30, 30]] * 3), tf.constant([[12.0, 8, 30, 33]] * 3)
+        losses = model_rpn.box_losses(deltas, references, targets, "giou", 0.0)
+        return losses, tf.gradients(losses, deltas)[0]
+
+    losses, gradient = evaluate(make)
+    assert np.isfinite(losses).all() and np.isfinite(gradient).all()
+    np.testing.assert_allclose(losses[:2], 1.0, atol=1e-6)
+
+
 # ------------------------------------------------------------------------------------------------------------- losses
 def toy_anchors():
     y, x = np.mgrid[0:96:8, 0:96:8].reshape(2, -1)
@@ -115,16 +161,24 @@ def reference_losses(logits, deltas, anchors, batch, cfg, on_padding=True):
             a, b = anchors[positive].astype(np.float64), boxes[iou.argmax(1)[positive]]
             size_a, size_b = a[:, 2:] - a[:, :2], b[:, 2:] - b[:, :2]
             shift = ((b[:, 2:] + b[:, :2]) - (a[:, 2:] + a[:, :2])) / 2 / size_a
+            if cfg.RPN.BBOX_LOSS == "giou":
+                decoded = numpy_decode(deltas[row][positive].astype(np.float64), a)
+                box_loss += sum(1 - reference_giou(x, y) for x, y in zip(decoded, b))
+                continue
             error = np.abs(deltas[row][positive] - np.concatenate([shift, np.log(size_b / size_a)], 1))
             beta = cfg.RPN.SMOOTH_L1_BETA
             box_loss += np.where(error < beta, 0.5 * error**2 / beta, error - 0.5 * beta).sum()
     scale = cfg.RPN.BATCH_PER_IM * len(logits)
-    return class_loss / scale, box_loss / scale
+    return class_loss / scale, cfg.RPN.BBOX_LOSS_WEIGHT * box_loss / scale
 
 
+@pytest.mark.parametrize("kind, weight", [("smooth_l1", 1.0), ("smooth_l1", 0.5), ("giou", 1.0), ("giou", 10.0)])
 @pytest.mark.parametrize("on_padding", [True, False])
-def test_losses_equal_the_float64_reference_when_everything_is_sampled(on_padding):
-    cfg = tiny_config("RPN.BATCH_PER_IM=1000", "RPN.FG_RATIO=1.0", f"RPN.TRAIN_ON_PADDING={on_padding}")
+def test_losses_equal_the_float64_reference_when_everything_is_sampled(on_padding, kind, weight):
+    cfg = tiny_config(
+        "RPN.BATCH_PER_IM=1000", "RPN.FG_RATIO=1.0", f"RPN.TRAIN_ON_PADDING={on_padding}",
+        f"RPN.BBOX_LOSS={kind}", f"RPN.BBOX_LOSS_WEIGHT={weight}",
+    )  # fmt: skip
     objects = [[(10, 12, 30, 28, 1), (50, 40, 90, 76, 2)], [(5, 5, 60, 50, 3), (20, 20, 40, 40, 1, True)]]
     batch = make_batch([(96, 96), (64, 80)], objects, cfg)
     random = np.random.RandomState(0)
