@@ -278,8 +278,16 @@ def default_config() -> Config:
             },
             "TEST": {
                 "BATCH_SIZE": 1,
+                # hard: a box is dropped where a better one of its class overlaps it more than FRCNN_NMS_THRESH.
+                # soft_linear, soft_gaussian: its score is lowered instead, times 1 - IoU beyond that threshold, or
+                # times exp(-IoU^2 / SOFT_NMS_SIGMA) (Bodla et al. 2017).
+                "NMS": "hard",
+                "NMS_CLASS_AGNOSTIC": False,  # True: boxes of different classes suppress each other too
                 "FRCNN_NMS_THRESH": 0.5,
-                "RESULT_SCORE_THRESH": 0.05,
+                "SOFT_NMS_SIGMA": 0.5,
+                "RESULT_SCORE_THRESH": 0.05,  # boxes enter NMS with scores above it
+                # Lowered scores count down to here (or to RESULT_SCORE_THRESH, if that is lower).
+                "SOFT_NMS_MIN_SCORE": 0.001,
                 "RESULT_SCORE_THRESH_VIS": 0.5,  # what pictures show
                 "RESULTS_PER_IM": 100,
             },
@@ -297,6 +305,7 @@ _CHOICES = {
     "FRCNN.BBOX_LOSS": ["smooth_l1", "giou"],
     "FPN.FRCNN_HEAD_FUNC": ["fastrcnn_2fc_head", "fastrcnn_4conv1fc_head", "fastrcnn_4conv1fc_gn_head"],
     "FPN.MRCNN_HEAD_FUNC": ["maskrcnn_up4conv_head", "maskrcnn_up4conv_gn_head"],
+    "TEST.NMS": ["hard", "soft_linear", "soft_gaussian"],
     "TRAIN.PRECISION": ["float32", "bfloat16", "float16", "float64"],
     "TRAIN.LR_SCALING": ["linear", "none"],
 }
@@ -356,9 +365,14 @@ def finalize_config(cfg: Config) -> Config:
         "TRAIN.CPU_REPLICAS",
         "TRAIN.ACCUMULATION",
         "TEST.BATCH_SIZE",
+        "TEST.RESULTS_PER_IM",
         "TRAIN.STEPS_PER_EPOCH",
     ):
         check(cfg.get(key) >= 1, key, "must be 1 or more")
+    for key in ("TEST.RESULT_SCORE_THRESH", "TEST.SOFT_NMS_MIN_SCORE"):
+        check(0 <= cfg.get(key) < 1, key, "a score, from 0 to below 1")
+    check(0 <= cfg.TEST.FRCNN_NMS_THRESH <= 1, "TEST.FRCNN_NMS_THRESH", "an overlap, from 0 to 1")
+    check(cfg.TEST.SOFT_NMS_SIGMA > 0, "TEST.SOFT_NMS_SIGMA", "must be above 0")
     check(0 <= cfg.BACKBONE.FREEZE_AT <= 5, "BACKBONE.FREEZE_AT", "must be 0 to 5")
     check(len(cfg.BACKBONE.RESNET_NUM_BLOCK) == 4, "BACKBONE.RESNET_NUM_BLOCK", "four numbers, e.g. [3,4,6,3]")
     if cfg.BACKBONE.BLOCK == "basic":

@@ -11,7 +11,8 @@ from utils.tf_v1 import tf
 
 __all__ = [
     "BOX_SCALE_CLAMP", "anchors_of_level", "area", "cell_anchors", "clip_boxes", "decode_boxes", "encode_boxes",
-    "generalized_iou", "multilevel_roi_align", "pairwise_ioa", "pairwise_iou", "rasterize_edges", "roi_align",
+    "generalized_iou", "greedy_nms", "multilevel_roi_align", "pairwise_ioa", "pairwise_iou", "rasterize_edges",
+    "roi_align",
 ]  # fmt: skip
 
 BOX_SCALE_CLAMP = math.log(1000.0 / 16)  # largest dw, dh: a box grows 62.5-fold at most (Detectron)
@@ -239,6 +240,47 @@ def batched_nms(boxes, scores, iou_threshold, max_outputs):
         score_threshold=np.finfo(np.float32).min, clip_boxes=False,
     )  # fmt: skip
     return out_boxes, out_scores, count
+
+
+def greedy_nms(boxes, scores, groups, rescore, max_outputs, min_score):
+    """Takes the best box, lowers the scores of those that overlap it, and again: soft-NMS (Bodla et al. 2017, fig. 2).
+
+    boxes [N,K,4]; scores [N,K] >= 0; groups int32 [N,K]: only boxes of one group lower each other's scores, None makes
+    all of an image one; rescore(iou [N,K]) -> factors [N,K] in [0, 1]; boxes of scores > min_score >= 0 are taken
+    -> index int32 [N,T] into K and scores [N,T] as they were when taken, decreasing, both 0 from count int32 [N] on;
+    T = max_outputs. The best of several groups together are the best of each group's own list.
+    """
+    boxes, scores = tf.stop_gradient(boxes), tf.stop_gradient(scores)
+    num_images, num_boxes = tf.shape(scores)[0], tf.shape(scores)[1]
+
+    def any_left(left, index, taken):
+        return tf.logical_and(tf.shape(index)[1] < max_outputs, tf.reduce_any(left > min_score))
+
+    def take_best(left, index, taken):
+        best = tf.argmax(left, 1, output_type=tf.int32)[:, None]  # [N, 1]
+        factors = rescore(pairwise_iou(tf.gather(boxes, best, batch_dims=1), boxes)[:, 0])  # [N, K]
+        if groups is not None:
+            factors = tf.where_v2(tf.equal(tf.gather(groups, best, batch_dims=1), groups), factors, 1.0)
+        is_best = tf.equal(tf.range(num_boxes), best)
+        score = tf.gather(left, best, batch_dims=1)
+        return tf.where_v2(is_best, 0.0, left * factors), tf.concat([index, best], 1), tf.concat([taken, score], 1)
+
+    none = [num_images, 0]
+    growing = tf.TensorShape([None, None])
+    _, index, taken = tf.while_loop(
+        any_left,
+        take_best,
+        [scores, tf.zeros(none, tf.int32), tf.zeros(none)],
+        shape_invariants=[growing] * 3,
+        back_prop=False,
+    )
+    present = taken > min_score
+    rest = [[0, 0], [0, max_outputs - tf.shape(index)[1]]]
+    index = tf.pad(tf.where_v2(present, index, 0), rest)
+    taken = tf.pad(tf.where_v2(present, taken, 0.0), rest)
+    index.set_shape([None, max_outputs])
+    taken.set_shape([None, max_outputs])
+    return index, taken, tf.reduce_sum(tf.cast(present, tf.int32), 1)
 
 
 # ------------------------------------------------------------------------------------------------------ mask targets

@@ -6,13 +6,13 @@ RoIs are kept dense per image, [N,R,4] with a validity mask; the heads see them 
 import numpy as np
 
 from basemodel import conv2d, detector_group_norm, fully_connected, he_fan_out, normal_init
-from model_box import clip_boxes, decode_boxes, pairwise_ioa, pairwise_iou
+from model_box import clip_boxes, decode_boxes, greedy_nms, pairwise_ioa, pairwise_iou
 from model_rpn import box_losses, sample_per_image
 from utils.tf_v1 import tf
 
 __all__ = [
     "SampledRois", "covered_by_crowd", "decode_detections", "fastrcnn_head", "fastrcnn_losses", "fastrcnn_outputs",
-    "label_rois", "loss_weights", "sample_rois",
+    "label_rois", "list_candidates", "loss_weights", "sample_rois", "select_detections",
 ]  # fmt: skip
 
 _SALT_ROI = (21, 22)  # for foreground and background
@@ -216,17 +216,15 @@ def fastrcnn_losses(logits, deltas, rois, batch, reg_weights, cfg, prefix="frcnn
 
 # ----------------------------------------------------------------------------------------------------------- inference
 def decode_detections(boxes, scores, valid, image_shape, cfg):
-    """Score threshold, per-class NMS and the best RESULTS_PER_IM of each image, in one op.
+    """Score threshold, NMS (TEST.NMS, TEST.NMS_CLASS_AGNOSTIC) and the best RESULTS_PER_IM of each image.
 
     boxes [N,R,B,4], B = 1 (shared by the classes) or C; scores [N,R,C] probabilities without background; valid [N,R]
     -> boxes [N,D,4], scores [N,D] decreasing, labels int32 [N,D] (1..C), count int32 [N]; rows >= count are 0.
     """
     test = cfg.TEST
-    boxes = clip_boxes(boxes, image_shape)
-    # A row with a NaN would defeat the sort; it is worth as much as an absent one.
-    good = tf.logical_and(tf.reduce_all(tf.math.is_finite(boxes), [2, 3]), valid)
-    scores = tf.where_v2(tf.logical_and(good[..., None], tf.math.is_finite(scores)), scores, 0.0)
-    boxes = tf.where_v2(good[..., None, None], boxes, 0.0)
+    boxes, scores = _only_finite(clip_boxes(boxes, image_shape), scores, valid)
+    if test.NMS != "hard" or test.NMS_CLASS_AGNOSTIC:
+        return select_detections(*list_candidates(boxes, scores, cfg), cfg)
     limit = test.RESULTS_PER_IM
     boxes, scores, classes, count = tf.image.combined_non_max_suppression(
         boxes, scores, limit, limit, test.FRCNN_NMS_THRESH, test.RESULT_SCORE_THRESH, clip_boxes=False
@@ -234,6 +232,54 @@ def decode_detections(boxes, scores, valid, image_shape, cfg):
     present = tf.range(limit)[None] < count[:, None]
     labels = tf.where_v2(present, tf.cast(classes, tf.int32) + 1, 0)
     return boxes, scores, labels, count
+
+
+def _only_finite(boxes, scores, valid):
+    """Boxes [N,R,B,4] and scores [N,R,C] with 0 for rows [N,R] that are absent or hold a box that is not a number, and
+    for such scores: a NaN would defeat every comparison."""
+    good = tf.logical_and(tf.reduce_all(tf.math.is_finite(boxes), [2, 3]), valid)
+    scores = tf.where_v2(tf.logical_and(good[..., None], tf.math.is_finite(scores)), scores, 0.0)
+    return tf.where_v2(good[..., None, None], boxes, 0.0), scores
+
+
+def list_candidates(boxes, scores, cfg):
+    """Every box of every class with a score above RESULT_SCORE_THRESH, before any NMS.
+
+    boxes [N,R,B,4], B = 1 or C; scores [N,R,C] -> boxes [N,K,4], scores [N,K] decreasing, labels int32 [N,K] (1..C, 0
+    where absent, as are the others then); K >= 1 is that of the image with the most.
+    """
+    num_images, num_classes = tf.shape(scores)[0], int(scores.shape[2])
+    flat = tf.reshape(scores, [num_images, -1])  # [N, R·C]
+    most = tf.reduce_max(tf.reduce_sum(tf.cast(flat > cfg.TEST.RESULT_SCORE_THRESH, tf.int32), 1))
+    scores, index = tf.nn.top_k(flat, tf.maximum(most, 1))  # [N, K]
+    present = scores > cfg.TEST.RESULT_SCORE_THRESH
+    row = index // num_classes if int(boxes.shape[2]) == 1 else index
+    boxes = tf.gather(tf.reshape(boxes, [num_images, -1, 4]), row, batch_dims=1)
+    labels = tf.where_v2(present, index % num_classes + 1, 0)
+    return tf.where_v2(present[..., None], boxes, 0.0), tf.where_v2(present, scores, 0.0), labels
+
+
+def select_detections(boxes, scores, labels, cfg):
+    """NMS of candidates and the best RESULTS_PER_IM of each image.
+
+    boxes [N,K,4], scores [N,K], labels int32 [N,K], 0 where absent -> as `decode_detections`. Soft-NMS (Bodla et al.
+    2017): eq. 2 (linear) or 3 (Gaussian) rescores; hard NMS is a factor of 0 beyond FRCNN_NMS_THRESH.
+    """
+    test = cfg.TEST
+
+    def rescore(iou):
+        if test.NMS == "soft_gaussian":
+            return tf.exp(tf.square(iou) * (-1.0 / test.SOFT_NMS_SIGMA))
+        return tf.where_v2(iou > test.FRCNN_NMS_THRESH, 1.0 - iou if test.NMS == "soft_linear" else 0.0, 1.0)
+
+    least = test.RESULT_SCORE_THRESH
+    if test.NMS != "hard":
+        least = min(least, test.SOFT_NMS_MIN_SCORE)
+    groups = None if test.NMS_CLASS_AGNOSTIC else labels
+    index, scores, count = greedy_nms(boxes, scores, groups, rescore, test.RESULTS_PER_IM, least)
+    present = tf.range(test.RESULTS_PER_IM)[None] < count[:, None]
+    boxes = tf.where_v2(present[..., None], tf.gather(boxes, index, batch_dims=1), 0.0)
+    return boxes, scores, tf.where_v2(present, tf.gather(labels, index, batch_dims=1), 0), count
 
 
 def decode_class_boxes(deltas, proposals, reg_weights):
