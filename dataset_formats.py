@@ -9,7 +9,7 @@ DATA.DATASETS="{'oid_train': ['openimages', 'open_images', 'train']}", with opti
 | ['openimages', dir, split] | the published csv and json files | group_of, expand, images (see `load_openimages`) |
 | ['voc', dir, split] | Annotations/*.xml, ImageSets/Main/<split>.txt (split '' = all) | difficult |
 | ['lvis', json, image folder] | LVIS v1 json | |
-| ['cityscapes', dir, split] | gtFine/<split>/*/*_gtFine_polygons.json, leftImg8bit/<split> | |
+| ['cityscapes', dir, split] | gtFine/<split>/*/*_gtFine_(instanceIds.png or polygons.json), leftImg8bit/<split> | |
 | ['csv', file, image folder] | one row per box, see `read_csv_content` | classes |
 | ['module:function', …] | whatever the function reads, see `load_format` | its keyword arguments |
 """
@@ -39,6 +39,7 @@ import dataset
 from common import UserError, logger, read_json, write_json
 from dataset import DatasetSplit
 from utils import oid_eval, polygons
+from utils.cityscapes_eval import INSTANCE_IDS, LABEL_IDS, VOID_IDS, evaluate_cityscapes
 from utils.oid_format import find_files, read_ancestors, read_classes, read_columns
 
 __all__ = [
@@ -60,7 +61,7 @@ VOC_CLASSES = [
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
     "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
 ]  # fmt: skip
-CITYSCAPES_CLASSES = ["person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle"]
+CITYSCAPES_CLASSES = list(INSTANCE_IDS)
 
 
 # ------------------------------------------------------------------------------------------------ the entry point
@@ -122,7 +123,7 @@ class FormatSplit(DatasetSplit):
 
     Attributes:
         read_content: picklable function without arguments that reads the ground truth again.
-        protocol: which scores `evaluate` adds to COCO's: "coco" (none), "voc" or "lvis" (instead).
+        protocol: which scores `evaluate` adds to COCO's: "coco" (none), "voc", "cityscapes" or "lvis" (instead).
     """
 
     read_content: Callable[[], dict[str, Any]]
@@ -132,7 +133,8 @@ class FormatSplit(DatasetSplit):
         return self.read_content()
 
     def evaluate(self, results: list[dict], **options: Any) -> dict[str, float]:
-        """COCO's scores; for VOC also "voc07/mAP", "voc12/mAP" and their "AP_per_class/<name>", for LVIS its own.
+        """COCO's scores; for VOC also "voc07/mAP", "voc12/mAP" and their "AP_per_class/<name>", for Cityscapes with
+        masks "cityscapes/AP", "cityscapes/AP50" and by class; for LVIS its own.
 
         Options are those of eval.evaluate_coco.
         """
@@ -146,6 +148,9 @@ class FormatSplit(DatasetSplit):
         metrics = evaluate_coco(content, results, **{"image_ids": ids, **options})
         if self.protocol == "voc":
             metrics |= _voc_scores(_only_images(content, ids), results)
+        if self.protocol == "cityscapes" and all(r.get("segmentation") for r in results):
+            scores = evaluate_cityscapes(_only_images(content, ids), results)
+            metrics |= {f"cityscapes/{k}": v for k, v in scores.items()}
         return metrics
 
 
@@ -400,16 +405,18 @@ def _load_lvis(name, path, folder, cfg, **common) -> FormatSplit:
 def read_cityscapes_content(directory: str | Path, split: str) -> dict[str, Any]:
     """Cityscapes' instances in COCO's form; image ids are <city>_<sequence>_<frame>, masks as run lengths.
 
-    The polygons are painted in the file's order, so a later object hides what lies behind it, as in the official
-    instance images. Labels ending in "group" are crowd regions of their class. Objects without a visible pixel are
-    left out, as they are in the instance images.
+    They are those of the instance images (gtFine_instanceIds.png) where these are, else the polygons painted in the
+    file's order, so that a later object hides what lies behind it. Groups are crowd regions of their class. Objects
+    without a visible pixel do not exist. "void" of an image is the mask of what the benchmark does not score.
     """
     directory = Path(directory)
-    files = sorted((directory / "gtFine" / split).glob("*/*_gtFine_polygons.json"))
-    if not files:
-        raise UserError(f"Cityscapes data: {directory}/gtFine/{split} holds no <city>/*_gtFine_polygons.json")
+    ends = ("_gtFine_instanceIds.png", "_gtFine_polygons.json")
+    folder = directory / "gtFine" / split
+    stems = sorted({str(p).removesuffix(end) for end in ends for p in folder.glob(f"*/*{end}")})
+    if not stems:
+        raise UserError(f"Cityscapes data: {folder} holds no <city>/*{ends[0]} or <city>/*{ends[1]}")
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        parts = list(pool.map(_read_cityscapes_file, files))
+        parts = list(pool.map(_read_cityscapes_image, stems))
     annotations = [a for _, found in parts for a in found]
     for number, annotation in enumerate(annotations, 1):
         annotation["id"] = number
@@ -417,9 +424,39 @@ def read_cityscapes_content(directory: str | Path, split: str) -> dict[str, Any]
     return {"images": [image for image, _ in parts], "annotations": annotations, "categories": categories}
 
 
-def _read_cityscapes_file(path: Path) -> tuple[dict, list[dict]]:
+def _read_cityscapes_image(path: str) -> tuple[dict, list[dict]]:
+    drawn = f"{path}_gtFine_instanceIds.png"
+    if os.path.isfile(drawn):
+        ids = cv2.imread(drawn, cv2.IMREAD_UNCHANGED)
+        if ids is None or ids.ndim != 2:
+            raise UserError(f"Cityscapes annotation {drawn} is not a readable image of one channel")
+        ids = ids.astype(np.int32)
+    else:
+        ids = _paint_cityscapes(f"{path}_gtFine_polygons.json")
+    height, width = ids.shape
+    city, stem = path.split(os.sep)[-2:]
+    image = {
+        "id": stem, "file_name": f"{city}/{stem}_leftImg8bit.png", "height": height, "width": width,
+        "void": _run_lengths(np.isin(ids, VOID_IDS), 0, 0, height, width),
+    }  # fmt: skip
+    classes = {label: CITYSCAPES_CLASSES.index(name) + 1 for name, label in INSTANCE_IDS.items()}
+    annotations = []
+    for value in sorted(np.unique(ids).tolist(), key=lambda v: (v < 1000, v)):
+        category = classes.get(value // 1000 if value >= 1000 else value)
+        if category is None:
+            continue
+        left, top, w, h = cv2.boundingRect((ids == value).view(np.uint8))
+        visible = ids[top : top + h, left : left + w] == value
+        annotations.append({
+            "image_id": stem, "category_id": category, "iscrowd": int(value < 1000), "bbox": [left, top, w, h],
+            "area": int(visible.sum()), "segmentation": _run_lengths(visible, left, top, height, width),
+        })  # fmt: skip
+    return image, annotations
+
+
+def _paint_cityscapes(path: str) -> np.ndarray:
+    """int32 [H, W] of the polygons: label number * 1000 + number of the instance, or the label of groups and stuff."""
     content = read_json(path, "Cityscapes annotation")
-    stem = path.name.removesuffix("_gtFine_polygons.json")
     try:
         height, width = int(content["imgHeight"]), int(content["imgWidth"])
         objects = [(str(o["label"]), np.array(o["polygon"], np.float64)) for o in content["objects"]
@@ -428,36 +465,43 @@ def _read_cityscapes_file(path: Path) -> tuple[dict, list[dict]]:
         raise UserError(
             f"Cityscapes annotation {path}: no imgHeight, imgWidth, or objects' label and polygon: {e}"
         ) from None
-    image = {
-        "id": stem, "file_name": f"{path.parent.name}/{stem}_leftImg8bit.png", "height": height, "width": width,
-    }  # fmt: skip
-    painted = np.zeros((height, width), np.int32)
-    for number, (label, polygon) in enumerate(objects, 1):
-        if label != "license plate" and len(polygon) >= 3:  # plates lie on cars and are no object of their own
-            cv2.fillPoly(painted, [np.round(polygon).astype(np.int32)], number)
-    annotations = []
-    for number, (label, polygon) in enumerate(objects, 1):
-        kind = label.removesuffix("group")
-        if kind not in CITYSCAPES_CLASSES or len(polygon) < 3:
+    ids = np.zeros((height, width), np.int32)
+    numbers: Counter = Counter()
+    for label, polygon in objects:
+        if label == "license plate" or len(polygon) < 3:  # plates lie on cars and are no object of their own
             continue
-        left, top = np.clip(np.floor(polygon.min(0)).astype(int) - 1, 0, None)
-        right, bottom = np.ceil(polygon.max(0)).astype(int) + 2
-        visible = painted[top:bottom, left:right] == number
-        if not visible.any():
-            continue
-        x, y, w, h = cv2.boundingRect(visible.view(np.uint8))
-        run = mask_utils.encode(np.asfortranarray(painted == number).view(np.uint8))
-        annotations.append({
-            "image_id": stem, "category_id": CITYSCAPES_CLASSES.index(kind) + 1, "iscrowd": int(kind != label),
-            "bbox": [int(left) + x, int(top) + y, w, h], "area": int(visible.sum()),
-            "segmentation": {"size": run["size"], "counts": run["counts"].decode()},
-        })  # fmt: skip
-    return image, annotations
+        kind = label if label in LABEL_IDS else label.removesuffix("group")
+        value = LABEL_IDS.get(kind)
+        if value is None:
+            raise UserError(f"Cityscapes annotation {path}: unknown label '{label}'")
+        if kind == label and (kind in INSTANCE_IDS or kind in ("caravan", "trailer")):
+            value = 1000 * value + numbers[kind]
+            numbers[kind] += 1
+        cv2.fillPoly(ids, [np.round(polygon).astype(np.int32)], value)
+    return ids
+
+
+def _run_lengths(mask: np.ndarray, left: int, top: int, height: int, width: int) -> dict[str, Any]:
+    """COCO run lengths of a height x width image whose part from (left, top) on is `mask`."""
+    columns = np.zeros((mask.shape[1], mask.shape[0] + 2), bool)
+    columns[:, 1:-1] = mask.T
+    column, row = np.nonzero(columns[:, 1:] != columns[:, :-1])
+    ends = (column + left) * height + row + top
+    # A run that goes on in the next column ends and begins at the same pixel: both go.
+    again = np.flatnonzero(ends[1:] == ends[:-1])
+    ends = np.delete(ends, np.concatenate([again, again + 1]))
+    size = height * width
+    counts = np.diff(ends, prepend=0, append=[] if len(ends) and ends[-1] == size else [size])
+    run = mask_utils.frPyObjects({"size": [height, width], "counts": counts.tolist()}, height, width)
+    return {"size": [height, width], "counts": run["counts"].decode()}
 
 
 def _load_cityscapes(name, path, split, **common) -> FormatSplit:
     read = functools.partial(read_cityscapes_content, path, split)
-    return split_from_coco(name, read, path / "leftImg8bit" / split, **common, origin=f"Cityscapes data {path} {split}")
+    return split_from_coco(
+        name, read, path / "leftImg8bit" / split, **common, origin=f"Cityscapes data {path} {split}",
+        protocol="cityscapes",
+    )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------ csv of boxes

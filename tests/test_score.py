@@ -182,3 +182,20 @@ def test_json_detections_for_a_folder_are_refused_with_the_way_out(tmp_path, cap
     (tmp_path / "d.json").write_text("[]")
     assert score.main(["--protocol", "oid-v2", "--gt", str(GOLDEN), "--detections", str(tmp_path / "d.json")]) == 2
     assert "give the csv that --evaluate writes" in capsys.readouterr().err
+
+
+def test_cityscapes_protocol_gives_the_numbers_of_the_official_tool(tmp_path):
+    from dataset_formats import read_cityscapes_content
+    from utils.cityscapes_eval import read_cityscapes_detections
+
+    folder = DATA / "cityscapes_eval"
+    expected = json.loads((folder / "expected.json").read_text())
+    content = read_cityscapes_content(folder, "val")
+    (tmp_path / "gt.json").write_text(json.dumps(content))
+    (tmp_path / "results.json").write_text(json.dumps(read_cityscapes_detections(folder / "predictions", content)))
+    for gt in (folder, tmp_path / "gt.json"):
+        for detections in (folder / "predictions", tmp_path / "results.json"):
+            result = run(tmp_path, "--protocol", "cityscapes", "--gt", gt, "--detections", detections)
+            assert result["mAP"] == pytest.approx(expected["AP"], abs=1e-9)
+            assert result["metrics"]["AP50"] == pytest.approx(expected["AP50"], abs=1e-9)
+            assert result["per_class_AP"] == pytest.approx({n: s["AP"] for n, s in expected["per_class"].items()})

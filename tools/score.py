@@ -6,6 +6,8 @@
 What --gt and --detections may be:
     coco, lvis      COCO or LVIS v1 json; COCO results json
     voc07, voc12    a VOC folder (Annotations/*.xml) or COCO json; COCO results json or a folder of VOC's *_<class>.txt
+    cityscapes      the folder that holds gtFine/, or COCO json; COCO results json with masks, or a folder of the
+                    benchmark's submission form (a .txt per image that names mask images)
     oid-*           the folder of published csv files, and a csv (a row per detection, or the challenge server's form);
                     or a COCO json and a COCO results json
 
@@ -23,7 +25,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import UserError, logger, read_json, write_json
 
-PROTOCOLS = ["coco", "oid-v2", "oid-challenge", "oid-challenge-segm", "voc07", "voc12", "lvis"]
+PROTOCOLS = ["coco", "oid-v2", "oid-challenge", "oid-challenge-segm", "voc07", "voc12", "lvis", "cityscapes"]
+
+
+def read_content(path: str) -> dict[str, Any]:
+    """A COCO-format annotation file."""
+    content = read_json(path, "annotation file")
+    for key in ("images", "annotations", "categories"):
+        if not isinstance(content, dict) or not isinstance(content.get(key), list):
+            raise UserError(f"annotation file {path} has no list '{key}': it is not in COCO's format")
+    return content
 
 
 def by_name(values: dict[str, Any], ids: list[str], names: list[str]) -> dict[str, Any]:
@@ -65,7 +76,7 @@ def score_lvis(args: argparse.Namespace) -> dict[str, Any]:
     from eval import read_results
     from utils.lvis_eval import evaluate_lvis
 
-    content = read_json(args.gt, "annotation file")
+    content = read_content(args.gt)
     results = read_results(args.detections, content)
     kind = args.iou_type or ("segm" if any(r.get("segmentation") for r in results) else "bbox")
     return from_metrics(evaluate_lvis(content, results, kind)) | {"iou_type": kind}
@@ -80,7 +91,7 @@ def score_voc(args: argparse.Namespace) -> dict[str, Any]:
     if Path(args.gt).is_dir():
         content = read_voc_content(args.gt, args.split or "")
     else:
-        content = read_json(args.gt, "annotation file")
+        content = read_content(args.gt)
     truth = truth_from_coco(content)
     if Path(args.detections).is_dir():
         results = read_voc_detections(args.detections, content)
@@ -89,6 +100,22 @@ def score_voc(args: argparse.Namespace) -> dict[str, Any]:
     return from_columns(
         evaluate_voc(truth, detections_from_coco(results, content, truth), args.protocol == "voc07"), truth
     )
+
+
+def score_cityscapes(args: argparse.Namespace) -> dict[str, Any]:
+    from dataset_formats import read_cityscapes_content
+    from eval import read_results
+    from utils.cityscapes_eval import evaluate_cityscapes, read_cityscapes_detections
+
+    if Path(args.gt).is_dir():
+        content = read_cityscapes_content(args.gt, args.split or "val")
+    else:
+        content = read_content(args.gt)
+    if Path(args.detections).is_dir():
+        results = read_cityscapes_detections(args.detections, content)
+    else:
+        results = read_results(args.detections, content)
+    return from_metrics(evaluate_cityscapes(content, results))
 
 
 def score_open_images(args: argparse.Namespace) -> dict[str, Any]:
@@ -108,7 +135,7 @@ def score_open_images(args: argparse.Namespace) -> dict[str, Any]:
         truth = oid_eval.read_truth(args.gt, split, masked, args.classes, args.hierarchy, args.masks)
         detections = oid_eval.read_detections(args.detections, truth)
     else:
-        content = read_json(args.gt, "annotation file")
+        content = read_content(args.gt)
         truth = oid_eval.truth_from_coco(content, masked)
         if args.hierarchy:
             truth = truth._replace(ancestors=read_ancestors(args.hierarchy, truth.class_ids))
@@ -129,7 +156,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", metavar="OUT", help="where to write the scores")
     parser.add_argument("--iou-type", choices=["bbox", "segm", "keypoints"], help="coco, lvis; default: as the results")
     parser.add_argument(
-        "--split", help="of a folder; Open Images: validation; VOC: all images, or ImageSets/Main/SPLIT"
+        "--split",
+        help="of a folder; Open Images: validation; Cityscapes: val; VOC: all images, or ImageSets/Main/SPLIT",
     )
     parser.add_argument("--classes", help="Open Images: class description csv, if not the one in the folder")
     parser.add_argument("--hierarchy", help="Open Images: hierarchy json, if not the one in the folder")
@@ -140,6 +168,7 @@ def main(argv: list[str] | None = None) -> int:
     )  # fmt: skip
     args = parser.parse_args(argv)
     scorers = {"coco": score_coco, "lvis": score_lvis, "voc07": score_voc, "voc12": score_voc}
+    scorers["cityscapes"] = score_cityscapes
     try:
         for flag in ("gt", "detections"):
             if not Path(getattr(args, flag)).exists():
