@@ -222,9 +222,9 @@ def decode_detections(boxes, scores, valid, image_shape, cfg):
     -> boxes [N,D,4], scores [N,D] decreasing, labels int32 [N,D] (1..C), count int32 [N]; rows >= count are 0.
     """
     test = cfg.TEST
-    boxes, scores = _only_finite(clip_boxes(boxes, image_shape), scores, valid)
     if test.NMS != "hard" or test.NMS_CLASS_AGNOSTIC:
-        return select_detections(*list_candidates(boxes, scores, cfg), cfg)
+        return select_detections(*list_candidates(boxes, scores, valid, image_shape, cfg), cfg)
+    boxes, scores = _usable(boxes, scores, valid, image_shape)
     limit = test.RESULTS_PER_IM
     boxes, scores, classes, count = tf.image.combined_non_max_suppression(
         boxes, scores, limit, limit, test.FRCNN_NMS_THRESH, test.RESULT_SCORE_THRESH, clip_boxes=False
@@ -234,20 +234,22 @@ def decode_detections(boxes, scores, valid, image_shape, cfg):
     return boxes, scores, labels, count
 
 
-def _only_finite(boxes, scores, valid):
-    """Boxes [N,R,B,4] and scores [N,R,C] with 0 for rows [N,R] that are absent or hold a box that is not a number, and
-    for such scores: a NaN would defeat every comparison."""
+def _usable(boxes, scores, valid, image_shape):
+    """Boxes [N,R,B,4] clipped to the image and scores [N,R,C], with 0 for rows [N,R] that are absent or have a box that
+    is not a number, and for such scores: a NaN would defeat every comparison."""
+    boxes = clip_boxes(boxes, image_shape)
     good = tf.logical_and(tf.reduce_all(tf.math.is_finite(boxes), [2, 3]), valid)
     scores = tf.where_v2(tf.logical_and(good[..., None], tf.math.is_finite(scores)), scores, 0.0)
     return tf.where_v2(good[..., None, None], boxes, 0.0), scores
 
 
-def list_candidates(boxes, scores, cfg):
+def list_candidates(boxes, scores, valid, image_shape, cfg):
     """Every box of every class with a score above RESULT_SCORE_THRESH, before any NMS.
 
-    boxes [N,R,B,4], B = 1 or C; scores [N,R,C] -> boxes [N,K,4], scores [N,K] decreasing, labels int32 [N,K] (1..C, 0
-    where absent, as are the others then); K >= 1 is that of the image with the most.
+    Takes what `decode_detections` takes -> boxes [N,K,4], scores [N,K] decreasing, labels int32 [N,K] (1..C, 0 where
+    absent, as are the others then); K >= 1 is that of the image with the most.
     """
+    boxes, scores = _usable(boxes, scores, valid, image_shape)
     num_images, num_classes = tf.shape(scores)[0], int(scores.shape[2])
     flat = tf.reshape(scores, [num_images, -1])  # [N, R·C]
     most = tf.reduce_max(tf.reduce_sum(tf.cast(flat > cfg.TEST.RESULT_SCORE_THRESH, tf.int32), 1))

@@ -20,7 +20,9 @@ from model_mrcnn import mask_head, mask_losses, mask_probabilities, mask_targets
 from model_rpn import rpn_anchors, rpn_head, rpn_losses, rpn_proposals
 from utils.tf_v1 import tf
 
-__all__ = ["build_inference", "build_training"]
+__all__ = [
+    "backbone_features", "build_inference", "build_training", "describe_boxes", "detect_boxes", "make_roi_pooler",
+]  # fmt: skip
 
 
 def backbone_features(image, image_shape, cfg):
@@ -155,18 +157,18 @@ def build_training(batch, cfg):
     return losses, stats
 
 
-def build_inference(image, image_shape, cfg):
-    """uint8 image [N,H,W,3], image_shape int32 [N,2] -> {boxes [N,D,4], scores [N,D], labels [N,D], count [N]}, plus
-    masks [N,D,M,M] in MODE_MASK and keypoints [N,D,K,3] in MODE_KEYPOINT, all in the frame of `image`; rows beyond
-    count are zero."""
-    features = backbone_features(image, image_shape, cfg)
+def detect_boxes(features, pool, image_shape, cfg):
+    """RPN and box branch, before any score threshold or NMS of detections.
+
+    features: those of `backbone_features`, pool: its `make_roi_pooler`; image_shape int32 [N,2] -> boxes [N,R,B,4] of
+    B = 1 (shared by the classes) or C, inside the image, scores [N,R,C] without background, valid bool [N,R].
+    """
     anchors = rpn_anchors(features, cfg)
     logits, deltas = rpn_head(features, cfg)
     proposals, _, valid = rpn_proposals(logits, deltas, anchors, image_shape, cfg, training=False)
     # Rows of absent proposals are cut off where all images lack them.
     most = tf.maximum(tf.reduce_max(tf.reduce_sum(tf.cast(valid, tf.int32), 1)), 1)
     proposals, valid = proposals[:, :most], valid[:, :most]
-    pool = make_roi_pooler(features, cfg)
     if cfg.FPN.CASCADE:
 
         def pool_boxes(boxes):
@@ -179,13 +181,26 @@ def build_inference(image, image_shape, cfg):
         scores = tf.reshape(tf.nn.softmax(class_logits), [shape[0], shape[1], -1])[:, :, 1:]
         boxes = decode_class_boxes(box_deltas, proposals, cfg.FRCNN.BBOX_REG_WEIGHTS)
         boxes = clip_boxes(boxes, image_shape)
-    boxes, scores, labels, count = decode_detections(boxes, scores, valid, image_shape, cfg)
-    outputs = {"boxes": boxes, "scores": scores, "labels": labels, "count": count}
-    if cfg.MODE_MASK or cfg.MODE_KEYPOINT:
-        where = tf.where(labels > 0)  # [F, 2]
-        found, found_labels = tf.gather_nd(boxes, where), tf.gather_nd(labels, where)
-        features_of_rois = pool(found, tf.cast(where[:, 0], tf.int32), 14)
-        leading = tf.shape(labels, out_type=tf.int64)
+    return boxes, scores, valid
+
+
+def describe_boxes(pool, boxes, labels, cfg, decode=True):
+    """Masks and keypoints of boxes, by the branches that the model has.
+
+    pool: `make_roi_pooler`; boxes [N,D,4], labels int32 [N,D], 0 where absent -> {masks: probabilities [N,D,M,M],
+    keypoints: [N,D,K,3]}, zero where absent; with decode=False keypoints are the logits [N,D,56,56,K].
+    """
+    outputs = {}
+    if not (cfg.MODE_MASK or cfg.MODE_KEYPOINT):
+        return outputs
+    where = tf.where(labels > 0)  # [F, 2]
+    found, found_labels = tf.gather_nd(boxes, where), tf.gather_nd(labels, where)
+    features_of_rois = pool(found, tf.cast(where[:, 0], tf.int32), 14)
+    leading = tf.shape(labels, out_type=tf.int64)
+
+    def put_back(rows):
+        return tf.scatter_nd(where, rows, tf.concat([leading, tf.shape(rows, out_type=tf.int64)[1:]], 0))
+
     if cfg.MODE_MASK:
 
         def mask_probabilities_of(roi_features, roi_labels):
@@ -194,9 +209,24 @@ def build_inference(image, image_shape, cfg):
                     roi_features = c5_on_rois(roi_features, cfg)
             return mask_probabilities(_mask_branch(roi_features, cfg), tf.maximum(roi_labels, 1))
 
-        probabilities = _never_empty(mask_probabilities_of, features_of_rois, found_labels)
-        outputs["masks"] = tf.scatter_nd(where, probabilities, tf.concat([leading, [mask_resolution(cfg)] * 2], 0))
+        outputs["masks"] = put_back(_never_empty(mask_probabilities_of, features_of_rois, found_labels))
     if cfg.MODE_KEYPOINT:
-        points = _never_empty(lambda f, b: decode_keypoints(_keypoint_branch(f, cfg), b), features_of_rois, found)
-        outputs["keypoints"] = tf.scatter_nd(where, points, tf.concat([leading, [cfg.KRCNN.NUM_KEYPOINT, 3]], 0))
+
+        def keypoints_of(roi_features, roi_boxes):
+            logits = _keypoint_branch(roi_features, cfg)
+            return decode_keypoints(logits, roi_boxes) if decode else logits
+
+        outputs["keypoints"] = put_back(_never_empty(keypoints_of, features_of_rois, found))
     return outputs
+
+
+def build_inference(image, image_shape, cfg):
+    """uint8 image [N,H,W,3], image_shape int32 [N,2] -> {boxes [N,D,4], scores [N,D], labels [N,D], count [N]}, plus
+    masks [N,D,M,M] in MODE_MASK and keypoints [N,D,K,3] in MODE_KEYPOINT, all in the frame of `image`; rows beyond
+    count are zero."""
+    features = backbone_features(image, image_shape, cfg)
+    pool = make_roi_pooler(features, cfg)
+    boxes, scores, valid = detect_boxes(features, pool, image_shape, cfg)
+    boxes, scores, labels, count = decode_detections(boxes, scores, valid, image_shape, cfg)
+    outputs = {"boxes": boxes, "scores": scores, "labels": labels, "count": count}
+    return outputs | describe_boxes(pool, boxes, labels, cfg)
