@@ -7,7 +7,7 @@ DATA.DATASETS="{'oid_train': ['openimages', 'open_images', 'train']}", with opti
 | list | files | options |
 |---|---|---|
 | ['openimages', dir, split] | the published csv and json files | group_of, expand, images (see `load_openimages`) |
-| ['voc', dir, split] | Annotations/*.xml, ImageSets/Main/<split>.txt (split '' = all) | difficult |
+| ['voc', dir, split] | Annotations/*.xml, ImageSets/Main/<split>.txt ('' = all), SegmentationObject/ | difficult |
 | ['lvis', json, image folder] | LVIS v1 json | |
 | ['cityscapes', dir, split] | gtFine/<split>/*/*_gtFine_(instanceIds.png or polygons.json), leftImg8bit/<split> | |
 | ['csv', file, image folder] | one row per box, see `read_csv_content` | classes |
@@ -285,14 +285,20 @@ def _header_sizes(files: Sequence[str]) -> np.ndarray:
 
 # ------------------------------------------------------------------------------------------------ Pascal VOC
 def read_voc_content(
-    directory: str | Path, split: str = "", difficult: str = "ignore", image_folder: str | Path | None = None
+    directory: str | Path,
+    split: str = "",
+    difficult: str = "ignore",
+    image_folder: str | Path | None = None,
+    masks: bool = False,
 ) -> dict[str, Any]:
     """A VOC folder in COCO's form: image ids are the xml files' stems, category ids count from 1.
 
     Args:
         directory: holds Annotations/, JPEGImages/ and ImageSets/Main/; or one of VOCdevkit's parents of that.
-        split: a list of ImageSets/Main, or "" for every annotation.
+        split: a list of ImageSets/Main, or of another folder of ImageSets by its name, such as "Segmentation/train";
+            "" for every annotation.
         difficult: what to do with difficult objects: "ignore" (as regions that are neither right nor wrong), "object".
+        masks: give the objects of images with a SegmentationObject/<stem>.png their masks.
 
     VOC's pixels are 1-based and inclusive, so a box spans [xmin - 1, xmax). Classes are VOC's twenty if these suffice,
     else all names that occur in Annotations/, sorted.
@@ -305,7 +311,7 @@ def read_voc_content(
         raise UserError(f"VOC data {directory}: Annotations/ holds no xml file")
     wanted = stems
     if split:
-        listing = directory / "ImageSets" / "Main" / f"{split}.txt"
+        listing = directory / "ImageSets" / ("" if "/" in split else "Main") / f"{split}.txt"
         try:
             wanted = [line.split()[0] for line in listing.read_text().splitlines() if line.strip()]
         except OSError as e:
@@ -318,7 +324,7 @@ def read_voc_content(
     classes = VOC_CLASSES if names <= set(VOC_CLASSES) else sorted(names)
     ids = {n: i for i, n in enumerate(classes, 1)}
     folder = Path(image_folder) if image_folder else directory / "JPEGImages"
-    images, annotations = [], []
+    images, annotations, maskless = [], [], []
     for stem in wanted:
         file = directory / "Annotations" / f"{stem}.xml"
         root = roots[stem]
@@ -330,7 +336,9 @@ def read_voc_content(
             if height < 1 or width < 1:
                 height, width = image_header_size(folder / file_name)
             images.append({"id": stem, "file_name": file_name, "height": height, "width": width})
-            for o in root.iter("object"):
+            drawn = directory / "SegmentationObject" / f"{stem}.png"
+            numbers = _read_voc_numbers(drawn, height, width) if masks and drawn.is_file() else None
+            for place, o in enumerate(root.iter("object"), 1):
                 x1, y1, x2, y2 = (float(o.findtext(f"bndbox/{k}")) for k in ("xmin", "ymin", "xmax", "ymax"))
                 hard = int(o.findtext("difficult") or 0) == 1
                 annotations.append({
@@ -338,10 +346,50 @@ def read_voc_content(
                     "bbox": [x1 - 1, y1 - 1, x2 - x1 + 1, y2 - y1 + 1], "area": (x2 - x1 + 1) * (y2 - y1 + 1),
                     "iscrowd": int(hard and difficult == "ignore"), "difficult": int(hard),
                 })  # fmt: skip
+                if numbers is not None:
+                    mask = _voc_mask(numbers == place, (x1 - 1, y1 - 1, x2, y2))
+                    annotations[-1] |= mask
+                    maskless += [f"object {place} of {drawn}"] * (not mask)
         except (TypeError, ValueError) as e:
             raise UserError(f"VOC annotation {file}: an object lacks a number in bndbox or difficult: {e}") from None
+    if maskless:
+        logger.warning(f"VOC data {directory}: {len(maskless)} objects have no mask in their box, e.g. {maskless[0]}")
     categories = [{"id": i, "name": n} for n, i in ids.items()]
     return {"images": images, "annotations": annotations, "categories": categories}
+
+
+def _read_voc_numbers(path: Path, height: int, width: int) -> np.ndarray:
+    """uint8 [H, W] of a segmentation image: 0 background, 255 border, else the object's place in the xml file.
+
+    The image has VOC's palette, in which the bits of a number are dealt to red, green, blue, red, … from the highest
+    bit of the colour on; or one channel, with the number itself.
+    """
+    image = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+    if image is None or image.shape[:2] != (height, width):
+        raise UserError(f"VOC segmentation {path} is not an image of {width}x{height} pixels, as its xml file says")
+    if image.ndim == 2:
+        return image
+    blue, green, red = (image[..., k] for k in range(3))
+    numbers = np.zeros((height, width), np.uint8)
+    again = np.zeros((height, width, 3), np.uint8)
+    for bit in range(8):
+        channel, shift = (red, green, blue)[bit % 3], 7 - bit // 3
+        on = channel >> shift & 1
+        numbers |= on << bit
+        again[..., 2 - bit % 3] |= on << shift
+    if (again != image[..., :3]).any():
+        raise UserError(f"VOC segmentation {path} has colours that are not in VOC's palette")
+    return numbers
+
+
+def _voc_mask(inside: np.ndarray, box: Sequence[float]) -> dict[str, Any]:
+    """The mask of an object as a part of its annotation; {} when it has no pixel, or most of them outside the box."""
+    x1, y1, x2, y2 = (max(0, int(v)) for v in box)
+    if not inside.any() or 2 * inside[y1:y2, x1:x2].sum() < inside.sum():
+        return {}
+    x, y, w, h = cv2.boundingRect(inside.view(np.uint8))
+    run = _run_lengths(inside[y : y + h, x : x + w], x, y, *inside.shape)
+    return {"segmentation": run, "area": int(inside.sum())}
 
 
 def _voc_directory(directory: Path) -> Path:
@@ -386,11 +434,12 @@ def read_voc_detections(folder: str | Path, content: dict[str, Any]) -> list[dic
     return results
 
 
-def _load_voc(name, path, split, difficult="ignore", **common) -> FormatSplit:
-    read = functools.partial(read_voc_content, path, split, difficult)
+def _load_voc(name, path, split, cfg, difficult="ignore", **common) -> FormatSplit:
+    read = functools.partial(read_voc_content, path, split, difficult, masks=cfg.MODE_MASK)
     return split_from_coco(
-        name, read, _voc_directory(path) / "JPEGImages", **common, origin=f"VOC data {path} {split}", protocol="voc"
-    )
+        name, read, _voc_directory(path) / "JPEGImages", cfg, **common, origin=f"VOC data {path} {split}",
+        protocol="voc",
+    )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------ LVIS
@@ -437,11 +486,11 @@ def _read_cityscapes_image(path: str) -> tuple[dict, list[dict]]:
     city, stem = path.split(os.sep)[-2:]
     image = {
         "id": stem, "file_name": f"{city}/{stem}_leftImg8bit.png", "height": height, "width": width,
-        "void": _run_lengths(np.isin(ids, VOID_IDS), 0, 0, height, width),
+        "void": _run_lengths(np.isin(ids, VOID_IDS, kind="table"), 0, 0, height, width),
     }  # fmt: skip
     classes = {label: CITYSCAPES_CLASSES.index(name) + 1 for name, label in INSTANCE_IDS.items()}
     annotations = []
-    for value in sorted(np.unique(ids).tolist(), key=lambda v: (v < 1000, v)):
+    for value in sorted(np.flatnonzero(np.bincount(ids.ravel())).tolist(), key=lambda v: (v < 1000, v)):
         category = classes.get(value // 1000 if value >= 1000 else value)
         if category is None:
             continue

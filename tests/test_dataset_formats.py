@@ -91,6 +91,60 @@ def test_voc_annotations_as_detections_score_one():
     assert np.isnan(metrics["voc12/AP_per_class/bird"])
 
 
+def write_voc_masks(folder: Path) -> np.ndarray:
+    """voc_mini with a segmentation of its first image: the dog behind the person, a void border, VOC's colours."""
+    shutil.copytree(DATA / "voc_mini", folder)
+    numbers = np.zeros((40, 60), np.uint8)
+    numbers[3:30, 4:30] = 1
+    numbers[1:40, 28:60] = 2
+    numbers[1:3, 27:60] = 255
+    palette = np.zeros((256, 3), int)
+    for number in range(256):
+        red, green, blue = (sum((number >> (3 * k + c) & 1) << (7 - k) for k in range(3)) for c in range(3))
+        palette[number] = blue, green, red
+    assert palette[[1, 2, 255]].tolist() == [[0, 0, 128], [0, 128, 0], [192, 224, 224]]  # as known of VOC
+    (folder / "SegmentationObject").mkdir()
+    cv2.imwrite(str(folder / "SegmentationObject/000001.png"), palette[numbers].astype(np.uint8))
+    (folder / "ImageSets/Segmentation").mkdir()
+    (folder / "ImageSets/Segmentation/train.txt").write_text("000001\n")
+    return numbers
+
+
+@pytest.mark.quick
+def test_voc_segmentations_become_masks_of_their_objects(tmp_path):
+    numbers = write_voc_masks(tmp_path / "voc")
+    cfg = settings(tmp_path, "MODE_MASK=True")
+    split = load_format(["voc", "voc", "Segmentation/train"], cfg, "voc", training=True)
+    assert len(split) == 1 and not split.dropped
+    found = split.annotations(0)
+    assert found["boxes"].tolist() == [[4, 3, 30, 30], [27, 1, 60, 40]]  # those of the xml file
+    for rings, place in zip(found["rings"], (1, 2)):
+        drawn = polygons.rasterize(polygons.rings_to_edges(rings), np.array([0, 0, 60, 40], np.float32), (40, 60))
+        assert np.array_equal(drawn, numbers == place)
+    assert split.evaluate(annotations_as_results(split, masks=True), verbose=False)["segm/AP"] == pytest.approx(1)
+    everything = load_format(["voc", "voc", ""], cfg, "voc", training=True)
+    assert everything.dropped == {"no outline (MODE_MASK trains masks)": 4}  # of the images without a segmentation
+    assert not load_format(["voc", "voc", ""], settings(tmp_path), "voc", training=True).dropped
+
+
+@pytest.mark.quick
+def test_voc_segmentations_that_do_not_fit_are_named(tmp_path, caplog, monkeypatch):
+    numbers = write_voc_masks(tmp_path / "voc")
+    file = tmp_path / "voc/SegmentationObject/000001.png"
+    spec, cfg = ["voc", "voc", "Segmentation/train"], settings(tmp_path, "MODE_MASK=True")
+    monkeypatch.setattr(dataset_formats.logger, "propagate", True)
+    cv2.imwrite(str(file), np.where(numbers == 1, 2, 0).astype(np.uint8))  # plain numbers, the dog's at the person
+    split = load_format(spec, cfg, "voc", training=True)
+    assert split.dropped == {"no outline (MODE_MASK trains masks)": 2}
+    assert "2 objects have no mask in their box, e.g. object 1 of" in caplog.text
+    cv2.imwrite(str(file), np.full((40, 60, 3), 77, np.uint8))
+    with pytest.raises(UserError, match="000001.png has colours that are not in VOC's palette"):
+        load_format(spec, cfg, "voc")
+    cv2.imwrite(str(file), numbers[:-1])
+    with pytest.raises(UserError, match="000001.png is not an image of 60x40 pixels"):
+        load_format(spec, cfg, "voc")
+
+
 @pytest.mark.quick
 def test_voc_errors_name_the_file(tmp_path):
     with pytest.raises(UserError, match="ImageSets/Main/val.txt cannot be read"):
