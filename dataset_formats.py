@@ -508,7 +508,7 @@ def _paint_cityscapes(path: str) -> np.ndarray:
     content = read_json(path, "Cityscapes annotation")
     try:
         height, width = int(content["imgHeight"]), int(content["imgWidth"])
-        objects = [(str(o["label"]), np.array(o["polygon"], np.float64)) for o in content["objects"]
+        objects = [(str(o["label"]), np.array(o["polygon"], np.float64).reshape(-1, 2)) for o in content["objects"]
                    if not o.get("deleted")]  # fmt: skip
     except (KeyError, TypeError, ValueError) as e:
         raise UserError(
@@ -606,11 +606,12 @@ def read_csv_content(path: str | Path, folder: str | Path, classes: str | Path |
             raise UserError(f"csv of boxes {path}, row {number}: no label")
         objects.append((cells["label"], [x1, y1, x2 - x1, y2 - y1], crowd))
     found = sorted({label for objects in boxes.values() for label, _, _ in objects})
-    names = (
-        [line.split(",")[0].strip() for line in Path(classes).read_text().splitlines() if line.strip()]
-        if classes
-        else found
-    )
+    names = found
+    if classes:
+        try:
+            names = [line.split(",")[0].strip() for line in Path(classes).read_text().splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as e:
+            raise UserError(f"csv of boxes {path}: class list {classes} cannot be read: {e}") from None
     unknown = [n for n in found if n not in names]
     if unknown:
         raise UserError(f"csv of boxes {path}: label '{unknown[0]}' is not in {classes}")
@@ -638,6 +639,21 @@ def _load_csv(name, path, folder, cfg, classes=None, **common) -> FormatSplit:
 
 
 # ------------------------------------------------------------------------------------------------ Open Images
+class _Entries(Sequence):
+    """Entries of a COCO-like list, made one at a time: millions of them at once would fill the memory."""
+
+    def __init__(self, number: int, make: Callable[[int], dict[str, Any]]):
+        self._number, self._make = number, make
+
+    def __len__(self) -> int:
+        return self._number
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        if not 0 <= i < self._number:
+            raise IndexError(i)
+        return self._make(i)
+
+
 class OpenImagesSplit(DatasetSplit):
     """One split of Open Images. Its columns are views of the cache files, shared by all processes of a machine.
 
@@ -651,6 +667,59 @@ class OpenImagesSplit(DatasetSplit):
     split: str
     missing: int
     expanded: bool
+
+    def content(self) -> dict[str, Any]:
+        """The published files in COCO's form, unchecked: boxes in pixels, group-of as iscrowd, unknown classes None.
+
+        "images" and "annotations" are sequences that make their entries when asked. File names are relative to
+        `image_root`; images that are not on disk are taken to be 1000 x 1000.
+        """
+        files = find_files(self.directory, self.split)
+        class_ids, class_names = read_classes(files.classes)
+        ids, rows, labels = _read_open_images(files, class_ids, np.float64)
+        image, order = rows["ImageID"], np.argsort(labels["ImageID"], kind="stable")
+        labels = {key: column[order] for key, column in labels.items()}
+        first_label = np.searchsorted(labels["ImageID"], np.arange(len(ids) + 1))
+        place = {self.image_id(i).encode(): i for i in range(len(self))}
+        row_of = np.array([place.get(i, -1) for i in ids.tolist()], np.int64)
+        root = self.image_root()
+        sizes = np.full((len(ids), 2), 1000)
+        sizes[row_of >= 0] = self.image_sizes()[row_of[row_of >= 0]]
+        boxes = np.stack([rows[n] for n in _SIDES], 1) * sizes[image][:, [1, 0, 1, 0]]
+
+        def make_image(i: int) -> dict[str, Any]:
+            path = self.image_file(row_of[i]) if row_of[i] >= 0 else f"{self._folders[0]}/{ids[i].decode()}.jpg"
+            said = [
+                (class_ids[labels["LabelName"][k]], labels["Confidence"][k] > 0.5)
+                for k in range(first_label[i], first_label[i + 1])
+                if labels["LabelName"][k] >= 0
+            ]
+            return {
+                "id": ids[i].decode(), "file_name": os.path.relpath(path, root),
+                "height": int(sizes[i, 0]), "width": int(sizes[i, 1]),
+                "pos_category_ids": [c for c, there in said if there],
+                "neg_category_ids": [c for c, there in said if not there],
+            }  # fmt: skip
+
+        def make_annotation(k: int) -> dict[str, Any]:
+            x1, y1, x2, y2 = boxes[k].tolist()
+            label = rows["LabelName"][k]
+            return {
+                "id": k + 1, "image_id": ids[image[k]].decode(),
+                "category_id": class_ids[label] if label >= 0 else None,
+                "bbox": [x1, y1, x2 - x1, y2 - y1], "area": abs((x2 - x1) * (y2 - y1)),
+                "iscrowd": int(rows["IsGroupOf"][k] > 0),
+            }  # fmt: skip
+
+        categories = [{"id": i, "name": n} for i, n in zip(class_ids, class_names)]
+        return {
+            "images": _Entries(len(ids), make_image), "annotations": _Entries(len(image), make_annotation),
+            "categories": categories,
+        }  # fmt: skip
+
+    def image_root(self) -> str:
+        """The folder that holds all images, in folders of its own if there are several."""
+        return self._folders[0] if len(self._folders) == 1 else os.path.commonpath(self._folders)
 
     def _result_rows(self, results: Iterable[dict]) -> Iterable[dict]:
         place = {self.image_id(i): self.image_size(i) for i in range(len(self))}
@@ -781,6 +850,7 @@ def _load_openimages(name, path, split, cfg, class_names, training, **options) -
     return result
 
 
+_SIDES = ("XMin", "YMin", "XMax", "YMax")
 # Rises when the meaning of the cached columns changes.
 _CACHE_VERSION = 2
 _OPEN_IMAGES_COLUMNS = (
@@ -935,6 +1005,24 @@ def _pack(words: np.ndarray, before: bytes, after: bytes) -> tuple[np.ndarray, n
     return table[used], dataset._offsets(used.sum(1))
 
 
+def _read_open_images(files, class_ids: Sequence[str], kind: type) -> tuple[np.ndarray, dict, dict]:
+    """The sorted image ids, and the columns of the boxes and of the image labels, ImageID being the place in them."""
+    known = {"ImageID": None, "LabelName": class_ids}
+    boxes = read_columns(
+        files.boxes, "box annotations", dict.fromkeys(_SIDES, kind) | {"IsGroupOf": np.int8}, known
+    )  # fmt: skip
+    ids = boxes.pop("ImageID values")
+    labels = {"ImageID": np.zeros(0, np.int32), "LabelName": np.zeros(0, np.int32), "Confidence": np.zeros(0)}
+    if files.image_labels:
+        labels = read_columns(files.image_labels, "image labels", {"Confidence": np.float32}, known)
+        more = labels.pop("ImageID values")
+        ids, inverse = np.unique(np.concatenate([ids, more]), return_inverse=True)
+        inverse = inverse.astype(np.int32)
+        boxes["ImageID"] = inverse[: len(inverse) - len(more)][boxes["ImageID"]]
+        labels["ImageID"] = inverse[len(inverse) - len(more) :][labels["ImageID"]]
+    return ids, boxes, labels
+
+
 def _build_open_images(files, size_file: Path, folders: list[Path], options: dict) -> tuple[dict, dict]:
     """The columns of a split from its csv files, and what else is known of it."""
     all_ids, all_names = read_classes(files.classes)
@@ -950,26 +1038,13 @@ def _build_open_images(files, size_file: Path, folders: list[Path], options: dic
         if class_id is not None:
             label_of[all_ids.index(class_id)] = label
     dropped: Counter = Counter()
-    sides = dict.fromkeys(("XMin", "YMin", "XMax", "YMax"), np.float32)
-    rows = read_columns(
-        files.boxes, "box annotations", sides | {"IsGroupOf": np.int8}, {"ImageID": None, "LabelName": all_ids}
-    )
-    number = len(rows["LabelName"])
-    ids, image = rows.pop("ImageID values"), rows.pop("ImageID")
-    labels = {"ImageID": np.zeros(0, np.int32), "LabelName": np.zeros(0, np.int32), "Confidence": np.zeros(0)}
-    if files.image_labels:
-        labels = read_columns(
-            files.image_labels, "image labels", {"Confidence": np.float32}, {"ImageID": None, "LabelName": all_ids}
-        )
-        more = labels.pop("ImageID values")
-        ids, inverse = np.unique(np.concatenate([ids, more]), return_inverse=True)
-        inverse = inverse.astype(np.int32)
-        image, labels["ImageID"] = inverse[: len(inverse) - len(more)][image], inverse[-len(more) :][labels["ImageID"]]
+    ids, rows, labels = _read_open_images(files, all_ids, np.float32)
+    image, number = rows.pop("ImageID"), len(rows["LabelName"])
     present, folder, sizes = _open_images_on_disk(ids, size_file, folders, options["check_images"])
 
     group = rows.pop("IsGroupOf") > 0  # -1 = unknown
     class_index = rows.pop("LabelName")
-    boxes = np.stack([rows.pop(n) for n in sides], 1)
+    boxes = np.stack([rows.pop(n) for n in _SIDES], 1)
     outlines = _open_images_masks(files, ids, all_ids, options["split"], image, class_index, boxes, sizes, present) if (
         options["masks"] and files.masks) else None  # fmt: skip
     source = np.arange(number)

@@ -338,7 +338,8 @@ def train(args: argparse.Namespace) -> int:
     split = load_training_split(cfg)
     cfg = _training_classes(cfg, split)
     validation = load_validation_splits(cfg) if cfg.TRAIN.EVAL_PERIOD else []
-    quick_check(split)
+    for data in (split, *validation):
+        quick_check(data)
     logger.info(f"{len(split)} training images of {', '.join(cfg.DATA.TRAIN)}\n{class_count_table(split)}")
 
     if resume_from is not None:

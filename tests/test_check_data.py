@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -98,6 +99,7 @@ PLANTED = {
     "outline and box disagree": edit_annotation(bbox=[50, 10, 20, 30]),
     "area not positive": edit_annotation(area=0),
     "object twice": object_twice,
+    "object of an absent class": edit_image(neg_category_ids=[1]),
 }
 
 
@@ -136,6 +138,7 @@ def test_repaired_copy_is_clean_and_the_original_untouched(clean, check):
     cleaned = clean._replace(content=content)
     again = [f for f in check_source(cleaned, look_at_images(cleaned)) if f.check != "category without objects"]
     left = {"outline outside the image", "outline and box disagree", "category name used twice"}
+    left.add("object of an absent class")
     assert {f.check for f in again} <= left
     if check not in left:
         assert again == [] and sum(done.values()) > 0
@@ -190,7 +193,13 @@ def test_command_line_writes_findings_copy_and_page(clean, tmp_path):
     assert report["counts"] == {"train": {"box without extent": 1, "image size differs": 1}}
     assert {f["image_id"] for f in report["findings"]} == {12}
     assert file.read_bytes() == before
+    assert {"train", "images", "6", "annotations", "12", "errors", "2"} <= set(done.stdout.replace("|", " ").split())
     page = (tmp_path / "page/index.html").read_text()
+    assert "left 6, right 6" in page
+    # The box without extent is framed in red, and nothing else is red.
+    framed = [(cv2.imread(str(tmp_path / "page" / name)) == (0, 0, 220)).all(2).any() for name in sorted(
+        p.name for p in (tmp_path / "page").glob("*.png"))]  # fmt: skip
+    assert framed == [True] + [False] * 5
     shown = sorted(p.name for p in (tmp_path / "page").glob("*.png"))
     assert len(shown) == 6 and all(name in page for name in shown) and "box without extent" in page
     fixed = [*call[:2], "--data", str(tmp_path / "fixed/train.json"), clean.folder]
@@ -213,6 +222,106 @@ def test_registered_sets_are_checked_through_the_settings():
     sources = [source for source, _ in check_data.configured_sources(settings)]
     findings, _ = check_data._check_all(sources, quick=False)
     assert {f.check for f in findings if CHECKS[f.check] == "error"} == set()
+
+
+@pytest.fixture
+def open_images(tmp_path) -> Path:
+    folder = tmp_path / "oid"
+    shutil.copytree(DATA / "golden_oid", folder)
+    return folder
+
+
+def open_images_settings(folder: Path, *more: str) -> list[str]:
+    sets = {s: ["openimages", str(folder), s] for s in ("train", "validation")}
+    return [f"DATA.DATASETS={sets}", "DATA.TRAIN=train", "DATA.VAL=validation", "MODE_MASK=False", *more]
+
+
+@pytest.mark.quick
+def test_open_images_are_checked_as_published(open_images, tmp_path):
+    settings = open_images_settings(open_images)
+    clean = [source for source, _ in check_data.configured_sources(settings)]
+    before, _ = check_data._check_all(clean, quick=False)
+    boxes = open_images / "validation-annotations-bbox.csv"
+    lines = boxes.read_text().splitlines()
+    image, source, label, confidence, x1, x2, y1, y2, *flags = lines[1].split(",")
+    head = [image, source, label, confidence]
+    lines += [
+        ",".join([*head, x2, x1, y1, y2, *flags]),
+        ",".join([*head, "0.9", "1.5", y1, y2, *flags]),
+        ",".join([image, source, "/m/nothing", confidence, x1, x2, y1, y2, *flags]),
+        lines[1],
+    ]
+    boxes.write_text("\n".join(lines) + "\n")
+    gone = sorted((open_images / "images/validation").iterdir())[-1]
+    gone.unlink()
+    sources = [source for source, _ in check_data.configured_sources(settings)]
+    found, _ = check_data._check_all(sources, quick=False)
+    new = [f for f in found if f not in before and f.check != "annotation of unknown image"]
+    assert sorted(f.check for f in new if f.annotation_id) == [
+        "annotation of unknown category", "box partly outside the image", "box without extent", "object twice",
+    ]  # fmt: skip
+    last = len(lines) - 1
+    assert {f.check: f.annotation_id for f in new if f.annotation_id} == {
+        "box without extent": last - 3, "box partly outside the image": last - 2,
+        "annotation of unknown category": last - 1, "object twice": last,
+    }  # fmt: skip
+    assert [(f.check, f.image_id) for f in new if f.check == "image missing"] == [("image missing", gone.stem)]
+
+
+@pytest.mark.quick
+def test_open_images_become_a_clean_json_that_says_the_same(open_images, tmp_path, capsys):
+    """--fix writes COCO's format, which loads to the same boxes and verified classes as the csv files."""
+    from config import default_config, finalize_config
+    from dataset import load_split
+    from dataset_formats import load_openimages
+
+    before = {p: p.read_bytes() for p in open_images.rglob("*.csv")}
+    settings = open_images_settings(open_images)
+    out = ["--fix", str(tmp_path / "fixed"), "--page", str(tmp_path / "page"), "--pictures", "3", "--quick"]
+    assert check_data.main(["--config", *settings, *out]) in (0, 1)
+    assert all(p.read_bytes() == content for p, content in before.items())
+    assert len(list((tmp_path / "page").glob("train-*.png"))) >= 3
+    cfg = default_config()
+    images = open_images / "images/train"
+    cfg.DATA.DATASETS = {"json": [str(tmp_path / "fixed/train.json"), str(images)]}
+    plain = load_split(finalize_config(cfg), "json")
+    csv = load_openimages("csv", open_images, "train")
+    assert plain.class_names == sorted_names(csv) and len(plain) == len(csv)
+    place = {csv.image_id(i): i for i in range(len(csv))}
+    label = {n: k for k, n in enumerate(csv.class_names, 1)}
+    order = [0, *(label[n] for n in plain.class_names)]
+    for i in range(len(plain)):
+        k = place[plain.image_id(i)]
+        assert plain.image_file(i) == csv.image_file(k)
+        assert np.array_equal(plain.verified_classes(i), csv.verified_classes(k)[order])
+        mine, theirs = plain.annotations(i), csv.annotations(k)
+        rows = {(*b.round(2).tolist(), order[n], bool(c)) for b, n, c in zip(*(mine[f] for f in FIELDS))}
+        assert rows == {(*b.round(2).tolist(), int(n), bool(c)) for b, n, c in zip(*(theirs[f] for f in FIELDS))}
+
+
+FIELDS = ("boxes", "labels", "is_crowd")
+
+
+def sorted_names(split) -> list[str]:
+    """Class names in the order of the category ids."""
+    ids = [split.label_to_category_id(k) for k in range(1, len(split.class_names) + 1)]
+    return [n for _, n in sorted(zip(ids, split.class_names))]
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("spec, checked", [
+    (["voc", "voc_mini", ""], 7), (["csv", "csv_mini/boxes.csv", "csv_mini/images"], 4),
+    (["cityscapes", "cityscapes_mini", "val"], 6), (["lvis", "lvis_mini/lvis_v1_mini.json", "."], 120),
+], ids=lambda s: s[0] if isinstance(s, list) else "")  # fmt: skip
+def test_every_format_is_checked_through_the_settings(spec, checked, tmp_path, capsys):
+    settings = [f"DATA.BASEDIR={DATA}", f"DATA.DATASETS={{'set': {spec}}}", "DATA.TRAIN=set", "DATA.VAL=set"]
+    if spec[0] == "lvis":  # its images are not in the tests
+        assert check_data.main(["--config", *settings]) == 2
+        assert "DATA.KEEP_MISSING_IMAGES" in capsys.readouterr().err
+        return
+    assert check_data.main(["--config", *settings, "--page", str(tmp_path)]) == 0
+    assert f" {checked} " in capsys.readouterr().out
+    assert list(tmp_path.glob("set-*.png"))
 
 
 @pytest.mark.quick

@@ -12,6 +12,7 @@ writes a page of pictures with their annotations drawn.
 import argparse
 import hashlib
 import html
+import itertools
 import math
 import os
 import random
@@ -61,7 +62,9 @@ CHECKS = {
     "outline and box disagree": "warning",
     "area not positive": "warning",
     "object twice": "warning",
+    "object of an absent class": "warning",
 }
+PICTURE_SIDE = 1000  # pixels
 TOLERANCE = 1.0  # pixels by which rounding may carry a coordinate beyond the border
 
 
@@ -74,11 +77,15 @@ class Finding(NamedTuple):
 
 
 class DataSource(NamedTuple):
-    """A set in COCO's form: what its annotation file holds, and where its images are."""
+    """A set in COCO's form: what its annotation file holds, and where its images are.
+
+    `split`, if given, is the loaded set, whose annotations are drawn because `content` has no outlines.
+    """
 
     name: str
     content: dict[str, Any]
     folder: str
+    split: Any = None
 
 
 class ImageFacts(NamedTuple):
@@ -291,9 +298,14 @@ def _box_problem(box: list[float], height: int, width: int) -> tuple[str, str]:
 def _check_annotations(source: DataSource) -> Iterable[Finding]:
     sizes = {i["id"]: (int(i["height"]), int(i["width"])) for i in source.content["images"] if _entry_complete(i)}
     categories = {c.get("id") for c in source.content["categories"]}
+    absent = {
+        i["id"]: set(i["neg_category_ids"])
+        for i in source.content["images"]
+        if _entry_complete(i) and i.get("neg_category_ids")
+    }
     used: Counter = Counter()
     ids: set = set()
-    objects: dict[tuple, Any] = {}
+    objects: dict[int, Any] = {}  # hashes, since millions of tuples take gigabytes
     for a in source.content["annotations"]:
         key, image_id, category = a.get("id"), a.get("image_id"), a.get("category_id")
 
@@ -307,6 +319,8 @@ def _check_annotations(source: DataSource) -> Iterable[Finding]:
             yield found("annotation of unknown category", f"category_id {category!r}")
         else:
             used[category] += 1
+        if category in absent.get(image_id, ()):
+            yield found("object of an absent class", f"neg_category_ids of the image has category_id {category!r}")
         if image_id not in sizes:
             yield found("annotation of unknown image", f"image_id {image_id!r}")
             continue
@@ -328,7 +342,7 @@ def _check_annotations(source: DataSource) -> Iterable[Finding]:
             yield found("outline and box disagree", f"box {[round(v, 1) for v in box]}, outline {extent}")
         if "area" in a and (_numbers([a["area"]]) or [0])[0] <= 0:
             yield found("area not positive", f"area {a['area']!r}")
-        place = (image_id, category, *(round(v, 2) for v in box), bool(a.get("iscrowd")))
+        place = hash((image_id, category, *(round(v, 2) for v in box), bool(a.get("iscrowd"))))
         if place in objects:
             yield found("object twice", f"the same category and box as annotation {objects[place]}")
         objects.setdefault(place, key)
@@ -455,40 +469,56 @@ def _fix_outline(a: dict[str, Any], height: int, width: int, done: Counter) -> l
 
 # ------------------------------------------------------------------------------------------------ page
 def write_page(folder: str | Path, sources: Sequence[DataSource], findings: Sequence[Finding], count: int) -> None:
-    """index.html with a table of the findings and, for each set, pictures of `count` images with findings and `count`
-    random ones, annotations drawn."""
-    from viz import draw_annotations
-
+    """index.html with tables of the sets, findings and classes, and for each set pictures of `count` images with
+    findings (of all kinds alike) and `count` random ones: annotations drawn, those with findings framed in red."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    body = [f"<pre>{html.escape(summary_table(findings))}</pre>"]
+    body = [f"<pre>{html.escape(sets_table(sources, findings))}\n\n{html.escape(summary_table(findings))}</pre>"]
     for source in sources:
         names = {c["id"]: str(c.get("name", c["id"])) for c in source.content["categories"]}
         labels = {c: i for i, c in enumerate(names, 1)}
         images = {i["id"]: i for i in source.content["images"] if _entry_complete(i)}
-        objects = defaultdict(list)
-        for a in source.content["annotations"]:
-            objects[a.get("image_id")].append(a)
         notes = defaultdict(list)
+        by_check = defaultdict(list)
         for f in findings:
             if f.data == source.name and f.image_id in images:
-                notes[f.image_id].append(f"{f.check}: {f.detail}")
+                notes[f.image_id].append(f)
+                by_check[f.check].append(f.image_id)
+        turns = (key for turn in itertools.zip_longest(*by_check.values()) for key in turn if key is not None)
         rest = [i for i in images if i not in notes]
-        chosen = [*list(notes)[:count], *random.Random(0).sample(rest, min(count, len(rest)))]
-        body.append(f"<h2>{html.escape(source.name)}: {len(images)} images</h2><div>")
+        chosen = [*list(dict.fromkeys(turns))[:count], *random.Random(0).sample(rest, min(count, len(rest)))]
+        objects, counts = defaultdict(list), Counter()
+        wanted = set(chosen)
+        for a in source.content["annotations"]:
+            counts[a.get("category_id")] += 1
+            if a.get("image_id") in wanted:
+                objects[a["image_id"]].append(a)
+        split_rows = _rows_in_split(source.split, wanted)
+        body.append(f"<h2>{html.escape(source.name)}: {len(images)} images</h2>")
+        shown = ", ".join(f"{n} {counts[c]}" for c, n in sorted(names.items(), key=lambda c: -counts[c[0]])[:100])
+        body.append(f"<p>Objects of each class: {html.escape(shown)}{', …' * (len(names) > 100)}</p><div>")
         for number, key in enumerate(chosen):
             path = image_path(source, images[key])
             flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
             image = cv2.imread(path, flags) if os.path.isfile(path) else None
             if image is None:
                 image = np.full((120, 160, 3), 128, np.uint8)
-            picture = draw_annotations(image, _drawable(objects[key], image.shape[:2], labels), list(names.values()))
+            if key in split_rows:
+                drawable, class_names = source.split.annotations(split_rows[key]), source.split.class_names
+            else:
+                drawable, class_names = _drawable(objects[key], image.shape[:2], labels), list(names.values())
+            bad = {f.annotation_id for f in notes[key] if f.annotation_id is not None}
+            picture = _shrunk(image, drawable, class_names, [a for a in objects[key] if a.get("id") in bad])
             name = f"{''.join(ch if ch.isalnum() else '_' for ch in source.name)}-{number:03d}.png"
             with atomic_write(folder / name, "wb") as f:
                 f.write(cv2.imencode(".png", picture)[1].tobytes())
-            caption = "<br>".join(html.escape(t) for t in [f"image {key}", *notes[key][:5]])
+            texts = [f"{key} ({os.path.basename(path)}): {len(objects[key])} objects"]
+            texts += [f"{f.check}: {f.detail}" for f in notes[key][:5]]
+            texts += [f"… and {len(notes[key]) - 5} more"] * (len(notes[key]) > 5)
+            caption = "<br>".join(map(html.escape, texts))
             mark = ' class="bad"' if notes[key] else ""
-            body.append(f'<figure{mark}><img src="{name}" alt=""><figcaption>{caption}</figcaption></figure>')
+            picture = f'<a href="{name}"><img src="{name}" alt=""></a>'
+            body.append(f"<figure{mark}>{picture}<figcaption>{caption}</figcaption></figure>")
         body.append("</div>")
     style = (
         "body{font-family:sans-serif;margin:2em}div{display:flex;flex-wrap:wrap;gap:1em}figure{margin:0;width:24em}"
@@ -498,6 +528,38 @@ def write_page(folder: str | Path, sources: Sequence[DataSource], findings: Sequ
         f.write(f'<!DOCTYPE html><html><head><meta charset="utf-8"><title>Data check</title><style>{style}</style>')
         f.write(f"</head><body><h1>Data check</h1>{''.join(body)}</body></html>\n")
     logger.info(f"pictures: {folder / 'index.html'}")
+
+
+def _rows_in_split(split: Any, image_ids: set) -> dict[Any, int]:
+    return {} if split is None else {i: n for n in range(len(split)) if (i := split.image_id(n)) in image_ids}
+
+
+def _shrunk(image: np.ndarray, drawable: dict, class_names: Sequence[str], bad: Sequence[dict]) -> np.ndarray:
+    """The image at PICTURE_SIDE pixels a side at most, with its annotations, and red frames around the bad ones."""
+    from viz import draw_annotations
+
+    height, width = image.shape[:2]
+    scale = min(1.0, PICTURE_SIDE / max(height, width))
+    if scale < 1:
+        size = max(1, round(width * scale)), max(1, round(height * scale))
+        image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+    drawable = drawable | {
+        "boxes": drawable["boxes"] * np.float32(scale),
+        "rings": [[ring * np.float32(scale) for ring in rings] for rings in drawable["rings"]],
+    }
+    if drawable.get("keypoints") is not None:
+        drawable["keypoints"] = drawable["keypoints"] * np.array([scale, scale, 1], np.float32)
+    picture = draw_annotations(image, drawable, class_names)
+    height, width = picture.shape[:2]
+    for a in bad:
+        box = _numbers(a["bbox"], 4) if a.get("bbox") else None
+        if box is not None:
+            x, y, w, h = (v * scale for v in box)
+            corners = np.clip([[x, y], [x + max(w, 0), y + max(h, 0)]], 2, [max(2, width - 3), max(2, height - 3)])
+            first, second = (tuple(map(int, corner)) for corner in corners - [[3, 3], [-3, -3]])
+            cv2.rectangle(picture, first, second, (255, 255, 255), 5)
+            cv2.rectangle(picture, first, second, (0, 0, 220), 3)
+    return picture
 
 
 def _drawable(objects: Sequence[dict], size: tuple[int, int], labels: dict) -> dict[str, Any]:
@@ -554,6 +616,17 @@ def quick_check(split: Any, number: int = 48, seed: int = 0) -> list[Finding]:
 
 
 # ------------------------------------------------------------------------------------------------ command line
+def sets_table(sources: Sequence[DataSource], findings: Sequence[Finding]) -> str:
+    """What was looked at."""
+    kinds = Counter((f.data, CHECKS[f.check]) for f in findings)
+    rows = [
+        [s.name, *(len(s.content[key]) for key in ("images", "annotations", "categories")),
+         kinds[s.name, "error"], kinds[s.name, "warning"]]
+        for s in sources
+    ]  # fmt: skip
+    return tabulate(rows, ["data", "images", "annotations", "classes", "errors", "warnings"])
+
+
 def summary_table(findings: Sequence[Finding]) -> str:
     counts = Counter((f.data, f.check) for f in findings)
     order = list(CHECKS)
@@ -580,7 +653,8 @@ def configured_sources(settings: Sequence[str]) -> list[tuple[DataSource, str]]:
     import dataset
     from config import default_config, finalize_config
 
-    cfg = finalize_config(default_config().update_args(settings))
+    # Missing images are findings here.
+    cfg = finalize_config(default_config().update_args([*settings, "DATA.KEEP_MISSING_IMAGES=True"]))
     sources = []
     for name in dict.fromkeys([*cfg.DATA.TRAIN, *cfg.DATA.VAL]):
         entry = cfg.DATA.DATASETS.get(name)
@@ -592,8 +666,11 @@ def configured_sources(settings: Sequence[str]) -> list[tuple[DataSource, str]]:
 
         split = load_format(entry, cfg, name)
         if not hasattr(split, "content"):
-            raise UserError(f"{name}: sets of the format '{entry[0]}' are checked while they are loaded")
-        sources.append((DataSource(name, split.content(), split._folders[0]), ""))
+            raise UserError(f"{name}: {entry[0]} gives a set without content(), which could be checked")
+        if hasattr(split, "image_root"):
+            sources.append((DataSource(name, split.content(), split.image_root(), split), ""))
+        else:
+            sources.append((DataSource(name, split.content(), split._folders[0]), ""))
     return sources
 
 
@@ -629,7 +706,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
-    print(summary_table(findings))
+    print(f"{sets_table([source for source, _ in pairs], findings)}\n\n{summary_table(findings)}")
     return int(any(CHECKS[f.check] == "error" for f in findings))
 
 
