@@ -1,9 +1,11 @@
-"""Times Open Images at full size on synthetic files: scoring a results file, and loading the training annotations.
+"""Times Open Images at full size on synthetic files: scoring a results file, loading the training annotations, and
+starting train.py on them with all images on disk.
 
     python benchmarks/oid_speed.py score --images 125000 --detections 100 --classes 500
     python benchmarks/oid_speed.py load --rows 14600000
+    python benchmarks/oid_speed.py start --rows 14600000
 
-Both write their files into a temporary folder first (not timed) and print one table of seconds and peak memory.
+All write their files into a temporary folder first (not timed) and print tables of seconds and peak memory.
 """
 
 import argparse
@@ -15,6 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv
@@ -98,7 +101,8 @@ def prepare_score(folder: Path, images: int, per_image: int, classes: int) -> No
     write_boxes(folder / "detections.csv", names, det_image, labels, det_label, det_boxes, score)
 
 
-def prepare_load(folder: Path, rows: int) -> None:
+def prepare_load(folder: Path, rows: int) -> np.ndarray:
+    """-> the image ids."""
     rng = np.random.default_rng(0)
     labels, names = write_classes(folder, 601), image_names(max(1, rows * 1743042 // 14610229))
     image = np.sort(rng.integers(0, len(names), rows))
@@ -107,6 +111,31 @@ def prepare_load(folder: Path, rows: int) -> None:
     write_boxes(folder / "train-annotations-bbox.csv", names, image, labels, label, random_boxes(rng, rows), more)
     sizes = {"ImageID": names, "Width": np.full(len(names), 1024), "Height": np.full(len(names), 768)}
     pa.csv.write_csv(pa.table(sizes), folder / "train-image-sizes.csv", pa.csv.WriteOptions(quoting_style="none"))
+    return names
+
+
+def prepare_start(folder: Path, rows: int) -> None:
+    """Images are hard links to 64 JPEGs, in the sixteen folders that the published archives unpack to; their sizes
+    are read from the files. 5.2 image labels per image, as published (8,996,795)."""
+    names = prepare_load(folder, rows)
+    (folder / "train-image-sizes.csv").unlink()
+    rng = np.random.default_rng(2)
+    number = int(5.16 * len(names))
+    table = {
+        "ImageID": names[np.sort(rng.integers(0, len(names), number))],
+        "Source": np.repeat("verification", number),
+        "LabelName": np.array([f"/m/{i:05x}" for i in range(601)])[(601 * rng.random(number) ** 3).astype(int)],
+        "Confidence": rng.integers(0, 2, number),
+    }
+    path = folder / "train-annotations-human-imagelabels-boxable.csv"
+    pa.csv.write_csv(pa.table(table), path, pa.csv.WriteOptions(quoting_style="none"))
+    (folder / "pixels").mkdir()
+    for i in range(64):
+        cv2.imwrite(str(folder / f"pixels/{i}.jpg"), rng.integers(0, 256, (768, 1024, 3), np.uint8))
+    for digit in "0123456789abcdef":
+        (folder / f"train_{digit}").mkdir()
+    for i, name in enumerate(names):
+        os.link(folder / f"pixels/{i % 64}.jpg", folder / f"train_{name[0]}" / f"{name}.jpg")
 
 
 def time_score(folder: Path) -> None:
@@ -145,9 +174,34 @@ def time_load(folder: Path) -> None:
     )
 
 
+def time_start(folder: Path, *settings: str) -> None:
+    """Seconds from the command to what train.py prints, up to its plan, after which training begins."""
+    root = Path(__file__).resolve().parents[1]
+    sets = f"DATA.DATASETS={{'oid': ['openimages', '{folder}', 'train']}}"
+    with tempfile.TemporaryDirectory() as logdir:
+        command = [sys.executable, str(root / "train.py"), "--logdir", logdir, "--config", sets, "DATA.TRAIN=oid",
+                   "MODE_MASK=False", "BACKBONE.NORM=GN", "TRAIN.EVAL_PERIOD=0", *settings]  # fmt: skip
+        start, table = time.perf_counter(), []
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+            for line in process.stderr:
+                what = line[9:].strip()
+                shown = {"oid:": "the annotations", "training images": "the counts of classes", "plan": "the plan"}
+                found = next((v for k, v in shown.items() if what.startswith(k) or f" {k} of oid" in what), None)
+                if found:
+                    status = Path(f"/proc/{process.pid}/status").read_text()
+                    peak = int(status.split("VmHWM:")[1].split()[0]) / 2**20
+                    table.append((found, time.perf_counter() - start, peak))
+                if " ERROR " in line:
+                    print(line)
+                if what == "plan":
+                    break
+            process.kill()
+    print(tabulate(table, ["train.py printed", "seconds", "peak memory GiB"], floatfmt=".2f"), flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["score", "load", "time-score", "time-load"])
+    parser.add_argument("what", choices=["score", "load", "start", "time-score", "time-load"])
     parser.add_argument("--images", type=int, default=125000)
     parser.add_argument("--detections", type=int, default=100, help="per image")
     parser.add_argument("--classes", type=int, default=500)
@@ -163,10 +217,17 @@ def main() -> None:
         # The files are made in this process and timed in others, whose peak memory is then their own.
         if args.what == "score":
             prepare_score(folder, args.images, args.detections, args.classes)
-        else:
+        elif args.what == "load":
             prepare_load(folder, args.rows)
-        for file in sorted(folder.iterdir()):
+        else:
+            prepare_start(folder, args.rows)
+        for file in sorted(f for f in folder.iterdir() if f.is_file()):
             print(f"{file.name}: {os.path.getsize(file) / 2**20:.1f} MiB", flush=True)
+        if args.what == "start":
+            for settings in ([], [], ["DATA.SAMPLING=repeat_factor", "FRCNN.FEDERATED_LOSS=True"]):
+                print(f"start {' '.join(settings)}", flush=True)
+                time_start(folder, *settings)
+            return
         for _ in range(1 if args.what == "score" else 2):  # the second load finds the cache
             subprocess.run([sys.executable, __file__, f"time-{args.what}", "--folder", str(folder)], check=True)
 

@@ -199,3 +199,84 @@ def test_cityscapes_protocol_gives_the_numbers_of_the_official_tool(tmp_path):
             assert result["mAP"] == pytest.approx(expected["AP"], abs=1e-9)
             assert result["metrics"]["AP50"] == pytest.approx(expected["AP50"], abs=1e-9)
             assert result["per_class_AP"] == pytest.approx({n: s["AP"] for n, s in expected["per_class"].items()})
+
+
+BOX = {"image_id": 1, "category_id": 1, "score": 0.5, "bbox": [1, 1, 5, 5]}
+SQUARE = {"image_id": 1, "category_id": 1, "score": 0.5, "segmentation": [[1, 1, 9, 1, 9, 9, 1, 9]]}
+
+
+def write_truth(path: Path, **changes) -> None:
+    annotation = {"id": 1, **BOX, **SQUARE, "area": 25, "iscrowd": 0}
+    content = {
+        "images": [{"id": 1, "height": 20, "width": 20, "file_name": "a.jpg", "neg_category_ids": [],
+                    "not_exhaustive_category_ids": []}],
+        "annotations": [annotation], "categories": [{"id": 1, "name": "cat"}],
+    }  # fmt: skip
+    for key, change in changes.items():
+        if isinstance(change, dict):
+            content[key][0] = {k: v for k, v in {**content[key][0], **change}.items() if v is not None}
+        else:
+            content[key] = change
+    path.write_text(json.dumps(content))
+
+
+WITH_BOXES = ["lvis", "voc07", "oid-v2", "oid-challenge-segm"]
+
+
+@pytest.mark.parametrize("protocols, truth, results, message", [
+    (score.PROTOCOLS, {"images": {"id": None}}, [], "entry 0 of 'images' has no id"),
+    (score.PROTOCOLS, {"categories": [3]}, [], "entry 0 of 'categories' has no id"),
+    (score.PROTOCOLS, {"annotations": 3}, [], "has no list 'annotations'"),
+    (score.PROTOCOLS, {}, {}, "must hold a list of detections"),
+    (score.PROTOCOLS, {}, [{**BOX, "category_id": 9}], "entry 0: category_id 9 is not in the annotation file"),
+    (score.PROTOCOLS, {}, [{**BOX, "image_id": 9}], "entry 0: image_id 9 is not in the annotation file"),
+    (score.PROTOCOLS, {}, [{**BOX, "score": None}], "entry 0: score None is not a finite number"),
+    ([*WITH_BOXES, "cityscapes"], {"annotations": {"category_id": 9}}, [], "has no image_id and category_id that are"),
+    ([*WITH_BOXES, "cityscapes"], {"annotations": {"image_id": 9}}, [], "has no image_id and category_id that are"),
+    ([*WITH_BOXES, "cityscapes"], {"annotations": [5]}, [], "has no image_id and category_id that are"),
+    (WITH_BOXES, {"annotations": {"bbox": [1, 2]}}, [], "has no bbox of four numbers"),
+    (["oid-challenge-segm", "cityscapes"], {"annotations": {"segmentation": None}}, [], "has no segmentation"),
+    (["oid-challenge-segm", "cityscapes"], {"images": {"width": None}}, [], "image 1 has no height and width"),
+    (["oid-challenge-segm", "cityscapes"], {}, [BOX], "has no segmentation"),
+    (["coco", "voc12", "oid-v2"], {}, [SQUARE], "has no bbox"),
+])  # fmt: skip
+def test_wrong_files_are_one_line_and_exit_code_2(tmp_path, capsys, protocols, truth, results, message):
+    write_truth(tmp_path / "gt.json", **truth)
+    (tmp_path / "r.json").write_text(json.dumps(results))
+    for protocol in protocols:
+        args = ["--protocol", protocol, "--gt", str(tmp_path / "gt.json"), "--detections", str(tmp_path / "r.json")]
+        assert score.main(args) == 2, protocol
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and message in error and error.count("\n") == 1, (protocol, error)
+
+
+def test_every_protocol_names_map_and_classes(tmp_path):
+    write_truth(tmp_path / "gt.json")
+    (tmp_path / "r.json").write_text(json.dumps([{**BOX, **SQUARE}]))
+    for protocol in score.PROTOCOLS:
+        result = run(
+            tmp_path, "--protocol", protocol, "--gt", tmp_path / "gt.json", "--detections", tmp_path / "r.json"
+        )
+        assert set(result["per_class_AP"]) == {"cat"} and result["protocol"] == protocol
+        if protocol == "cityscapes":  # 64 pixels are too few for an object that counts
+            assert result["mAP"] is None is result["per_class_AP"]["cat"]
+        else:
+            assert result["mAP"] == pytest.approx(1) and result["per_class_AP"]["cat"] == pytest.approx(1)
+
+
+def test_flags_without_a_meaning_and_places_that_cannot_be_written_are_refused(tmp_path, capsys):
+    write_truth(tmp_path / "gt.json")
+    (tmp_path / "r.json").write_text("[]")
+    base = ["--gt", str(tmp_path / "gt.json"), "--detections", str(tmp_path / "r.json")]
+    (tmp_path / "file").write_text("")
+    (tmp_path / "tree.json").write_text("[]")
+    for args, message in (
+        (["--protocol", "coco", "--split", "val"], "--split has no meaning for the coco protocol"),
+        (["--protocol", "oid-v2", "--expand-detections"], "--expand-detections has no meaning"),
+        (["--protocol", "voc07", "--iou-type", "segm"], "--iou-type has no meaning"),
+        (["--protocol", "lvis", "--iou-type", "keypoints"], "LVIS scores bbox or segm"),
+        (["--protocol", "oid-challenge", "--hierarchy", str(tmp_path / "tree.json")], "is not a tree of objects"),
+        (["--protocol", "coco", "--json", str(tmp_path / "file/o.json")], "file/o.json cannot be written"),
+    ):
+        assert score.main([*args, *base]) == 2
+        assert message in capsys.readouterr().err

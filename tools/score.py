@@ -28,12 +28,40 @@ from common import UserError, logger, read_json, write_json
 PROTOCOLS = ["coco", "oid-v2", "oid-challenge", "oid-challenge-segm", "voc07", "voc12", "lvis", "cityscapes"]
 
 
-def read_content(path: str) -> dict[str, Any]:
-    """A COCO-format annotation file."""
+# Which protocols a flag is for, by the beginnings of their names.
+_FLAGS = {
+    "iou_type": ("coco", "lvis"), "split": ("oid", "voc", "cityscapes"), "classes": ("oid",), "hierarchy": ("oid",),
+    "masks": ("oid",), "expand_detections": ("oid-challenge",),
+}  # fmt: skip
+
+
+def read_content(path: str, needs: str = "") -> dict[str, Any]:
+    """A COCO-format annotation file whose images have ids.
+
+    needs: "bbox" or "segmentation": every annotation must have it, a known image and category, and the images a size.
+    """
     content = read_json(path, "annotation file")
     for key in ("images", "annotations", "categories"):
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
             raise UserError(f"annotation file {path} has no list '{key}': it is not in COCO's format")
+    for key in ("images", "categories"):
+        for number, entry in enumerate(content[key]):
+            if not (isinstance(entry, dict) and isinstance(entry.get("id"), (int, str))):
+                raise UserError(f"annotation file {path}: entry {number} of '{key}' has no id")
+    images = {image["id"]: image for image in content["images"]}
+    categories = {category["id"] for category in content["categories"]}
+    if needs == "segmentation":
+        for image in content["images"]:
+            if not all(type(image.get(k)) is int and image[k] > 0 for k in ("height", "width")):
+                raise UserError(f"annotation file {path}: image {image['id']!r} has no height and width")
+    for number, a in enumerate(content["annotations"] if needs else ()):
+        what = f"annotation file {path}: entry {number} of 'annotations'"
+        if not isinstance(a, dict) or a.get("image_id") not in images or a.get("category_id") not in categories:
+            raise UserError(f"{what} has no image_id and category_id that are in the file")
+        if needs == "bbox" and not (isinstance(a.get("bbox"), list) and len(a["bbox"]) == 4):
+            raise UserError(f"{what} has no bbox of four numbers")
+        if needs == "segmentation" and not isinstance(a.get("segmentation"), (list, dict)):
+            raise UserError(f"{what} has no segmentation")
     return content
 
 
@@ -65,9 +93,10 @@ def score_coco(args: argparse.Namespace) -> dict[str, Any]:
 
     if Path(args.gt).is_dir():
         raise UserError(f"--gt {args.gt}: the coco protocol needs an annotation json, not a folder")
-    results = read_results(args.detections, args.gt)
+    content = read_content(args.gt)
+    results = read_results(args.detections, content)
     types = [args.iou_type] if args.iou_type else None
-    metrics = evaluate_coco(args.gt, results, types, verbose=False)
+    metrics = evaluate_coco(content, results, types, verbose=False)
     kind = args.iou_type or next((t for t in ("bbox", "segm", "keypoints") if f"{t}/AP" in metrics), "bbox")
     return from_metrics(metrics, f"{kind}/")
 
@@ -76,7 +105,7 @@ def score_lvis(args: argparse.Namespace) -> dict[str, Any]:
     from eval import read_results
     from utils.lvis_eval import evaluate_lvis
 
-    content = read_content(args.gt)
+    content = read_content(args.gt, "bbox")
     results = read_results(args.detections, content)
     kind = args.iou_type or ("segm" if any(r.get("segmentation") for r in results) else "bbox")
     return from_metrics(evaluate_lvis(content, results, kind)) | {"iou_type": kind}
@@ -91,7 +120,7 @@ def score_voc(args: argparse.Namespace) -> dict[str, Any]:
     if Path(args.gt).is_dir():
         content = read_voc_content(args.gt, args.split or "")
     else:
-        content = read_content(args.gt)
+        content = read_content(args.gt, "bbox")
     truth = truth_from_coco(content)
     if Path(args.detections).is_dir():
         results = read_voc_detections(args.detections, content)
@@ -110,7 +139,7 @@ def score_cityscapes(args: argparse.Namespace) -> dict[str, Any]:
     if Path(args.gt).is_dir():
         content = read_cityscapes_content(args.gt, args.split or "val")
     else:
-        content = read_content(args.gt)
+        content = read_content(args.gt, "segmentation")
     if Path(args.detections).is_dir():
         results = read_cityscapes_detections(args.detections, content)
     else:
@@ -135,7 +164,9 @@ def score_open_images(args: argparse.Namespace) -> dict[str, Any]:
         truth = oid_eval.read_truth(args.gt, split, masked, args.classes, args.hierarchy, args.masks)
         detections = oid_eval.read_detections(args.detections, truth)
     else:
-        content = read_content(args.gt)
+        content = read_content(args.gt, "bbox")
+        if masked:
+            content = read_content(args.gt, "segmentation")
         truth = oid_eval.truth_from_coco(content, masked)
         if args.hierarchy:
             truth = truth._replace(ancestors=read_ancestors(args.hierarchy, truth.class_ids))
@@ -173,9 +204,17 @@ def main(argv: list[str] | None = None) -> int:
         for flag in ("gt", "detections"):
             if not Path(getattr(args, flag)).exists():
                 raise UserError(f"--{flag} {getattr(args, flag)} does not exist")
+        for flag, protocols in _FLAGS.items():
+            if getattr(args, flag) and not args.protocol.startswith(protocols):
+                raise UserError(f"--{flag.replace('_', '-')} has no meaning for the {args.protocol} protocol")
+        if args.protocol == "lvis" and args.iou_type == "keypoints":
+            raise UserError("--iou-type keypoints: LVIS scores bbox or segm")
         result = {"protocol": args.protocol, **scorers.get(args.protocol, score_open_images)(args)}
         if args.json:
-            write_json(args.json, result, indent=1)
+            try:
+                write_json(args.json, result, indent=1)
+            except OSError as e:
+                raise UserError(f"--json {args.json} cannot be written: {e.strerror}") from None
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2

@@ -363,10 +363,13 @@ def detections_from_coco(results: Sequence[dict[str, Any]], content: dict[str, A
     if results and truth.masks is not None:
         if any("segmentation" not in r for r in results):
             raise UserError("results: masks are to be scored, but an entry has no segmentation")
-        sizes = np.array([r["segmentation"]["size"] for r in results], np.int32)
-        masks = Masks([coco_run_lengths(r["segmentation"], *r["segmentation"]["size"]) for r in results], sizes)
+        size_of = {im["id"]: (im["height"], im["width"]) for im in content["images"]}
+        sizes = np.array([size_of[r["image_id"]] for r in results], np.int32)
+        masks = Masks([coco_run_lengths(r["segmentation"], *size) for r, size in zip(results, sizes.tolist())], sizes)
         boxes = np.array([mask_utils.toBbox({"counts": c, "size": s.tolist()}) for c, s in zip(*masks)])
     else:
+        if any("bbox" not in r for r in results):
+            raise UserError("results: boxes are to be scored, but an entry has no bbox")
         boxes = np.array([r["bbox"] for r in results], float).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
     return Detections(

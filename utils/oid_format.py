@@ -99,6 +99,8 @@ def read_ancestors(path: str | Path, labels: Sequence[str]) -> np.ndarray:
     of all of them. A class that the hierarchy lacks is an error, as in the official tool.
     """
     root = read_json(path, "class hierarchy")
+    if not isinstance(root, dict):
+        raise UserError(f"class hierarchy {path} is not a tree of objects with LabelName and Subcategory")
     index = {label: i for i, label in enumerate(labels)}
     ancestors = np.zeros((len(labels), len(labels)), bool)
     seen: set[str] = set()
