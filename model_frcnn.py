@@ -250,7 +250,7 @@ def list_candidates(boxes, scores, valid, image_shape, cfg):
     absent, as are the others then); K >= 1 is that of the image with the most.
     """
     boxes, scores = _usable(boxes, scores, valid, image_shape)
-    num_images, num_classes = tf.shape(scores)[0], int(scores.shape[2])
+    num_images, num_classes = tf.shape(scores)[0], tf.shape(scores)[2]
     flat = tf.reshape(scores, [num_images, -1])  # [N, R·C]
     most = tf.reduce_max(tf.reduce_sum(tf.cast(flat > cfg.TEST.RESULT_SCORE_THRESH, tf.int32), 1))
     scores, index = tf.nn.top_k(flat, tf.maximum(most, 1))  # [N, K]

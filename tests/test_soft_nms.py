@@ -27,7 +27,7 @@ def decoder(*options):
         graph = tf.Graph()
         with graph.as_default():
             for num_boxes in (1, CLASSES):
-                shapes = [None, None, num_boxes, 4], [None, None, CLASSES], [None, None]
+                shapes = [None, None, num_boxes, 4], [None, None, None], [None, None]
                 inputs = [tf.placeholder(t, s) for t, s in zip((tf.float32, tf.float32, tf.bool), shapes)]
                 image_shape = tf.fill([tf.shape(inputs[0])[0], 2], 100)
                 outputs = model_frcnn.decode_detections(*inputs, image_shape, cfg)
