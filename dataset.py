@@ -669,6 +669,12 @@ def _resolve(cfg: Any, name: str) -> tuple[str, str]:
         kind = "person_keypoints" if cfg.MODE_KEYPOINT else "instances"
         annotation_file, folder = base / "annotations" / f"{kind}_{short}.json", base / COCO_FOLDERS[short]
         where = f"data set {name}"
+        # The layout of annotations/train.json and train/ is found by DATA.BASEDIR alone.
+        part = {"train2017": "train", "val2017": "val"}.get(short)
+        plain = base / "annotations" / f"{part}.json", base / str(part)
+        if part and not annotation_file.is_file() and plain[0].is_file():
+            logger.info(f"{where} is not in {base}, but annotations/{part}.json is: taking that with {part}/")
+            annotation_file, folder = plain
         if not base.is_dir():
             raise UserError(
                 f"DATA.BASEDIR={cfg.DATA.BASEDIR} is not a directory; set it to the one that holds annotations/ "

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 from pathlib import Path
 
 import cv2
@@ -254,6 +255,24 @@ def test_2014_layout_finds_its_folders(tmp_path, name, folder):
     cv2.imwrite(str(tmp_path / folder / image["file_name"]), np.zeros((40, 60, 3), np.uint8))
     split = dataset.load_split(settings(tmp_path), f"coco_{name}")
     assert Path(split.image_file(0)).is_file() and split.annotations(0)["labels"].tolist() == [1]
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("names", [["train", "val"], ["coco_train2017", "coco_val2017"]])
+def test_plain_layout_is_found_by_its_names_and_in_the_place_of_coco(tmp_path, names):
+    for part in ("train", "val"):
+        write_set(tmp_path, [annotation()], name=part)
+        (tmp_path / "annotations").mkdir(exist_ok=True)
+        (tmp_path / f"{part}.json").rename(tmp_path / "annotations" / f"{part}.json")
+    cfg = settings(tmp_path, f"DATA.TRAIN={names[0]}", f"DATA.VAL={names[1]}")
+    assert dataset.load_training_split(cfg).image_file(0) == str(tmp_path / "train/1.png")
+    assert dataset.load_validation_splits(cfg)[0].image_file(0) == str(tmp_path / "val/1.png")
+    # COCO's own files come first.
+    (tmp_path / "train2017").mkdir()
+    shutil.copy(tmp_path / "val/1.png", tmp_path / "train2017")
+    shutil.copy(tmp_path / "annotations/train.json", tmp_path / "annotations/instances_train2017.json")
+    folder = "train2017" if names[0] == "coco_train2017" else "train"
+    assert dataset.load_training_split(cfg).image_file(0) == str(tmp_path / folder / "1.png")
 
 
 @pytest.mark.quick

@@ -337,12 +337,16 @@ def test_open_images_train_with_what_they_say_and_their_own_score(tmp_path):
     assert len(submission) == 1 + len(list((oid / "images/validation").glob("*.jpg")))
 
 
-def test_a_plain_folder_layout_needs_no_registration(tmp_path):
-    """annotations/train.json beside train/, as the Open Images example of tensorpack has it."""
+def test_a_plain_folder_layout_is_found_by_the_base_directory_alone(tmp_path):
+    """annotations/train.json beside train/, val.json beside val/: the Open Images example of tensorpack has it so."""
     (tmp_path / "annotations").mkdir()
-    (tmp_path / "annotations" / "train.json").symlink_to(COCO_MINI / "annotations/instances_train2017.json")
-    (tmp_path / "train").symlink_to(COCO_MINI / "train2017")
-    assert train_tiny(tmp_path / "run", f"DATA.BASEDIR={tmp_path}", "DATA.TRAIN=train", steps=1) == 0
+    for part in ("train", "val"):
+        (tmp_path / "annotations" / f"{part}.json").symlink_to(COCO_MINI / f"annotations/instances_{part}2017.json")
+        (tmp_path / part).symlink_to(COCO_MINI / f"{part}2017")
+    logdir = tmp_path / "run"
+    assert train_tiny(logdir, f"DATA.BASEDIR={tmp_path}", steps=1) == 0
+    assert run("--evaluate", tmp_path / "o.json", "--load", logdir) == 0
+    assert "bbox/AP" in json.loads((tmp_path / "o.metrics.json").read_text())
 
 
 # ------------------------------------------------------------------------------------------------------------- errors
