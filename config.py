@@ -10,7 +10,7 @@ import copy
 import difflib
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from common import UserError
@@ -154,6 +154,20 @@ def default_config() -> Config:
                 "MAX_SIZE": 1333,
                 "TEST_SHORT_EDGE_SIZE": 800,
                 "FLIP": True,  # horizontal, with probability 0.5
+                # [lo, hi]: train on a part of the image whose sides are random shares of its sides, e.g. [0.6, 1.0].
+                "RANDOM_CROP": [],
+                # Large-scale jitter (Ghiasi et al. 2021), e.g. [0.1, 2.0]: instead of SHORT_EDGE_SIZE and MAX_SIZE the
+                # image is resized to a random multiple of what fits into CROP_SIZE, of which a random part is taken.
+                "SCALE_JITTER": [],
+                "CROP_SIZE": [1024, 1024],  # of SCALE_JITTER: height, width
+                # Objects of which a crop leaves less than this share of the box, or a pasted object less than this
+                # share of the pixels, are not trained.
+                "MIN_VISIBLE": 0.1,
+                # Probability with which objects of another training image, in a random view of its own, are pasted
+                # over an image (Simple Copy-Paste, Ghiasi et al. 2021). Needs outlines, also without MODE_MASK.
+                "COPY_PASTE": 0.0,
+                # 0 to 1: random brightness, contrast, saturation and hue, at 1 as strong as in SSD (Liu et al. 2016).
+                "PHOTOMETRIC": 0.0,
                 "PIXEL_MEAN": [123.675, 116.28, 103.53],  # R, G, B on the 0..255 scale (ImageNet)
                 "PIXEL_STD": [58.395, 57.12, 57.375],
             },
@@ -342,6 +356,7 @@ def finalize_config(cfg: Config) -> Config:
     check(len(edges) > 0 and min(edges) >= 16, "PREPROC.SHORT_EDGE_SIZE", "sizes are pixels, 16 or more")
     check(max(edges) <= cfg.PREPROC.MAX_SIZE, "PREPROC.MAX_SIZE", "must be at least the largest short edge")
     check(cfg.PREPROC.TEST_SHORT_EDGE_SIZE >= 16, "PREPROC.TEST_SHORT_EDGE_SIZE", "a number of pixels, 16 or more")
+    _check_augmentation(cfg, check)
     schedule = cfg.TRAIN.LR_SCHEDULE
     if isinstance(schedule, str):
         good = len(schedule) == 2 and schedule[0] in "123456789" and schedule[1] == "x"
@@ -402,6 +417,26 @@ def finalize_config(cfg: Config) -> Config:
         "needs one group of four per stage of CASCADE.IOUS",
     )
     return cfg.freeze()
+
+
+def _check_augmentation(cfg: Config, check: Callable[[bool, str, str], None]) -> None:
+    preproc = cfg.PREPROC
+
+    def is_range(values: list, most: float) -> bool:
+        numbers = len(values) == 2 and all(type(v) in (int, float) for v in values)
+        return not values or (numbers and 0 < values[0] <= values[1] <= most)
+
+    check(is_range(preproc.RANDOM_CROP, 1), "PREPROC.RANDOM_CROP", "[lo,hi] with 0 < lo <= hi <= 1, or [] for none")
+    check(is_range(preproc.SCALE_JITTER, 100), "PREPROC.SCALE_JITTER", "[lo,hi] with 0 < lo <= hi, or [] for none")
+    size = preproc.CROP_SIZE
+    check(
+        len(size) == 2 and all(type(v) is int and v >= 16 for v in size),
+        "PREPROC.CROP_SIZE",
+        "height and width in pixels, 16 or more",
+    )
+    check(0 <= preproc.MIN_VISIBLE < 1, "PREPROC.MIN_VISIBLE", "a share, 0 or more and below 1")
+    check(0 <= preproc.COPY_PASTE <= 1, "PREPROC.COPY_PASTE", "a probability, 0 to 1")
+    check(0 <= preproc.PHOTOMETRIC <= 1, "PREPROC.PHOTOMETRIC", "a strength, 0 to 1")
 
 
 def _check_cell_anchors(cfg: Config) -> None:

@@ -1,4 +1,4 @@
-"""Images on their way into the graph: reading, resizing, flipping, batching, and the processes that do it.
+"""Images on their way into the graph: reading, augmenting, batching, and the processes that do it.
 
 Only uint8 images and compact annotations leave this file; everything that is computed from them is computed in the
 graph. The content of a training step depends on (TRAIN.SEED, step, total batch) alone: not on the number of workers,
@@ -26,14 +26,25 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 
+from augment import (
+    Layer,
+    Scene,
+    View,
+    draw_view,
+    jitter_colours,
+    paste_objects,
+    place_objects,
+    resize_into,
+    resized_shape,
+)
 from common import UserError
 from dataset import DatasetSplit
-from utils import np_box_ops, polygons
+from utils import polygons
 
 __all__ = [
     "StepPlan", "TrainingFlow", "batch_image_ids", "inference_batches", "list_images", "make_batch", "read_image",
@@ -44,12 +55,6 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".p
 
 
 # ------------------------------------------------------------------------------------------------ images
-def resized_shape(height: int, width: int, short_edge: int, max_size: int) -> tuple[int, int]:
-    """Size at which the short edge is `short_edge`, or the long one `max_size` if that is smaller; at least 1 pixel."""
-    scale = min(short_edge / min(height, width), max_size / max(height, width))
-    return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
-
-
 def _decode(file: str, flags: int, what: str) -> np.ndarray:
     try:
         content = np.fromfile(file, np.uint8)
@@ -121,19 +126,6 @@ def _padded_size(sizes: Sequence[tuple[int, int]], cfg: Any) -> tuple[int, int]:
     return tuple(-(-max(s[axis] for s in sizes) // stride) * stride for axis in (0, 1))
 
 
-def _resize_into(target: np.ndarray, image: np.ndarray, flip: bool) -> None:
-    """Writes the image, stretched to the target's size and mirrored if asked, into `target` [h, w, 3]."""
-    smaller_first = image.size <= target.size
-    if flip and smaller_first:
-        image = cv2.flip(image, 1)
-    if image.shape == target.shape:
-        np.copyto(target, image)
-    else:
-        cv2.resize(image, (target.shape[1], target.shape[0]), dst=target, interpolation=cv2.INTER_LINEAR)
-    if flip and not smaller_first:
-        np.copyto(target, cv2.flip(target, 1))
-
-
 def _short_edge(cfg: Any, rng: np.random.Generator) -> int:
     edges = cfg.PREPROC.SHORT_EDGE_SIZE
     return int(rng.integers(edges[0], edges[1], endpoint=True) if len(edges) == 2 else rng.choice(edges))
@@ -149,36 +141,36 @@ def make_batch(
     seeds: Sequence[Sequence[int]],
     cfg: Any,
     new_image: Callable[[tuple[int, ...]], np.ndarray] = _new_image,
+    partners: Sequence[int] = (),
 ) -> list[np.ndarray]:
     """A training batch of these images of the split, in the order of `training_keys`.
 
     Args:
         seeds: for each image what its random decisions depend on.
         new_image: gives uint8 memory of a shape, to be overwritten.
+        partners: images of which objects are pasted with PREPROC.COPY_PASTE.
 
     image uint8 [N, H, W, 3] BGR zero-padded at the bottom and right, image_shape int32 [N, 2], image_seed int32 [N]
     for the random choices that the graph makes for an image, gt_boxes float32 [N, G, 4], gt_labels int32 [N, G] with 0
     for padding, gt_is_crowd bool [N, G], gt_edges float32 [N, G, E, 4] without vertical edges and those of crowds,
     zero-length edges padding, gt_keypoints float32 [N, G, K, 3], class_verified bool [N, C + 1].
     """
-    pixels = [read_split_image(split, i) for i in images]
-    sizes, flips, image_seeds = [], [], []
-    for image, seed in zip(pixels, seeds):
-        rng = np.random.default_rng(seed)
-        sizes.append(resized_shape(*image.shape[:2], _short_edge(cfg, rng), cfg.PREPROC.MAX_SIZE))
-        flips.append(bool(rng.random() < 0.5) and cfg.PREPROC.FLIP)
-        image_seeds.append(rng.integers(2**31))
-    batch = new_image((len(images), *_padded_size(sizes, cfg), 3))
-    objects = []
-    for n, (i, image, (height, width), flip) in enumerate(zip(images, pixels, sizes, flips)):
-        _resize_into(batch[n, :height, :width], image, flip)
-        batch[n, height:] = 0
-        batch[n, :height, width:] = 0
-        objects.append(_place_objects(split, i, (height, width), flip, cfg))
+    pictures = []
+    for i, seed in zip(images, seeds):
+        picture = _draw_picture(split, i, np.random.default_rng(seed), cfg)
+        partner, rng = _paste_partner(seed, partners, cfg)
+        pictures.append(picture if partner is None else _paste(picture, split, partner, rng, cfg))
+    batch = new_image((len(images), *_padded_size([p.canvas for p in pictures], cfg), 3))
+    for target, picture in zip(batch, pictures):
+        height, width = picture.canvas
+        _paint(target[:height, :width], picture, cfg)
+        target[height:] = 0
+        target[:height, width:] = 0
+    objects = [_pack_objects(p.scene, cfg) for p in pictures]
     batches = {
         "image": batch,
-        "image_shape": np.array(sizes, np.int32),
-        "image_seed": np.array(image_seeds, np.int32),
+        "image_shape": np.array([p.canvas for p in pictures], np.int32),
+        "image_seed": np.array([p.seed for p in pictures], np.int32),
         **{key: _stack_padded([o[key] for o in objects]) for key in objects[0]},
     }
     if cfg.FRCNN.FEDERATED_LOSS:
@@ -186,31 +178,82 @@ def make_batch(
     return [batches[key] for key in training_keys(cfg)]
 
 
-def _place_objects(split: DatasetSplit, i: int, size: tuple[int, int], flip: bool, cfg: Any) -> dict[str, np.ndarray]:
-    """An image's annotations in the frame of its resized and perhaps mirrored pixels; at least one (padding) row."""
-    objects = split.objects(i)
-    height, width = split.image_size(i)
-    scale = np.array([size[1] / width, size[0] / height])
-    boxes = np_box_ops.scale_boxes(objects.boxes.astype(np.float64), *scale)
-    boxes = np_box_ops.clip_boxes(np_box_ops.flip_boxes(boxes, size[1]) if flip else boxes, *size)
-    placed = {
-        "gt_boxes": boxes.astype(np.float32),
-        "gt_labels": objects.labels,
-        "gt_is_crowd": objects.is_crowd,
-    }
+class _Picture(NamedTuple):
+    """An image on its way into a batch."""
+
+    pixels: np.ndarray  # uint8 [h, w, 3] of the file that are shown
+    view: View
+    scene: Scene
+    seed: int  # for the random choices of the graph
+    canvas: tuple[int, int]  # height and width in the batch, at least those of the view
+    pasted: tuple[Any, tuple[int, int], list[Layer]] | None  # another picture, where it lies, and what it covers
+
+
+def _draw_picture(
+    split: DatasetSplit, i: int, rng: np.random.Generator, cfg: Any, limit: tuple[int, int] | None = None
+) -> _Picture:
+    """Image i of the split in a random view (see `draw_view` for the limit) and with random colours."""
+    image, objects = read_split_image(split, i), split.objects(i)
+    shape = image.shape[:2]
+    short_edge = _short_edge(cfg, rng)
+    flip = bool(rng.random() < 0.5) and cfg.PREPROC.FLIP
+    seed = rng.integers(2**31)
+    view = draw_view(shape, objects.boxes[~objects.is_crowd], short_edge, flip, rng, cfg, limit)
+    image = image[view.y : view.y + view.height, view.x : view.x + view.width]
+    if cfg.PREPROC.PHOTOMETRIC:
+        image = jitter_colours(image, cfg.PREPROC.PHOTOMETRIC, rng)
+    outlines = cfg.MODE_MASK or cfg.PREPROC.COPY_PASTE > 0
+    scene = place_objects(objects, shape, view, split.keypoint_flip, cfg.PREPROC.MIN_VISIBLE, outlines)
+    return _Picture(image, view, scene, seed, view.size, None)
+
+
+def _paste_partner(
+    seed: Sequence[int], partners: Sequence[int], cfg: Any
+) -> tuple[int | None, np.random.Generator | None]:
+    """The image of which objects are pasted into that of a seed, if any, and the generator for all else about it."""
+    if not cfg.PREPROC.COPY_PASTE:
+        return None, None
+    rng = np.random.default_rng([*seed, 1])
+    return (int(rng.choice(partners)) if rng.random() < cfg.PREPROC.COPY_PASTE else None), rng
+
+
+def _paste(picture: _Picture, split: DatasetSplit, partner: int, rng: np.random.Generator, cfg: Any) -> _Picture:
+    """The picture with objects of image `partner`, which is drawn as a training image of its own would be."""
+    limit = None if cfg.PREPROC.SCALE_JITTER else picture.view.size
+    other = _draw_picture(split, partner, rng, cfg, limit)
+    scene, canvas, corner, layers = paste_objects(
+        picture.scene, picture.view.size, other.scene, other.view.size, rng, cfg.PREPROC.MIN_VISIBLE
+    )
+    return picture._replace(scene=scene, canvas=canvas, pasted=(other, corner, layers))
+
+
+def _paint(target: np.ndarray, picture: _Picture, cfg: Any) -> None:
+    """Writes the picture's pixels into `target` [h, w, 3], which has the size of its canvas."""
+    height, width = picture.view.size
+    resize_into(target[:height, :width], picture.pixels, picture.view.flip)
+    if picture.pasted is None:
+        return
+    mean = np.round(cfg.PREPROC.PIXEL_MEAN[::-1])
+    target[height:] = mean
+    target[:height, width:] = mean
+    other, (y, x), layers = picture.pasted
+    pixels = np.empty((*other.view.size, 3), np.uint8)
+    resize_into(pixels, other.pixels, other.view.flip)
+    for layer in layers:
+        height, width = layer.mask.shape
+        source = pixels[layer.y - y : layer.y - y + height, layer.x - x : layer.x - x + width]
+        below = target[layer.y : layer.y + height, layer.x : layer.x + width]
+        cv2.copyTo(source, layer.mask.view(np.uint8), below)
+
+
+def _pack_objects(scene: Scene, cfg: Any) -> dict[str, np.ndarray]:
+    """The part of a batch that holds an image's annotations."""
+    packed = {"gt_boxes": scene.boxes.astype(np.float32), "gt_labels": scene.labels, "gt_is_crowd": scene.is_crowd}
     if cfg.MODE_MASK:
-        edges = polygons.vertices_to_edges((objects.vertices * scale).astype(np.float32), objects.ring_sizes)
-        edges = polygons.flip_edges(edges, size[1]) if flip else edges
-        owners = np.repeat(objects.ring_owners, objects.ring_sizes)
-        useful = ~objects.is_crowd[owners]
-        placed["gt_edges"] = polygons.pack_edges(edges[useful], owners[useful], len(boxes))
+        packed["gt_edges"] = polygons.pack_edges(scene.edges, scene.owners, len(scene.labels))
     if cfg.MODE_KEYPOINT:
-        points = objects.keypoints * np.array([*scale, 1], np.float32)
-        if flip:
-            points = points[:, split.keypoint_flip]
-            points[:, :, 0] = np.where(points[:, :, 2] > 0, size[1] - points[:, :, 0], 0)
-        placed["gt_keypoints"] = points
-    return placed
+        packed["gt_keypoints"] = scene.keypoints
+    return packed
 
 
 def _stack_padded(arrays: Sequence[np.ndarray]) -> np.ndarray:
@@ -301,6 +344,12 @@ class _BatchMaker:
         self.rank, self.size = shard
         self.batches_per_step = batches_per_step
         self.images = _training_images(split, cfg)
+        self.partners = self.images[np.isin(self.images, split.outlined_images())] if cfg.PREPROC.COPY_PASTE else ()
+        if cfg.PREPROC.COPY_PASTE and len(self.partners) == 0:
+            raise UserError(
+                f"setting PREPROC.COPY_PASTE={cfg.PREPROC.COPY_PASTE}: {split.name} has no object with an outline to "
+                "paste; copy-paste needs masks, set it to 0"
+            )
         sizes = split.image_sizes()[self.images]
         total = cfg.TRAIN.BATCH_SIZE_PER_GPU * batches_per_step * self.size
         self.plan = StepPlan(sizes[:, 0] > sizes[:, 1], total, cfg.TRAIN.SEED)
@@ -313,7 +362,13 @@ class _BatchMaker:
         return self.images[self.plan.images(step)[places]], [[self.cfg.TRAIN.SEED, 1, step, p] for p in places.tolist()]
 
     def make(self, batch: int, new_image: Callable[[tuple[int, ...]], np.ndarray] = _new_image) -> list[np.ndarray]:
-        return make_batch(self.split, *self.members(batch), self.cfg, new_image)
+        return make_batch(self.split, *self.members(batch), self.cfg, new_image, self.partners)
+
+    def ids(self, batch: int) -> list[int | str]:
+        """Ids of the images of a batch, those that objects are pasted from included."""
+        images, seeds = self.members(batch)
+        pasted = [_paste_partner(seed, self.partners, self.cfg)[0] for seed in seeds]
+        return [self.split.image_id(i) for i in [*images, *(p for p in pasted if p is not None)]]
 
 
 def batch_image_ids(
@@ -321,8 +376,7 @@ def batch_image_ids(
 ) -> list[int | str]:
     """Ids of the images in the step that begins with `first_batch`, as far as this process reads them."""
     maker = _BatchMaker(split, cfg, shard, batches_per_step)
-    batches = range(first_batch, first_batch + batches_per_step)
-    return [split.image_id(i) for b in batches for i in maker.members(b)[0]]
+    return [i for batch in range(first_batch, first_batch + batches_per_step) for i in maker.ids(batch)]
 
 
 # ------------------------------------------------------------------------------------------------ training
@@ -371,7 +425,9 @@ class TrainingFlow:
         shared = _share((maker, self._start, cfg.DATA.NUM_WORKERS))
         try:
             maker.split.move_columns(_load_shared(shared)[0].split)
-            largest = _padded_size([(cfg.PREPROC.MAX_SIZE,) * 2], cfg)
+            largest = _padded_size(
+                [cfg.PREPROC.CROP_SIZE if cfg.PREPROC.SCALE_JITTER else (cfg.PREPROC.MAX_SIZE,) * 2], cfg
+            )
             slot_bytes = cfg.TRAIN.BATCH_SIZE_PER_GPU * largest[0] * largest[1] * 3
             slots = min(max(cfg.DATA.PREFETCH, 1), 255)
             self._workers = [_Worker(w, shared, slot_bytes, slots) for w in range(cfg.DATA.NUM_WORKERS)]

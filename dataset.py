@@ -177,6 +177,12 @@ class DatasetSplit:
         owners = np.repeat(np.arange(len(self)), np.diff(c["first_object"]))
         return np.unique(owners[~c["crowd"]])
 
+    def outlined_images(self) -> np.ndarray:
+        """int64 indices of the images with an object that has an outline and is not a crowd."""
+        c = self._columns
+        owners = np.repeat(np.arange(len(self)), np.diff(c["first_object"]))
+        return np.unique(owners[~c["crowd"] & (np.diff(c["first_ring"]) > 0)])
+
     def class_counts(self) -> tuple[np.ndarray, np.ndarray]:
         """int64 [C] objects that are not crowds, and images that show one, of each class."""
         c = self._columns

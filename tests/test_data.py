@@ -488,7 +488,7 @@ def test_an_error_in_a_worker_arrives_with_its_message(tmp_path):
 def test_a_programming_error_in_a_worker_arrives_with_its_traceback():
     split, cfg = mini("DATA.NUM_WORKERS=1")
     split._columns = {**split._columns, "boxes": split._columns["boxes"][:0]}
-    with pytest.raises(RuntimeError, match=r"data worker 0 failed:\nTraceback (.|\n)*_place_objects"):
+    with pytest.raises(RuntimeError, match=r"data worker 0 failed:\nTraceback (.|\n)*_draw_picture"):
         list(islice(data.training_dataflow(split, cfg), 20))
 
 

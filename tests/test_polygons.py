@@ -237,3 +237,89 @@ def test_packing_nothing_gives_one_padding_edge():
     assert polygons.pack_edges(np.zeros((0, 4), np.float32), np.zeros(0, int), 2).shape == (2, 1, 4)
     assert polygons.pack_edges(np.zeros((0, 4), np.float32), np.zeros(0, int), 0).shape == (0, 1, 4)
     assert polygons.vertices_to_edges(np.zeros((0, 2), np.float32), np.zeros(0, int)).shape == (0, 4)
+
+
+# ---------------------------------------------------------------- windows
+def random_outline(rng):
+    """Edges of one or two overlapping parts, perhaps with a hole, around the window [0, 40] x [0, 30]."""
+    rings = []
+    for _ in range(rng.integers(1, 3)):
+        centre, size = rng.uniform([-10, -10], [50, 40]), rng.uniform(3, 30)
+        angles = np.sort(rng.uniform(0, 2 * np.pi, rng.integers(3, 9)))
+        ring = centre + size * np.stack([np.cos(angles), np.sin(angles)], 1) * rng.uniform(0.4, 1, (len(angles), 1))
+        ring = np.round(ring) if rng.random() < 0.3 else ring
+        rings += [polygons.orient_outer(ring)]
+        if rng.random() < 0.5:
+            rings += [polygons.orient_outer(ring.mean(0) + (ring - ring.mean(0)) * 0.4)[::-1]]
+    return polygons.rings_to_edges(rings).astype(np.float32)
+
+
+def test_the_box_inside_a_window_bounds_the_part_that_is_drawn_there():
+    far = 0
+    for seed in range(300):
+        rng = np.random.default_rng(seed)
+        edges = [random_outline(rng) for _ in range(2)]
+        owners = np.repeat(np.arange(2), [len(e) for e in edges])
+        found = polygons.boxes_inside(np.concatenate(edges), owners, 3, 30, 40)
+        assert not found[2].any()  # has no edge
+        for box, object_edges in zip(found, edges):
+            ys, xs = np.nonzero(polygons.rasterize(object_edges, [0, 0, 40, 30], (30 * 16, 40 * 16)))
+            if len(ys) == 0:
+                far += (box[2:] - box[:2]).min() > 0.1
+                continue
+            drawn = np.array([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]) / 16
+            assert (box[:2] <= drawn[:2] + 0.1).all() and (box[2:] >= drawn[2:] - 0.1).all()
+            far += np.abs(box - drawn).max() > 0.5
+    assert far <= 12  # needles between the samples
+
+
+@pytest.mark.quick
+def test_an_outline_along_the_border_of_the_window_counts_for_the_side_it_is_on():
+    outside = np.array([[[-10, 2], [0, 2], [0, 25], [-10, 25]], [[40, 0], [50, 0], [50, 30], [40, 30]]], np.float32)
+    inside = np.array([[0, 5], [40, 5], [40, 30], [0, 30]], np.float32)
+    around = np.array([[-5, -5], [90, -5], [90, 90], [-5, 90]], np.float32)
+    rings = [*outside, inside, around]
+    edges = np.concatenate([polygons.rings_to_edges([r]) for r in rings])
+    boxes = polygons.boxes_inside(edges, np.repeat(np.arange(4), 4), 4, 30, 40)
+    np.testing.assert_allclose(boxes, [[0, 0, 0, 0], [0, 0, 0, 0], [0, 5, 40, 30], [0, 0, 40, 30]], atol=1e-6)
+
+
+@given(st.integers(0, 10**6))
+def test_a_clipped_outline_fills_the_same_pixels_inside_the_window_and_none_outside(seed):
+    edges = random_outline(np.random.default_rng(seed))
+    clipped, origin = polygons.clip_edges(edges, 30, 40)
+    assert clipped.dtype == edges.dtype and (np.diff(origin) >= 0).all()
+    assert (clipped >= 0).all() and (clipped <= [40, 30, 40, 30]).all()
+    whole, size = [-30.013, -30.007, 69.987, 59.993], (90 * 4, 100 * 4)  # no sample on an edge between integers
+    before, after = (polygons.rasterize(e, whole, size) for e in (edges, clipped))
+    window = np.zeros(size, bool)
+    window[30 * 4 : 60 * 4, 30 * 4 : 70 * 4] = True
+    assert (after != (before & window)).sum() <= 2  # samples that lie on an edge, to the rounding of float32
+    within = ((edges >= 0) & (edges <= [40, 30, 40, 30])).all(1) & (edges[:, :2] != edges[:, 2:]).any(1)
+    np.testing.assert_array_equal(clipped[np.isin(origin, np.flatnonzero(within))], edges[within])
+
+
+def test_a_smoothed_ring_has_few_vertices_half_a_pixel_from_the_outline_that_was_drawn():
+    for angle in np.linspace(0, 1.5, 9):
+        turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+        ring = np.array([[-60, -30], [60, -30], [60, 30], [0, 5], [-60, 30]]) @ turn + 100
+        edges = polygons.rings_to_edges([ring])
+        (traced,) = polygons.mask_to_rings(polygons.rasterize(edges, [0, 0, 200, 200], 200))
+        smooth = polygons.smooth_ring(traced)
+        assert len(smooth) <= max(8, 0.25 * len(traced))
+        assert polygons.signed_area(smooth) == pytest.approx(polygons.signed_area(ring), rel=0.01)
+        fine = [
+            polygons.rasterize(polygons.rings_to_edges([r]), [0, 0, 200, 200], 1600) for r in (ring, traced, smooth)
+        ]
+        errors = [(fine[0] ^ f).sum() / 64 for f in fine[1:]]
+        length = np.linalg.norm(np.roll(ring, -1, 0) - ring, axis=1).sum()
+        assert errors[1] < 0.35 * length and errors[1] <= 1.1 * errors[0] + 10
+
+
+@pytest.mark.quick
+def test_smoothing_keeps_small_rings_and_straight_outlines_and_never_loses_a_thin_one():
+    square = np.array([[3, 3], [90, 3], [90, 50], [3, 50]], np.float32)
+    np.testing.assert_array_equal(polygons.smooth_ring(square), square)
+    line = polygons.mask_to_rings(np.eye(40, dtype=bool) | np.eye(40, k=1, dtype=bool))
+    for ring in line:
+        assert polygons.signed_area(polygons.smooth_ring(ring)) > 0

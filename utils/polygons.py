@@ -6,9 +6,12 @@ screen, where y points down) and holes negative, so overlapping parts unite and 
 scaling and mirroring are exact. RLE masks follow COCO's format (column-major run lengths, background first).
 """
 
+import cv2
 import numpy as np
 
 __all__ = [
+    "boxes_inside",
+    "clip_edges",
     "decode_rle",
     "flip_edges",
     "mask_to_rings",
@@ -19,6 +22,7 @@ __all__ = [
     "rings_to_edges",
     "rle_to_rings",
     "signed_area",
+    "smooth_ring",
     "vertices_to_edges",
 ]
 
@@ -84,6 +88,64 @@ def pack_edges(edges: np.ndarray, owners: np.ndarray, count: int) -> np.ndarray:
     first = np.cumsum(per_object) - per_object
     packed[owners, np.arange(len(owners)) - first[owners]] = edges
     return packed
+
+
+def boxes_inside(edges: np.ndarray, owners: np.ndarray, count: int, height: float, width: float) -> np.ndarray:
+    """Tight boxes [count, 4] (float64) of the parts of objects that lie in the window [0, width] x [0, height].
+
+    edges [n, 4]; owners [n], the object of each edge. An object without a part inside gets zeros. The part of an
+    outline inside the window is bounded by the parts of its edges inside and by corners of the window inside of it.
+    """
+    # An outline that runs along the window's border has its object on one side: looked at just inside of the border,
+    # those of objects outside vanish, and those of objects inside are replaced by what crosses to them.
+    margin = 1e-3
+    low, high = np.full(2, margin), np.array([width, height]) - margin
+    edges = edges.astype(np.float64)
+    start, step = edges[:, :2], edges[:, 2:] - edges[:, :2]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        at_low, at_high = (low - start) / step, (high - start) / step
+    parallel = step == 0
+    outside = (parallel & ((start < low) | (start > high))).any(1)
+    enter = np.where(parallel, 0, np.minimum(at_low, at_high)).max(1, initial=0)
+    leave = np.where(parallel, 1, np.maximum(at_low, at_high)).min(1, initial=1)
+    crossing = (enter <= leave) & ~outside
+    boxes = np.tile([np.inf, np.inf, -np.inf, -np.inf], (count, 1))
+    for along in (enter, leave):
+        points = (start + along[:, None] * step)[crossing]
+        np.minimum.at(boxes[:, :2], owners[crossing], points)
+        np.maximum.at(boxes[:, 2:], owners[crossing], points)
+    for corner in ((x, y) for x in (low[0], high[0]) for y in (low[1], high[1])):
+        crosses = (edges[:, 1] <= corner[1]).astype(np.int64) - (edges[:, 3] <= corner[1])
+        with np.errstate(divide="ignore", invalid="ignore"):
+            left = start[:, 0] + (corner[1] - start[:, 1]) / step[:, 1] * step[:, 0] < corner[0]
+        inside = np.bincount(owners[left], crosses[left], count) != 0
+        boxes[inside] = np.concatenate(
+            [np.minimum(boxes[inside, :2], corner), np.maximum(boxes[inside, 2:], corner)], 1
+        )
+    boxes = np.where(boxes <= margin * 1.001, 0, boxes)
+    limits = np.array([width, height, width, height], np.float64)
+    boxes = np.where(boxes >= limits - margin * 1.001, limits, boxes)
+    boxes[~(boxes[:, 2:] > boxes[:, :2]).all(1)] = 0
+    return boxes
+
+
+def clip_edges(edges: np.ndarray, height: float, width: float) -> tuple[np.ndarray, np.ndarray]:
+    """Outlines confined to the window [0, width] x [0, height]: edges [m, 4], and for each which of `edges` it was.
+
+    Edges are cut at the window's border, and what is outside is moved onto it: that leaves the winding number of each
+    point inside as it was, and makes it zero outside.
+    """
+    start = edges[:, None, :2].astype(np.float64)
+    step = edges[:, 2:] - start[:, 0]
+    limits = np.array([[0, width], [0, height]], np.float64)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        cuts = ((limits - start.swapaxes(1, 2)) / step[:, :, None]).reshape(len(edges), 4)
+    cuts = np.sort(np.clip(np.nan_to_num(cuts), 0, 1), axis=1)
+    along = np.pad(cuts, ((0, 0), (1, 1)), constant_values=(0, 1))
+    points = np.clip(start + along[:, :, None] * step[:, None], 0, limits[:, 1]).astype(edges.dtype)
+    pieces = np.concatenate([points[:, :-1], points[:, 1:]], axis=2)  # [n, 5, 4]
+    origin, part = np.nonzero((pieces[..., :2] != pieces[..., 2:]).any(2))
+    return pieces[origin, part], origin
 
 
 # ---------------------------------------------------------------- masks
@@ -197,6 +259,23 @@ def _trace(runs: np.ndarray, height: int) -> list:
     return rings
 
 
+def smooth_ring(ring: np.ndarray) -> np.ndarray:
+    """A traced ring [k, 2] with far fewer vertices, at most about half a pixel away: staircases become slopes.
+
+    Rings of a few corners stay exact.
+    """
+    if len(ring) <= 16:
+        return ring
+    after = np.roll(ring, -1, axis=0)
+    long = np.abs(after - ring).sum(1) > 1
+    # The middles of a staircase's steps lie on the outline that was drawn; what two long sides meet at is a corner.
+    points = np.stack([ring, (ring + after) / 2], 1)
+    used = np.stack([long & np.roll(long, 1), np.ones(len(ring), bool)], 1)
+    points = points[used][:, None].astype(np.float32)
+    smooth = cv2.approxPolyDP(points, 0.3, True)[:, 0]
+    return smooth if len(smooth) > 2 else ring
+
+
 def rasterize(edges: np.ndarray, box: np.ndarray, size: int | tuple[int, int]) -> np.ndarray:
     """The part of an object inside a box as a bool mask: the float64 reference of the rasteriser in the graph.
 
@@ -209,11 +288,15 @@ def rasterize(edges: np.ndarray, box: np.ndarray, size: int | tuple[int, int]) -
     edges = np.asarray(edges, np.float64).reshape(-1, 4)
     centre_x = x1 + (np.arange(columns) + 0.5) * ((x2 - x1) / columns)
     centre_y = y1 + (np.arange(rows) + 0.5) * ((y2 - y1) / rows)
-    ax, ay, bx, by = (edges[:, k, None] for k in range(4))
-    crosses = (ay <= centre_y).astype(np.int64) - (by <= centre_y)  # [E, rows]: +1 down, -1 up, 0 not at all
-    edge, row = np.nonzero(crosses)
+    # The rows that each edge crosses: those whose centre lies between its ends, the upper end included.
+    first, last = np.searchsorted(centre_y, edges[:, 1]), np.searchsorted(centre_y, edges[:, 3])
+    count = np.abs(last - first)
+    edge = np.repeat(np.arange(len(edges)), count)
+    row = np.arange(len(edge)) - np.repeat(np.cumsum(count) - count - np.minimum(first, last), count)
     along = (centre_y[row] - edges[edge, 1]) / (edges[edge, 3] - edges[edge, 1])
     cross_x = edges[edge, 0] + along * (edges[edge, 2] - edges[edge, 0])
-    winding = np.zeros((rows, columns + 1), np.int64)
-    np.add.at(winding, (row, np.searchsorted(centre_x, cross_x, side="left")), crosses[edge, row])
-    return np.cumsum(winding, axis=1)[:, :columns] != 0
+    place = row * (columns + 1) + np.searchsorted(centre_x, cross_x)
+    down = (last > first)[edge]
+    size = rows * (columns + 1)
+    winding = np.bincount(place[down], minlength=size) - np.bincount(place[~down], minlength=size)
+    return np.cumsum(winding.reshape(rows, columns + 1), axis=1)[:, :columns] != 0
