@@ -252,6 +252,9 @@ def default_config() -> Config:
                 "BBOX_LOSS_WEIGHT": 1.0,
                 "SMOOTH_L1_BETA": 1.0,  # 0 = L1
                 "CLASS_AGNOSTIC": False,
+                # align: RoIAlign | pool: Fast R-CNN's quantised bins and maxima | crop_and_resize: TensorFlow's samples
+                # on a grid over the box, edges included, and the largest of ROI_SAMPLES^2 (detectors before RoIAlign).
+                "ROI_OP": "align",
                 # RoIAlign samples per bin and axis, 1 to 4. 0: as many as a bin has feature cells, rounded up, which
                 # detectron2's models are trained with; in prediction alone (training then takes 2), and slower.
                 "ROI_SAMPLES": 2,
@@ -317,6 +320,7 @@ _CHOICES = {
     "FPN.NORM": ["GN", None],
     "RPN.BBOX_LOSS": ["smooth_l1", "giou"],
     "FRCNN.BBOX_LOSS": ["smooth_l1", "giou"],
+    "FRCNN.ROI_OP": ["align", "pool", "crop_and_resize"],
     "FPN.FRCNN_HEAD_FUNC": ["fastrcnn_2fc_head", "fastrcnn_4conv1fc_head", "fastrcnn_4conv1fc_gn_head"],
     "FPN.MRCNN_HEAD_FUNC": ["maskrcnn_up4conv_head", "maskrcnn_up4conv_gn_head"],
     "TEST.NMS": ["hard", "soft_linear", "soft_gaussian"],
@@ -408,6 +412,8 @@ def finalize_config(cfg: Config) -> Config:
     for key in ("RPN.BBOX_LOSS_WEIGHT", "FRCNN.BBOX_LOSS_WEIGHT"):
         check(cfg.get(key) >= 0, key, "must be 0 or more")
     check(0 <= cfg.FRCNN.ROI_SAMPLES <= 4, "FRCNN.ROI_SAMPLES", "1 to 4, or 0 for the size of a bin")
+    adaptive_crops = cfg.FRCNN.ROI_OP == "crop_and_resize" and cfg.FRCNN.ROI_SAMPLES == 0
+    check(not adaptive_crops, "FRCNN.ROI_SAMPLES", "must be 1 to 4 with FRCNN.ROI_OP=crop_and_resize")
     check(not cfg.FPN.CASCADE or cfg.MODE_FPN, "FPN.CASCADE", "needs MODE_FPN=True")
     check(not cfg.MODE_KEYPOINT or cfg.MODE_FPN, "MODE_KEYPOINT", "needs MODE_FPN=True")
     check(cfg.KRCNN.NUM_KEYPOINT >= 1, "KRCNN.NUM_KEYPOINT", "must be 1 or more")

@@ -1,4 +1,4 @@
-"""All box mathematics of the graph: IoU, box coding, anchors, RoIAlign and mask rasterisation.
+"""All box mathematics of the graph: IoU, box coding, anchors, RoI features and mask rasterisation.
 
 Boxes are float32 x1 y1 x2 y2 in absolute, continuous image coordinates (a pixel i covers [i, i+1)), never +1.
 """
@@ -11,8 +11,8 @@ from utils.tf_v1 import tf
 
 __all__ = [
     "BOX_SCALE_CLAMP", "anchors_of_level", "area", "cell_anchors", "clip_boxes", "decode_boxes", "encode_boxes",
-    "generalized_iou", "greedy_nms", "multilevel_roi_align", "pairwise_ioa", "pairwise_iou", "rasterize_edges",
-    "roi_align",
+    "generalized_iou", "greedy_nms", "pairwise_ioa", "pairwise_iou", "pool_from_levels", "rasterize_edges",
+    "roi_align", "roi_crop_and_resize", "roi_pool",
 ]  # fmt: skip
 
 BOX_SCALE_CLAMP = math.log(1000.0 / 16)  # largest dw, dh: a box grows 62.5-fold at most (Detectron)
@@ -195,34 +195,139 @@ def _adaptive_samples(padded, start, sides, shift, image_index, resolution):
     return tf.gather(pooled, tf.math.invert_permutation(order))
 
 
+# ------------------------------------------------------------------------------------------------ older RoI features
+def roi_crop_and_resize(features, boxes, image_index, spatial_scale, resolution, samples=2):
+    """TensorFlow's crop_and_resize and max pooling, as in detectors written in TensorFlow before RoIAlign.
+
+    features [N,H,W,C]; boxes [R,4] in image coordinates; image_index int32 [R]. (resolution · samples)^2 bilinear
+    samples lie on a grid that includes the box's edges, a coordinate i·stride being the centre of the map's cell i;
+    those outside the map are 0. Of each samples^2 the largest is taken. No gradient to the boxes.
+    -> [R,resolution,resolution,C] in the features' type.
+    """
+    count = tf.shape(boxes)[0]
+    # oneDNN's max_pool2d aborts the process when there are no RoIs (TensorFlow 2.21).
+    missing = tf.cast(tf.equal(count, 0), tf.int32)
+    corners = tf.pad(tf.stop_gradient(boxes)[:, ::-1] * spatial_scale, [[0, missing], [0, 0]])  # y2 x2 y1 x1
+    image_index = tf.pad(image_index, [[0, missing]])
+    last = tf.maximum(tf.cast(tf.shape(features)[1:3], tf.float32) - 1.0, 1.0)  # [2]
+    corners = tf.concat([corners[:, 2:] / last, corners[:, :2] / last], 1)
+    crops = tf.image.crop_and_resize(tf.cast(features, tf.float32), corners, image_index, [resolution * samples] * 2)
+    if samples > 1:
+        crops = tf.nn.max_pool2d(crops, samples, samples, "VALID")
+    return tf.cast(crops[:count], features.dtype)
+
+
+_POOL_BUDGET = 1 << 25  # values of the map that one step of the loops gathers: 128 MB
+
+
+def roi_pool(features, boxes, image_index, spatial_scale, resolution):
+    """RoI max pooling (Girshick 2015, Fast R-CNN, section 2.1).
+
+    features [N,H,W,C]; boxes [R,4] in image coordinates; image_index int32 [R]. A box's scaled corners are rounded to
+    the indices of its first and last cell, one cell at least; of resolution^2 bins, whose edges are rounded outwards,
+    each is the maximum over its cells inside the map, or 0 where there are none. The gradient goes to the largest
+    cell, in equal parts where several are; none to the boxes. -> [R,resolution,resolution,C] in the features' type.
+    """
+    shape = tf.shape(features)
+    bins = _pooling_bins(tf.stop_gradient(boxes) * spatial_scale, image_index, shape, resolution)
+    cells = tf.reshape(tf.cast(features, tf.float32), [-1, int(features.shape[3])])  # [N·H·W, C]
+    pooled = tf.reshape(_max_over_bins(cells, *bins), [-1, resolution, resolution, int(features.shape[3])])
+    return tf.cast(pooled, features.dtype)
+
+
+def _pooling_bins(boxes, image_index, map_shape, m):
+    """boxes [R,4] in cells of the map -> of each of R·M·M bins: its first cell's row in [N·H·W, C], its width, its
+    number of cells (0 if empty), and the rows from one line of the map to the next, all int32."""
+    whole = tf.floor(tf.abs(boxes))
+    rounded = tf.sign(boxes) * (whole + tf.cast(tf.abs(boxes) - whole >= 0.5, tf.float32))  # halves away from zero
+    rounded = tf.cast(tf.clip_by_value(rounded, -1e6, 1e6), tf.int32)
+    sides = tf.maximum(rounded[:, 2:] - rounded[:, :2] + 1, 1)[:, :, None]  # [R, 2, 1] x, y
+    steps = tf.range(m)
+    size = map_shape[2:0:-1, None]  # width, height
+    first = tf.clip_by_value(rounded[:, :2, None] + sides * steps // m, 0, size)  # [R, 2, M]
+    beyond = tf.clip_by_value(rounded[:, :2, None] + (sides * (steps + 1) + (m - 1)) // m, 0, size)
+    extent = tf.maximum(beyond - first, 0)
+    corner = (image_index[:, None] * size[1] + first[:, 1]) * size[0]  # [R, M]
+    corner = corner[:, :, None] + first[:, 0, None, :]  # [R, M, M]
+    width = tf.broadcast_to(extent[:, 0, None, :], tf.shape(corner))
+    count = extent[:, 1, :, None] * width
+    return (*(tf.reshape(v, [-1]) for v in (corner, width, count)), size[0, 0])
+
+
+def _cells_of_bins(start, ends, corner, width, count, stride, channels):
+    """The bins from number `start` on whose cells fit the budget: -> number of the first bin left, and of all cells of
+    these bins, bin after bin, the bin counted from `start` and the row in [N·H·W, C]."""
+    before = ends[start] - count[start]
+    end = tf.searchsorted(ends, [before + max(1, _POOL_BUDGET // channels)], "right")[0]
+    end = tf.maximum(end, start + 1)
+    own_ends = ends[start:end] - before
+    cell = tf.range(own_ends[-1])  # [T]
+    owner = tf.searchsorted(own_ends, cell, "right")
+    number = cell - tf.gather(own_ends - count[start:end], owner)  # within its bin
+    own_width = tf.gather(width[start:end], owner)
+    row = tf.gather(corner[start:end], owner) + number // own_width * stride + number % own_width
+    return end, owner, row
+
+
+@tf.custom_gradient
+def _max_over_bins(cells, corner, width, count, stride):
+    """cells float32 [N·H·W, C] and bins of `_pooling_bins` -> [B, C]. The cells of all bins together may be many times
+    the map, so they are gathered piece by piece, and again for the gradient."""
+    channels = int(cells.shape[1])
+    ends = tf.cumsum(count)
+    total = tf.size(count)
+
+    def pool_some(start, pooled):
+        end, owner, row = _cells_of_bins(start, ends, corner, width, count, stride, channels)
+        some = tf.math.unsorted_segment_max(tf.gather(cells, row), owner, end - start)
+        some = tf.where_v2(count[start:end, None] > 0, some, 0.0)
+        return end, tf.concat([pooled, some], 0)
+
+    def loop(body, initial, shape):
+        shapes = [tf.TensorShape([]), tf.TensorShape(shape)]
+        return tf.while_loop(lambda start, _: start < total, body, [0, initial], shapes, 1, back_prop=False)[1]
+
+    pooled = loop(pool_some, tf.zeros([0, channels]), [None, channels])
+
+    def gradient(by_pooled):
+        def add_some(start, by_cells):
+            end, owner, row = _cells_of_bins(start, ends, corner, width, count, stride, channels)
+            largest = tf.cast(tf.equal(tf.gather(cells, row), tf.gather(pooled[start:end], owner)), tf.float32)
+            ties = tf.math.unsorted_segment_sum(largest, owner, end - start)
+            share = tf.math.divide_no_nan(by_pooled[start:end], ties)
+            return end, by_cells + tf.math.unsorted_segment_sum(
+                largest * tf.gather(share, owner), row, tf.shape(cells)[0]
+            )
+
+        return loop(add_some, tf.zeros_like(cells), [None, channels]), None, None, None, None
+
+    return pooled, gradient
+
+
+# ------------------------------------------------------------------------------------------------- levels of a pyramid
 def fpn_level_of(boxes, num_levels):
     """Level index 0..num_levels-1 (0 = P2) int32 [R] of boxes [R,4]: FPN eq. 1, k0 = 4 at 224 pixels."""
     level = tf.floor(4.0 + tf.math.log(tf.sqrt(area(boxes)) / 224.0 + 1e-8) * (1.0 / math.log(2.0)))
     return tf.cast(tf.clip_by_value(level, 2.0, 1.0 + num_levels), tf.int32) - 2
 
 
-def multilevel_roi_align(
-    padded_levels, strides, boxes, image_index, resolution, samples=2, aligned=True, to_last_pixel=False
-):
-    """RoIAlign on the pyramid level that FPN's eq. 1 assigns to each box.
+def pool_from_levels(levels, strides, boxes, image_index, pool, to_last_pixel=False):
+    """RoI features from the pyramid level that FPN's eq. 1 assigns to each box.
 
-    padded_levels: P2… as [N,H+2,W+2,C] each; boxes [R,4]; image_index [R] -> [R,resolution,resolution,C].
+    levels: P2… as [N,H,W,C] each (or padded, as `pool` wants them); boxes [R,4]; image_index [R];
+    pool(level, boxes, image_index, spatial_scale) -> [R,M,M,C] is one of the operations above -> [R,M,M,C].
     to_last_pixel pools x1 y1 x2-1 y2-1, as systems do whose x2, y2 are the index of the last pixel.
     """
-    level = fpn_level_of(boxes, len(padded_levels))
+    level = fpn_level_of(boxes, len(levels))
     if to_last_pixel:
         boxes -= tf.constant([0.0, 0.0, 1.0, 1.0])
-    if len(padded_levels) == 1:
-        return roi_align(padded_levels[0], boxes, image_index, 1.0 / strides[0], resolution, samples, aligned)
+    if len(levels) == 1:
+        return pool(levels[0], boxes, image_index, 1.0 / strides[0])
     rows, pooled = [], []
-    for index, (features, stride) in enumerate(zip(padded_levels, strides)):
+    for index, (features, stride) in enumerate(zip(levels, strides)):
         row = tf.where(tf.equal(level, index))[:, 0]
         rows.append(row)
-        pooled.append(
-            roi_align(
-                features, tf.gather(boxes, row), tf.gather(image_index, row), 1.0 / stride, resolution, samples, aligned
-            )
-        )  # fmt: skip
+        pooled.append(pool(features, tf.gather(boxes, row), tf.gather(image_index, row), 1.0 / stride))
     order = tf.math.invert_permutation(tf.cast(tf.concat(rows, 0), tf.int32))
     return tf.gather(tf.concat(pooled, 0), order)
 

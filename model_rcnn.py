@@ -3,8 +3,10 @@
 Both functions are pure: they see their tensors, the settings, and the variables of the current scope.
 """
 
+import functools
+
 from basemodel import c4_backbone, c5_on_rois, preprocess_image, resnet_stages
-from model_box import clip_boxes, multilevel_roi_align, pad_for_roi_align
+from model_box import clip_boxes, pad_for_roi_align, pool_from_levels, roi_align, roi_crop_and_resize, roi_pool
 from model_cascade import cascade_inference, cascade_losses
 from model_fpn import fpn
 from model_frcnn import (
@@ -34,20 +36,27 @@ def backbone_features(image, image_shape, cfg):
 
 
 def make_roi_pooler(features, cfg, training=False):
-    """-> pool(boxes [R,4], image_index [R], resolution) -> [R,resolution,resolution,C]. Pads each level only once.
-    Adaptive sampling has no gradient: training takes two samples instead."""
-    samples = cfg.FRCNN.ROI_SAMPLES or (2 if training else 0)
+    """-> pool(boxes [R,4], image_index [R], resolution) -> [R,resolution,resolution,C] by FRCNN.ROI_OP.
+    RoIAlign pads each level only once; its adaptive sampling has no gradient: training takes two samples instead."""
+    frcnn = cfg.FRCNN
+    samples = frcnn.ROI_SAMPLES or (2 if training else 0)
     if cfg.MODE_FPN:
         levels, strides = features[:4], cfg.FPN.ANCHOR_STRIDES[:4]
     else:
         levels, strides = features, [cfg.RPN.ANCHOR_STRIDE]
-    padded = [pad_for_roi_align(f) for f in levels]
+    if frcnn.ROI_OP == "align":
+        levels = [pad_for_roi_align(f) for f in levels]
+
+    def pool_level(level, boxes, image_index, scale, resolution):
+        if frcnn.ROI_OP == "pool":
+            return roi_pool(level, boxes, image_index, scale, resolution)
+        if frcnn.ROI_OP == "crop_and_resize":
+            return roi_crop_and_resize(level, boxes, image_index, scale, resolution, samples)
+        return roi_align(level, boxes, image_index, scale, resolution, samples, frcnn.ROI_ALIGNED)
 
     def pool(boxes, image_index, resolution):
-        return multilevel_roi_align(
-            padded, strides, boxes, image_index, resolution, samples, cfg.FRCNN.ROI_ALIGNED,
-            cfg.FRCNN.ROI_TO_LAST_PIXEL,
-        )  # fmt: skip
+        operation = functools.partial(pool_level, resolution=resolution)
+        return pool_from_levels(levels, strides, boxes, image_index, operation, frcnn.ROI_TO_LAST_PIXEL)
 
     return pool
 

@@ -1,8 +1,10 @@
 """The graph's box mathematics against recordings of detectron2 and float64 references in NumPy."""
 
+import functools
 import os
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -194,7 +196,184 @@ def test_gradient_of_roi_align_would_be_wrong_without_the_setting_of_tf_v1():
     assert float(result.stdout.split()[-1]) > 0.01
 
 
+# ------------------------------------------------------------------------------------------------ older RoI features
+def round_half_away(value):
+    return int(np.sign(value)) * int(np.floor(abs(float(value)) + 0.5))
+
+
+def reference_roi_pool(features, rois, index, scale, resolution):
+    """Fast R-CNN's definition, cell by cell -> [R,M,M,C] and the function that carries a gradient of that shape back
+    to the features; a bin's first largest cell takes it."""
+    _, height, width, channels = features.shape
+    out = np.zeros([len(rois), resolution, resolution, channels])
+    sources = []
+    for r, (box, image) in enumerate(zip(rois, index)):
+        x1, y1, x2, y2 = (round_half_away(v * scale) for v in box)
+        bin_w = Fraction(max(x2 - x1 + 1, 1), resolution)
+        bin_h = Fraction(max(y2 - y1 + 1, 1), resolution)
+        for i in range(resolution):
+            top = min(max(int(np.floor(i * bin_h)) + y1, 0), height)
+            bottom = min(max(int(np.ceil((i + 1) * bin_h)) + y1, 0), height)
+            for j in range(resolution):
+                left = min(max(int(np.floor(j * bin_w)) + x1, 0), width)
+                right = min(max(int(np.ceil((j + 1) * bin_w)) + x1, 0), width)
+                cells = features[image, top:bottom, left:right]
+                if cells.size:
+                    best = cells.reshape(-1, channels).argmax(0)
+                    y, x = top + best // (right - left), left + best % (right - left)
+                    out[r, i, j] = features[image, y, x, np.arange(channels)]
+                    sources.append((r, i, j, image, y, x))
+
+    def backward(gradient):
+        result = np.zeros(features.shape)
+        for r, i, j, image, y, x in sources:
+            np.add.at(result, (image, y, x, np.arange(channels)), gradient[r, i, j])
+        return result
+
+    return out, backward
+
+
+def pooled_with_gradient(operation, features, rois, index, weight, **options):
+    def make():
+        x = tf.constant(features)
+        out = operation(x, tf.constant(rois, tf.float32), tf.constant(index, tf.int32), **options)
+        return out, tf.gradients(tf.reduce_sum(out * weight), x)[0]
+
+    return evaluate(make)
+
+
+def hard_rois():
+    """Boxes of half cells, inside, across and outside of two maps of 24 x 36 cells at stride 4, inverted and huge."""
+    random = np.random.RandomState(5)
+    corner = random.randint(-40, 300, [60, 2]) / 2.0
+    rois = np.concatenate([corner, corner + random.randint(0, 200, [60, 2]) / 2.0], 1)
+    special = [[0, 0, 143, 95], [0, 0, 144, 96], [10, 10, 10, 10], [20, 20, 12, 8], [-500, -500, -400, -400],
+               [140, 90, 400, 400], [1e8, 1e8, 2e8, 2e8], [-1e8, -1e8, 1e8, 1e8], [3, 40, 140, 42], [70, 0, 71, 96],
+               [2, 2, 6, 6], [-2, -2, -2, -2], [np.nan, 0, 5, 5]]  # fmt: skip
+    return np.concatenate([rois, special]).astype(np.float32), random.randint(0, 2, 60 + len(special)).astype(np.int32)
+
+
+@pytest.mark.parametrize("budget", [1 << 25, 300])
+@pytest.mark.parametrize("resolution", [7, 14])
+def test_roi_pool_and_its_gradient_equal_the_definition(resolution, budget, monkeypatch):
+    monkeypatch.setattr(model_box, "_POOL_BUDGET", budget)  # the small one: steps of few bins, a bin too large for one
+    features = np.random.RandomState(0).randn(2, 24, 36, 3).astype(np.float32)
+    rois, index = hard_rois()
+    usual = np.isfinite(rois).all(1)
+    weight = np.random.RandomState(1).randn(len(rois), resolution, resolution, 3).astype(np.float32)
+    weight[~usual] = 0
+    out, gradient = pooled_with_gradient(
+        model_box.roi_pool, features, rois, index, weight, spatial_scale=0.25, resolution=resolution
+    )
+    assert np.isfinite(out).all()
+    expected, backward = reference_roi_pool(features, rois[usual], index[usual], 0.25, resolution)
+    np.testing.assert_array_equal(out[usual], expected.astype(np.float32))
+    np.testing.assert_allclose(gradient, backward(weight[usual]), atol=1e-4)
+
+
+def test_roi_pool_shares_its_gradient_between_equal_cells():
+    """The features of a map after its ReLU are equal, 0, in many places."""
+    weight = np.random.RandomState(1).rand(1, 2, 2, 2).astype(np.float32)
+    features = np.zeros([1, 8, 8, 2], np.float32)
+    out, gradient = pooled_with_gradient(
+        model_box.roi_pool, features, [[0, 0, 7, 7]], [0], weight, spatial_scale=1.0, resolution=2
+    )
+    assert not out.any()
+    np.testing.assert_allclose(gradient[0], weight[0].repeat(4, 0).repeat(4, 1) / 16, rtol=1e-6)
+
+
+@pytest.mark.parametrize("operation", [model_box.roi_pool, model_box.roi_crop_and_resize])
+def test_features_of_no_rois_are_empty(operation):
+    def make():
+        x = tf.ones([1, 8, 8, 2])
+        none = tf.where(tf.random.stateless_uniform([3], [1, 1]) > 2)[:, :1]  # known only when it runs
+        out = operation(x, tf.tile(tf.cast(none, tf.float32), [1, 4]), tf.cast(none[:, 0], tf.int32), 1.0, 7)
+        return out, tf.gradients(out, x)[0]
+
+    out, gradient = evaluate(make)
+    assert out.shape == (0, 7, 7, 2) and not gradient.any()
+
+
+def reference_crops(features, rois, index, scale, resolution, samples):
+    """Float64: samples on a grid over the box whose outermost ones lie on its edges, then maxima -> [R,M,M,C] and the
+    function that carries a gradient back."""
+    _, height, width, channels = features.shape
+    n = resolution * samples
+    taps = np.zeros([len(rois), n, n, height, width])
+    for r, box in enumerate(np.asarray(rois, np.float64) * scale):
+        for i, y in enumerate(np.linspace(box[1], box[3], n)):
+            for j, x in enumerate(np.linspace(box[0], box[2], n)):
+                if 0 <= y <= height - 1 and 0 <= x <= width - 1:
+                    y0, x0 = int(y), int(x)
+                    y1, x1 = min(y0 + 1, height - 1), min(x0 + 1, width - 1)
+                    for yy, wy in ((y0, 1 - (y - y0)), (y1, y - y0)):
+                        for xx, wx in ((x0, 1 - (x - x0)), (x1, x - x0)):
+                            taps[r, i, j, yy, xx] += wy * wx
+    values = np.einsum("rijyx,ryxc->rijc", taps, features[index].astype(np.float64))
+    values = values.reshape(-1, resolution, samples, resolution, samples, channels)
+    values = values.transpose(0, 1, 3, 5, 2, 4).reshape(-1, resolution, resolution, channels, samples**2)
+    best = np.eye(samples**2)[values.argmax(-1)]  # [R, M, M, C, samples^2]
+
+    def backward(gradient):
+        spread = (best * gradient[..., None]).reshape(-1, resolution, resolution, channels, samples, samples)
+        spread = spread.transpose(0, 1, 4, 2, 5, 3).reshape(-1, n, n, channels)
+        result = np.zeros(features.shape)
+        np.add.at(result, index, np.einsum("rijc,rijyx->ryxc", spread, taps))
+        return result
+
+    return values.max(-1), backward
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+def test_crop_and_resize_and_its_gradient_equal_the_float64_reference(samples):
+    features = np.random.RandomState(0).randn(2, 6, 9, 2).astype(np.float32)
+    random = np.random.RandomState(2)
+    corner = random.uniform(-10, 30, [20, 2])
+    rois = np.concatenate([corner, corner + random.uniform(0, 25, [20, 2])], 1)
+    rois = np.concatenate([rois, [[0, 0, 31.9, 19.9], [8, 8, 8, 8], [100, 100, 120, 120]]]).astype(np.float32)
+    index = random.randint(0, 2, len(rois)).astype(np.int32)
+    weight = random.randn(len(rois), 5, 5, 2).astype(np.float32)
+    options = {"spatial_scale": 0.25, "resolution": 5, "samples": samples}
+    out, gradient = pooled_with_gradient(model_box.roi_crop_and_resize, features, rois, index, weight, **options)
+    expected, backward = reference_crops(features, rois, index, 0.25, 5, samples)
+    np.testing.assert_allclose(out, expected, atol=1e-4)
+    np.testing.assert_allclose(gradient, backward(weight), atol=1e-4)
+
+
+def test_crop_and_resize_of_a_map_of_one_cell_is_that_cell():
+    features = np.array([[[[3.0, -1.0]]]], np.float32)
+    out, gradient = pooled_with_gradient(
+        model_box.roi_crop_and_resize, features, [[0, 0, 16, 16]], [0], 1.0, spatial_scale=1 / 32, resolution=2
+    )
+    np.testing.assert_array_equal(out[0, 0, 0], features[0, 0, 0])
+    np.testing.assert_allclose(gradient, 4.0)
+
+
 # --------------------------------------------------------------------------------------------------------- FPN pooling
+def test_pooling_the_last_level_of_each_box_equals_pooling_the_boxes_of_each_level():
+    random = np.random.RandomState(0)
+    features = [random.randn(2, 64 >> k, 96 >> k, 3).astype(np.float32) for k in range(4)]
+    boxes = np.array([[5, 5, 40, 30], [0, 0, 150, 140], [3, 100, 380, 250], [10, 8, 300, 250]], np.float32)
+    boxes = np.concatenate([boxes, boxes + 1.5])
+    index = np.array([0, 1, 0, 1, 1, 0, 1, 0], np.int32)
+    pool = functools.partial(model_box.roi_pool, resolution=7)
+
+    def make(last_pixel):
+        levels = [tf.constant(f) for f in features]
+        return model_box.pool_from_levels(
+            levels, [4, 8, 16, 32], tf.constant(boxes), tf.constant(index), pool, last_pixel
+        )  # fmt: skip
+
+    level = evaluate(lambda: model_box.fpn_level_of(tf.constant(boxes), 4))
+    assert set(level) == {0, 1, 2}
+    for last_pixel in (False, True):
+        pooled = evaluate(lambda flag=last_pixel: make(flag))
+        for r in range(8):
+            box = boxes[r] - np.array([0, 0, 1, 1]) * last_pixel
+            expected = reference_roi_pool(features[level[r]], box[None], index[r : r + 1], 0.25 / 2 ** level[r], 7)[0]
+            np.testing.assert_array_equal(pooled[r], expected[0].astype(np.float32))
+
+
 def test_pooler_assigns_the_recorded_levels_and_pools_the_recorded_values(golden):
     features = [nhwc(golden[f"pooler/feat_p{level}"]) for level in (2, 3, 4, 5)]
     boxes = np.concatenate([golden["pooler/boxes0"], golden["pooler/boxes1"]])
@@ -203,8 +382,9 @@ def test_pooler_assigns_the_recorded_levels_and_pools_the_recorded_values(golden
     def make():
         padded = [model_box.pad_for_roi_align(tf.constant(f)) for f in features]
         level = model_box.fpn_level_of(tf.constant(boxes), 4)
-        return level, model_box.multilevel_roi_align(
-            padded, [4, 8, 16, 32], tf.constant(boxes), tf.constant(index), 7
+        align = functools.partial(model_box.roi_align, resolution=7)
+        return level, model_box.pool_from_levels(
+            padded, [4, 8, 16, 32], tf.constant(boxes), tf.constant(index), align
         )  # fmt: skip
 
     level, pooled = evaluate(make)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+import model_box
 import model_rcnn
 from tests.graph import constants, make_batch, tiny_config
 from utils.tf_v1 import tf
@@ -241,3 +242,55 @@ def test_giou_losses_of_a_cascade_are_bounded_and_reach_every_stage(case):
         assert all(np.isfinite(g).all() for g in gradients.values())
     finally:
         built.fill("rpn/box/b", bias)
+
+
+OLDER_ROI_FEATURES = {
+    "fpn": (["FRCNN.ROI_OP=pool"], ["fastrcnn/fc6", "maskrcnn/fcn0", "keypointrcnn/conv0"]),
+    "c4": (["FRCNN.ROI_OP=pool"], ["group3/block0/conv1"]),
+    "cascade": (["FRCNN.ROI_OP=crop_and_resize", "MODE_MASK=False"], ["cascade_rcnn_stage3/head/fc6"]),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_older_roi_features_train_and_predict_in_every_branch(kind):
+    settings, first_layers = OLDER_ROI_FEATURES[kind]
+    built = detector(kind, 2, *settings)
+    for case in ("border", "no objects", "1 x 1000", "one pixel images"):
+        shapes, objects = CASES[case]
+        batch = built.batch(shapes, objects)
+        losses, gradients = built.train(batch)
+        assert all(np.isfinite(v) for v in losses.values()), case
+        assert all(np.isfinite(g).all() for g in gradients.values()), case
+        check_outputs(built.predict(batch), built.cfg, shapes)
+        if case == "border":
+            for name in first_layers:
+                assert gradients[f"{name}/W"].any(), name
+
+
+@pytest.mark.parametrize("fpn", [True, False])
+@pytest.mark.parametrize("operation", ["align", "pool", "crop_and_resize"])
+def test_the_pooler_is_the_operation_of_the_settings_on_the_maps_of_its_strides(operation, fpn):
+    cfg = tiny_config(f"FRCNN.ROI_OP={operation}", f"MODE_FPN={fpn}", "FRCNN.ROI_TO_LAST_PIXEL=True")
+    random = np.random.RandomState(0)
+    sizes, strides = ([32, 16, 8, 4, 2], [4, 8, 16, 32]) if fpn else ([8], [16])
+    features = [random.randn(1, size, size, 3).astype(np.float32) for size in sizes]
+    boxes = np.array([[10, 5, 60, 50], [0, 0, 128, 128], [3, 3, 9, 120]], np.float32)
+    plain = {"pool": model_box.roi_pool, "crop_and_resize": model_box.roi_crop_and_resize}
+
+    def make():
+        maps = [tf.constant(f) for f in features]
+        index = tf.zeros([3], tf.int32)
+        pooled = model_rcnn.make_roi_pooler(maps, cfg)(tf.constant(boxes), index, 7)
+        level = model_box.fpn_level_of(tf.constant(boxes), len(strides))
+        alone = []
+        for own, stride in zip(maps, strides):
+            rois = tf.constant(boxes - [0, 0, 1, 1], tf.float32)
+            if operation == "align":
+                alone.append(model_box.roi_align(model_box.pad_for_roi_align(own), rois, index, 1 / stride, 7))
+            else:
+                alone.append(plain[operation](own, rois, index, 1 / stride, 7))
+        return pooled, tf.gather(tf.stack(alone, 1), level, batch_dims=1)
+
+    with tf.Graph().as_default(), tf.Session() as session:
+        pooled, expected = session.run(make())
+    np.testing.assert_allclose(pooled, expected, atol=1e-6)
