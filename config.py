@@ -234,11 +234,11 @@ def default_config() -> Config:
                 "BBOX_LOSS": "smooth_l1",
                 "BBOX_LOSS_WEIGHT": 1.0,
                 "SMOOTH_L1_BETA": 1.0 / 9,  # 0 = L1
-                "TRAIN_PRE_NMS_TOPK": 12000,  # C4
-                "TRAIN_POST_NMS_TOPK": 2000,
+                "TRAIN_PRE_NMS_TOPK": 12000,  # C4, and FPN.PROPOSAL_MODE=Joint: best anchors of an image before NMS
+                "TRAIN_POST_NMS_TOPK": 2000,  # and kept after it
                 "TEST_PRE_NMS_TOPK": 6000,
                 "TEST_POST_NMS_TOPK": 1000,
-                "TRAIN_PER_LEVEL_NMS_TOPK": 2000,  # FPN: kept before NMS on each level
+                "TRAIN_PER_LEVEL_NMS_TOPK": 2000,  # FPN.PROPOSAL_MODE=Level: kept before NMS on each level
                 "TRAIN_FPN_NMS_TOPK": 2000,  # kept after NMS per image, over all levels
                 "TEST_PER_LEVEL_NMS_TOPK": 1000,
                 "TEST_FPN_NMS_TOPK": 1000,
@@ -270,6 +270,9 @@ def default_config() -> Config:
             },
             "FPN": {
                 "ANCHOR_STRIDES": [4, 8, 16, 32, 64],
+                # Level: top-k and NMS on each level, then the best of all (Detectron) | Joint: one top-k and one NMS
+                # over the anchors of all levels, by RPN.*_PRE_NMS_TOPK and RPN.*_POST_NMS_TOPK (tensorpack).
+                "PROPOSAL_MODE": "Level",
                 "NUM_CHANNEL": 256,
                 "NORM": None,  # None | GN
                 # True: pyramid and gn heads have biases, and normalise after the ReLU (tensorpack's GN models).
@@ -318,6 +321,7 @@ _CHOICES = {
     "BACKBONE.BLOCK": ["bottleneck", "basic"],
     "BACKBONE.NORM": ["FreezeBN", "SyncBN", "GN", None],
     "FPN.NORM": ["GN", None],
+    "FPN.PROPOSAL_MODE": ["Level", "Joint"],
     "RPN.BBOX_LOSS": ["smooth_l1", "giou"],
     "FRCNN.BBOX_LOSS": ["smooth_l1", "giou"],
     "FRCNN.ROI_OP": ["align", "pool", "crop_and_resize"],

@@ -61,13 +61,16 @@ def rpn_anchors(features, cfg):
 
 def rpn_proposals(logits, deltas, anchors, image_shape, cfg, training):
     """Per level top-k, decoding, clipping to the valid area, NMS; then the best of all levels of an image.
+    With FPN.PROPOSAL_MODE=Joint all levels are one, as in C4.
 
     logits [[N,A_l]], deltas [[N,A_l,4]], anchors [[A_l,4]], image_shape int32 [N,2]
     -> boxes [N,P,4], scores [N,P] (logits, decreasing, -inf where absent), valid bool [N,P]. No gradients.
     """
     rpn = cfg.RPN
     phase = "TRAIN" if training else "TEST"
-    if cfg.MODE_FPN:
+    if cfg.FPN.PROPOSAL_MODE == "Joint":
+        logits, deltas, anchors = [tf.concat(logits, 1)], [tf.concat(deltas, 1)], [tf.concat(anchors, 0)]
+    if cfg.MODE_FPN and cfg.FPN.PROPOSAL_MODE == "Level":
         before, after = rpn.get(f"{phase}_PER_LEVEL_NMS_TOPK"), rpn.get(f"{phase}_FPN_NMS_TOPK")
     else:
         before, after = rpn.get(f"{phase}_PRE_NMS_TOPK"), rpn.get(f"{phase}_POST_NMS_TOPK")

@@ -45,6 +45,7 @@ def test_a_value_is_never_executed(tmp_path):
         ("PREPROC.MAX_SIZE=100", "PREPROC.MAX_SIZE"),
         ("FPN.CASCADE=True", "MODE_FPN=True"),
         ("FRCNN.BBOX_LOSS=giuo", "giou"),
+        ("FPN.PROPOSAL_MODE=joint", "Joint"),
         ("FRCNN.ROI_OP=roipool", "pool"),
         ("RPN.BBOX_LOSS_WEIGHT=-1", "RPN.BBOX_LOSS_WEIGHT"),
         ("DATA.DATASETS={'a':'b'}", "DATA.DATASETS"),

@@ -251,28 +251,78 @@ def reference_proposals(logits, deltas, anchors, shape, before, after, threshold
     return np.array([b for _, b in kept[:after]]), np.array([s for s, _ in kept[:after]])
 
 
-def test_proposals_equal_the_float64_reference():
-    cfg = tiny_config("RPN.TEST_PER_LEVEL_NMS_TOPK=60", "RPN.TEST_FPN_NMS_TOPK=40")
+def pyramid_of_predictions():
+    """Logits, deltas and anchors of two levels for two images, and the images' shapes."""
     random = np.random.RandomState(1)
     anchors = [random.uniform(0, 80, [n, 2]) for n in (150, 30)]
     anchors = [np.concatenate([a, a + random.uniform(8, 40, a.shape)], 1).astype(np.float32) for a in anchors]
     logits = [random.randn(2, len(a)).astype(np.float32) for a in anchors]
     deltas = [0.3 * random.randn(2, len(a), 4).astype(np.float32) for a in anchors]
-    shapes = np.array([[100, 90], [64, 70]], np.int32)
+    return (logits, deltas, anchors), np.array([[100, 90], [64, 70]], np.int32)
 
+
+def proposals_in_graph(predictions, shapes, cfg, training=False):
     def make():
-        tensors = ([tf.constant(x) for x in group] for group in (logits, deltas, anchors))
-        return model_rpn.rpn_proposals(*tensors, tf.constant(shapes), cfg, training=False)
+        tensors = ([tf.constant(x) for x in group] for group in predictions)
+        return model_rpn.rpn_proposals(*tensors, tf.constant(shapes), cfg, training)
 
-    boxes, scores, valid = evaluate(make)
-    assert boxes.shape == (2, 40, 4)
-    for row in range(2):
-        expected, expected_scores = reference_proposals(
-            [z[row] for z in logits], [d[row] for d in deltas], anchors, shapes[row], 60, 40, 0.7
-        )
+    return evaluate(make)
+
+
+def check_proposals(found, expected_of_image):
+    boxes, scores, valid = found
+    for row in range(len(boxes)):
+        expected, expected_scores = expected_of_image(row)
         assert valid[row].sum() == len(expected)
         np.testing.assert_allclose(scores[row][valid[row]], expected_scores, rtol=1e-6)
         np.testing.assert_allclose(boxes[row][valid[row]], expected, atol=1e-3)
+
+
+def test_proposals_equal_the_float64_reference():
+    cfg = tiny_config("RPN.TEST_PER_LEVEL_NMS_TOPK=60", "RPN.TEST_FPN_NMS_TOPK=40")
+    (logits, deltas, anchors), shapes = pyramid_of_predictions()
+    found = proposals_in_graph((logits, deltas, anchors), shapes, cfg)
+    assert found[0].shape == (2, 40, 4)
+    check_proposals(
+        found,
+        lambda row: reference_proposals(
+            [z[row] for z in logits], [d[row] for d in deltas], anchors, shapes[row], 60, 40, 0.7
+        ),
+    )
+
+
+@pytest.mark.parametrize("phase", ["TRAIN", "TEST"])
+def test_joint_proposals_equal_the_float64_reference_with_one_top_k_and_one_nms(phase):
+    other = {"TRAIN": "TEST", "TEST": "TRAIN"}[phase]
+    cfg = tiny_config(
+        "FPN.PROPOSAL_MODE=Joint", "RPN.PROPOSAL_NMS_THRESH=0.4",
+        f"RPN.{phase}_PRE_NMS_TOPK=70", f"RPN.{phase}_POST_NMS_TOPK=30",
+        f"RPN.{other}_PRE_NMS_TOPK=9", f"RPN.{other}_POST_NMS_TOPK=5",
+    )  # fmt: skip
+    (logits, deltas, anchors), shapes = pyramid_of_predictions()
+    found = proposals_in_graph((logits, deltas, anchors), shapes, cfg, phase == "TRAIN")
+    assert found[0].shape == (2, 30, 4)
+    check_proposals(
+        found,
+        lambda row: reference_proposals(
+            [np.concatenate([z[row] for z in logits])], [np.concatenate([d[row] for d in deltas])],
+            [np.concatenate(anchors)], shapes[row], 70, 30, 0.4,
+        ),
+    )  # fmt: skip
+
+
+def test_a_box_that_two_levels_propose_is_kept_once_by_joint_proposals_alone():
+    anchor = np.array([[10, 10, 40, 40]], np.float32)
+    predictions = [
+        [np.array([[z]], np.float32) for z in (2.0, 1.0)],
+        [np.zeros([1, 1, 4], np.float32)] * 2,
+        [anchor] * 2,
+    ]
+    counts = []
+    for mode in ("Level", "Joint"):
+        found = proposals_in_graph(predictions, np.array([[64, 64]]), tiny_config(f"FPN.PROPOSAL_MODE={mode}"))
+        counts.append(found[2].sum())
+    assert counts == [2, 1]
 
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
