@@ -229,7 +229,10 @@ def paste_objects(
     y, x = (int(rng.integers(0, max(0, own - new), endpoint=True)) for own, new in zip(size, other_size))
     candidates = np.flatnonzero(np.bincount(other.owners, minlength=len(other.labels)) > 0)
     if len(candidates):
-        candidates = np.sort(rng.permutation(candidates)[: rng.integers(1, len(candidates), endpoint=True)])
+        # Equal boxes are one object of several classes.
+        objects, of_object = np.unique(other.boxes[candidates], axis=0, return_inverse=True)
+        chosen = rng.permutation(len(objects))[: rng.integers(1, len(objects), endpoint=True)]
+        candidates = candidates[np.isin(of_object.ravel(), chosen)]
     extents = polygons.boxes_inside(other.edges, other.owners, len(other.labels), *other_size)
     layers, pasted = [], np.zeros(len(other.labels), bool)
     for k in candidates:

@@ -1,6 +1,7 @@
 """Measures the dataflow: images per second and worker core, bytes shipped per image, memory with COCO's full size.
 
 python benchmarks/data_speed.py [--basedir ../shared/data/coco_tiny]     speed on real images at short edge 800
+python benchmarks/data_speed.py --augment                                what each augmentation costs
 python benchmarks/data_speed.py --synthetic 118287                       load time and memory of so many images
 """
 
@@ -123,35 +124,60 @@ def peak() -> float:
 
 
 def measure_speed(basedir: Path, count: int) -> None:
-    if not (basedir / "annotations").is_dir():
-        raise UserError(f"--basedir: {basedir} has no annotations/; give a directory in COCO's layout")
     rows = []
     for workers, batch in ((0, 1), (1, 1), (1, 2), (1, 4)):
-        cfg = settings(basedir, f"DATA.NUM_WORKERS={workers}", f"TRAIN.BATCH_SIZE_PER_GPU={batch}")
-        flow = training_dataflow(load_training_split(cfg), cfg)
-        batches = iter(flow)
-        for _ in islice(batches, 8):
-            pass
-        processes = [psutil.Process(p) for p in flow.worker_pids] or [psutil.Process()]
-        parent = psutil.Process()
-        busy = sum(sum(p.cpu_times()[:2]) for p in processes)
-        parent_busy, shipped, pixels, valid, images = sum(parent.cpu_times()[:2]), 0, 0, 0, 0
-        started = time.time()
-        for parts in islice(batches, count // batch):
-            images += len(parts[0])
-            shipped += sum(p.nbytes for p in parts)
-            pixels += parts[0].nbytes
-            valid += int((parts[1][:, 0] * parts[1][:, 1]).sum()) * 3
-        seconds = time.time() - started
-        busy = sum(sum(p.cpu_times()[:2]) for p in processes) - busy
-        parent_busy = sum(parent.cpu_times()[:2]) - parent_busy
-        batches.close()
-        rows.append(
-            [workers, batch, images / seconds, images / busy, 1e3 * parent_busy / images if workers else None,
-             shipped / images / 1e6, shipped / pixels, shipped / valid]
-        )  # fmt: skip
+        found = measure(settings(basedir, f"DATA.NUM_WORKERS={workers}", f"TRAIN.BATCH_SIZE_PER_GPU={batch}"), count)
+        rows.append([workers, batch, *found])
     head = ["workers", "batch", "images/s", "images per CPU second of a worker", "CPU ms/image in the training process",
             "MB/image", "/ uint8 batch", "/ unpadded pixels"]  # fmt: skip
+    print(tabulate(rows, head, floatfmt=".2f", tablefmt="pipe"))
+
+
+def measure(cfg: Config, count: int) -> list:
+    """The columns of `measure_speed` from "images/s" on."""
+    flow = training_dataflow(load_training_split(cfg), cfg)
+    batches = iter(flow)
+    for _ in islice(batches, 8):
+        pass
+    processes = [psutil.Process(p) for p in flow.worker_pids] or [psutil.Process()]
+    parent = psutil.Process()
+    busy = sum(sum(p.cpu_times()[:2]) for p in processes)
+    parent_busy, shipped, pixels, valid, images = sum(parent.cpu_times()[:2]), 0, 0, 0, 0
+    started = time.time()
+    for parts in islice(batches, count // cfg.TRAIN.BATCH_SIZE_PER_GPU):
+        images += len(parts[0])
+        shipped += sum(p.nbytes for p in parts)
+        pixels += parts[0].nbytes
+        valid += int((parts[1][:, 0] * parts[1][:, 1]).sum()) * 3
+    seconds = time.time() - started
+    busy = sum(sum(p.cpu_times()[:2]) for p in processes) - busy
+    parent_busy = sum(parent.cpu_times()[:2]) - parent_busy
+    batches.close()
+    return [
+        images / seconds, images / busy, 1e3 * parent_busy / images if cfg.DATA.NUM_WORKERS else None,
+        shipped / images / 1e6, shipped / pixels, shipped / valid,
+    ]  # fmt: skip
+
+
+AUGMENTATIONS = {
+    "none": [],
+    "RANDOM_CROP=[0.6,1.0]": ["PREPROC.RANDOM_CROP=[0.6,1.0]"],
+    "PHOTOMETRIC=1.0": ["PREPROC.PHOTOMETRIC=1.0"],
+    "SCALE_JITTER=[0.1,2.0], 1024x1024": ["PREPROC.SCALE_JITTER=[0.1,2.0]"],
+    "COPY_PASTE=1.0": ["PREPROC.COPY_PASTE=1.0"],
+    "SCALE_JITTER=[0.1,2.0], COPY_PASTE=0.5": ["PREPROC.SCALE_JITTER=[0.1,2.0]", "PREPROC.COPY_PASTE=0.5"],
+}
+
+
+def measure_augmentation(basedir: Path, count: int) -> None:
+    """One process that augments, in CPU seconds, which other work on the machine disturbs least; best of 3 rounds."""
+    rates: dict[str, list] = {name: [] for name in AUGMENTATIONS}
+    for _ in range(3):
+        for name, augmentation in AUGMENTATIONS.items():
+            rates[name].append(measure(settings(basedir, "DATA.NUM_WORKERS=0", *augmentation), count)[1:])
+    best = {name: max(found) for name, found in rates.items()}
+    rows = [[name, found[0], best["none"][0] / found[0], found[2]] for name, found in best.items()]
+    head = ["PREPROC", "images per CPU second", "time / that of none", "MB/image"]
     print(tabulate(rows, head, floatfmt=".2f", tablefmt="pipe"))
 
 
@@ -160,11 +186,17 @@ def main() -> None:
     parser.add_argument("--basedir", type=Path, default=Path(__file__).resolve().parents[2] / "shared/data/coco_tiny")
     parser.add_argument("--images", type=int, default=400, help="images to time in each row")
     parser.add_argument("--synthetic", type=int, metavar="N", help="measure memory with N made-up images instead")
+    parser.add_argument("--augment", action="store_true", help="measure the augmentations instead")
     args = parser.parse_args()
     cv2.setNumThreads(0)  # also without workers: per core
     logger.setLevel("WARNING")
     try:
-        measure_memory(args.synthetic) if args.synthetic else measure_speed(args.basedir, args.images)
+        if args.synthetic:
+            measure_memory(args.synthetic)
+        elif not (args.basedir / "annotations").is_dir():
+            raise UserError(f"--basedir: {args.basedir} has no annotations/; give a directory in COCO's layout")
+        else:
+            (measure_augmentation if args.augment else measure_speed)(args.basedir, args.images)
     except UserError as e:
         sys.exit(f"error: {e}")
 

@@ -411,6 +411,14 @@ def test_any_number_of_objects_is_pasted():
     assert np.bincount([len(s) for s in subsets])[1:].min() > 70
 
 
+@pytest.mark.quick
+def test_an_object_of_several_classes_is_pasted_with_all_of_them():
+    above = scene_of([[0, 0, 10, 10], [20, 0, 30, 10], [0, 0, 10, 10]])
+    below, generators = scene_of([[0, 50, 9, 59]]), map(np.random.default_rng, range(50))
+    scenes = [paste_objects(below, (90, 90), above, (90, 90), rng, 0)[0] for rng in generators]
+    assert {tuple(s.labels[1:].tolist()) for s in scenes} == {(1, 3), (2,), (1, 2, 3)}
+
+
 def test_pasting_needs_a_set_with_outlines(tmp_path):
     annotation = {"image_id": 1, "category_id": 1, "bbox": [5, 5, 20, 20], "id": 1}
     args = write_set(tmp_path, {"a.png": np.zeros((40, 60, 3), np.uint8)}, [annotation])

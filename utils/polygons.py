@@ -296,7 +296,7 @@ def rasterize(edges: np.ndarray, box: np.ndarray, size: int | tuple[int, int]) -
     along = (centre_y[row] - edges[edge, 1]) / (edges[edge, 3] - edges[edge, 1])
     cross_x = edges[edge, 0] + along * (edges[edge, 2] - edges[edge, 0])
     place = row * (columns + 1) + np.searchsorted(centre_x, cross_x)
-    down = (last > first)[edge]
-    size = rows * (columns + 1)
-    winding = np.bincount(place[down], minlength=size) - np.bincount(place[~down], minlength=size)
-    return np.cumsum(winding.reshape(rows, columns + 1), axis=1)[:, :columns] != 0
+    winding = np.zeros(rows * (columns + 1), np.int32)
+    np.add.at(winding, place, np.where(last > first, 1, -1).astype(np.int32)[edge])
+    winding = winding.reshape(rows, columns + 1)
+    return np.cumsum(winding, axis=1, out=winding)[:, :columns] != 0
