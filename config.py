@@ -133,6 +133,9 @@ def default_config() -> Config:
             "MODE_MASK": True,  # Mask R-CNN instead of Faster R-CNN
             "MODE_FPN": False,  # feature pyramid instead of C4
             "MODE_KEYPOINT": False,  # keypoint branch; with MODE_FPN
+            # The region proposal network alone: trains for, predicts and scores class-agnostic proposals. Switches
+            # MODE_MASK, MODE_KEYPOINT and FPN.CASCADE off, whatever they are.
+            "MODE_RPN_ONLY": False,
             "DATA": {
                 "BASEDIR": "data/coco",  # holds annotations/ and train2017/, val2017/ (or the 2014 names)
                 "TRAIN": ["coco_train2017"],  # names of one or more registered sets, concatenated
@@ -336,7 +339,8 @@ _CHOICES = {
 def finalize_config(cfg: Config) -> Config:
     """Checks the settings against each other, fills in derived forms, freezes and returns `cfg`.
 
-    After it: DATA.TRAIN and DATA.VAL are lists, PREPROC.SHORT_EDGE_SIZE is a list, TRAIN.LR_SCHEDULE is a list.
+    After it: DATA.TRAIN and DATA.VAL are lists, PREPROC.SHORT_EDGE_SIZE is a list, TRAIN.LR_SCHEDULE is a list; with
+    MODE_RPN_ONLY the branches of the second stage are off.
     """
 
     def check(good: bool, key: str, wants: str) -> None:
@@ -344,6 +348,8 @@ def finalize_config(cfg: Config) -> Config:
             raise UserError(f"setting {key}={cfg.get(key)!r}: {wants}")
 
     cfg.freeze(False)
+    if cfg.MODE_RPN_ONLY:
+        cfg.MODE_MASK = cfg.MODE_KEYPOINT = cfg.FPN.CASCADE = False
     for key, choices in _CHOICES.items():
         value = cfg.get(key)
         if value not in choices:

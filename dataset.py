@@ -883,10 +883,13 @@ def _check_same_classes(cfg: Any, split: DatasetSplit, strict: bool) -> None:
 
 
 def load_validation_splits(cfg: Any) -> list[DatasetSplit]:
-    """The sets of DATA.VAL, labels in the order of DATA.CLASS_NAMES if set, matched by name."""
+    """The sets of DATA.VAL, labels in the order of DATA.CLASS_NAMES if set, matched by name.
+
+    With MODE_RPN_ONLY each has the classes of its own annotations: proposals are of all of them.
+    """
     splits = []
     for name in cfg.DATA.VAL:
-        split = load_split(cfg, name, cfg.DATA.CLASS_NAMES)
+        split = load_split(cfg, name, [] if cfg.MODE_RPN_ONLY else cfg.DATA.CLASS_NAMES)
         lacking = [n for n, c in zip(split.class_names, split._category_ids) if c is None]
         if lacking:
             logger.warning(f"{name} has no category {_some(lacking)}: detections of it are not scored there")

@@ -27,7 +27,7 @@ from common import UserError, atomic_write, logger, read_json
 
 __all__ = [
     "Detections", "paste_masks", "to_original_frame", "decode_mask", "coco_results", "evaluate_split", "merge_shards",
-    "write_results", "read_results", "evaluate_coco", "format_scores", "format_class_table",
+    "write_results", "read_results", "evaluate_coco", "evaluate_proposals", "format_scores", "format_class_table",
 ]  # fmt: skip
 
 Rle = dict[str, Any]  # {"size": [height, width], "counts": str}
@@ -444,6 +444,8 @@ def _read_ground_truth(ground_truth: Any) -> tuple[dict[str, Any], list | None]:
         path, ids = ground_truth, None
     else:
         path, ids = ground_truth.annotation_file, [ground_truth.image_id(i) for i in range(len(ground_truth))]
+        if hasattr(ground_truth, "content"):  # sets that are no COCO json on disk
+            return {"annotations": [], **ground_truth.content()}, ids
     content = read_json(path, "annotation file")
     for key in ("images", "categories"):
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
@@ -675,3 +677,97 @@ def format_class_table(metrics: dict[str, float], counts: dict[str, int]) -> str
 
 def _number(value: float) -> str:
     return "-" if math.isnan(value) else f"{value:.3f}"
+
+
+# -------------------------------------------------------------------------------------------- proposals
+PROPOSAL_LIMITS = (100, 1000)  # proposals per image that count
+PROPOSAL_AREAS = {"": (0, 1e10), "s": (0, 32**2), "m": (32**2, 96**2), "l": (96**2, 1e10)}  # as COCOeval, ends included
+
+
+def evaluate_proposals(
+    ground_truth: Any,
+    results: list[dict[str, Any]],
+    image_ids: Sequence[int | str] | None = None,
+    verbose: bool = True,
+) -> dict[str, float]:
+    """Average recall of class-agnostic proposals, as fractions: COCOeval's AR with useCats = 0.
+
+    Args:
+        ground_truth, image_ids: as for `evaluate_coco`.
+        results: entries of a COCO results file, whose classes do not matter.
+        verbose: log the table.
+
+    Returns {"proposals/AR@100": …, "proposals/ARs@100": …, …}: the share of all objects that the best 100 (1000)
+    proposals of their images find, averaged over IoU 0.5, 0.55, …, 0.95; s, m and l of objects below 32^2 pixels, from
+    there to 96^2 and above; "R50" and "R75" at one IoU alone. A proposal finds one object at most. Crowd regions are no
+    objects. nan where there is no object.
+
+    Proposals choose by their score, as detections do in COCOeval. detectron2 pairs proposals and objects by decreasing
+    IoU instead, which differs where several proposals compete for the same objects.
+    """
+    content, split_ids = _read_ground_truth(ground_truth)
+    classes, images = _number_anew(content, split_ids if image_ids is None else image_ids)
+    annotations = [a for a in _prepare_annotations(content["annotations"], images, classes, []) if not a["iscrowd"]]
+    known = {a["id"] for a in content["images"]}
+    truth: dict[int, list[dict]] = {image["id"]: [] for image in images.values()}
+    for annotation in annotations:
+        truth[annotation["image_id"]].append(annotation)
+    found: dict[int, list[dict]] = {number: [] for number in truth}
+    for i, entry in enumerate(results):
+        if entry["image_id"] not in known:
+            raise UserError(f"results: entry {i}: image_id {entry['image_id']!r} is not in the annotation file")
+        if entry["image_id"] in images:
+            found[images[entry["image_id"]]["id"]].append(entry)
+    thresholds = np.linspace(0.5, 0.95, 10)
+    ranks = {area: [np.zeros((10, 0), np.int64)] for area in PROPOSAL_AREAS}
+    for number, objects in truth.items():
+        if not objects:
+            continue
+        scores = np.array([entry["score"] for entry in found[number]])
+        order = np.argsort(-scores, kind="stable")[: PROPOSAL_LIMITS[-1]]
+        boxes = np.array([found[number][i]["bbox"] for i in order], np.float64).reshape(-1, 4)
+        iou = np.zeros((0, len(objects)))
+        if len(boxes):
+            truth_boxes = np.array([a["bbox"] for a in objects], np.float64)
+            iou = coco_mask.iou(boxes, truth_boxes, np.zeros(len(objects), np.uint8))
+        areas = np.array([a["area"] for a in objects])
+        for area, (low, high) in PROPOSAL_AREAS.items():
+            ranks[area].append(_finding_ranks(iou[:, (areas >= low) & (areas <= high)], thresholds))
+    metrics: dict[str, float] = {}
+    for limit in PROPOSAL_LIMITS:
+        for area in PROPOSAL_AREAS:
+            recall = (np.concatenate(ranks[area], 1) < limit).mean(1) if sum(r.size for r in ranks[area]) else None
+            metrics[f"proposals/AR{area}@{limit}"] = math.nan if recall is None else float(recall.mean())
+            if area == "":
+                for name, place in (("R50", 0), ("R75", 5)):
+                    metrics[f"proposals/{name}@{limit}"] = math.nan if recall is None else float(recall[place])
+    if verbose:
+        logger.info(f"proposals of {len(images)} images, {len(annotations)} objects\n{format_recall(metrics)}")
+    return metrics
+
+
+def _finding_ranks(iou: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
+    """iou [D, G] of one image's proposals, best first -> int64 [T, G]: how many proposals come before the one that
+    finds the object at each threshold; the largest integer where none does.
+
+    Each proposal in turn takes the object of the largest IoU that is still free (of equal ones the last), as COCOeval
+    does it. Crowd regions and objects of other sizes, which COCOeval ignores, never take a proposal from an object
+    that counts, so they may be left out.
+    """
+    ranks = np.full((len(thresholds), iou.shape[1]), np.iinfo(np.int64).max)
+    if iou.shape[1] == 0:
+        return ranks
+    rows = np.arange(len(thresholds))
+    for proposal in np.flatnonzero(iou.max(1, initial=0) >= thresholds[0]):
+        free = np.where(ranks == np.iinfo(np.int64).max, iou[proposal], -1)
+        best = iou.shape[1] - 1 - free[:, ::-1].argmax(1)
+        good = free[rows, best] >= thresholds
+        ranks[rows[good], best[good]] = proposal
+    return ranks
+
+
+def format_recall(metrics: dict[str, float]) -> str:
+    """The numbers of `evaluate_proposals` as a table with a row for each number of proposals."""
+    names = ["AR", "ARs", "ARm", "ARl", "R50", "R75"]
+    rows = [[f"best {n}"] + [_number(metrics[f"proposals/{name}@{n}"]) for name in names] for n in PROPOSAL_LIMITS]
+    return tabulate(rows, ["", *names], disable_numparse=True, stralign="right")

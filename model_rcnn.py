@@ -117,6 +117,8 @@ def build_training(batch, cfg):
     anchors = rpn_anchors(features, cfg)
     logits, deltas = rpn_head(features, cfg)
     losses, stats = rpn_losses(tf.concat(logits, 1), tf.concat(deltas, 1), tf.concat(anchors, 0), batch, cfg)
+    if cfg.MODE_RPN_ONLY:
+        return losses, stats
     proposals, _, valid = rpn_proposals(logits, deltas, anchors, batch["image_shape"], cfg, training=True)
     rois, roi_stats = sample_rois(proposals, valid, batch, cfg)
     stats.update(roi_stats)
@@ -166,15 +168,20 @@ def build_training(batch, cfg):
     return losses, stats
 
 
+def propose(features, image_shape, cfg):
+    """features of `backbone_features` -> boxes [N,P,4], scores [N,P] (logits), valid bool [N,P] of `rpn_proposals`."""
+    anchors = rpn_anchors(features, cfg)
+    logits, deltas = rpn_head(features, cfg)
+    return rpn_proposals(logits, deltas, anchors, image_shape, cfg, training=False)
+
+
 def detect_boxes(features, pool, image_shape, cfg):
     """RPN and box branch, before any score threshold or NMS of detections.
 
     features: those of `backbone_features`, pool: its `make_roi_pooler`; image_shape int32 [N,2] -> boxes [N,R,B,4] of
     B = 1 (shared by the classes) or C, inside the image, scores [N,R,C] without background, valid bool [N,R].
     """
-    anchors = rpn_anchors(features, cfg)
-    logits, deltas = rpn_head(features, cfg)
-    proposals, _, valid = rpn_proposals(logits, deltas, anchors, image_shape, cfg, training=False)
+    proposals, _, valid = propose(features, image_shape, cfg)
     # Rows of absent proposals are cut off where all images lack them.
     most = tf.maximum(tf.reduce_max(tf.reduce_sum(tf.cast(valid, tf.int32), 1)), 1)
     proposals, valid = proposals[:, :most], valid[:, :most]
@@ -232,8 +239,14 @@ def describe_boxes(pool, boxes, labels, cfg, decode=True):
 def build_inference(image, image_shape, cfg):
     """uint8 image [N,H,W,3], image_shape int32 [N,2] -> {boxes [N,D,4], scores [N,D], labels [N,D], count [N]}, plus
     masks [N,D,M,M] in MODE_MASK and keypoints [N,D,K,3] in MODE_KEYPOINT, all in the frame of `image`; rows beyond
-    count are zero."""
+    count are zero. With MODE_RPN_ONLY these are the proposals: scores are objectness probabilities, labels 1."""
     features = backbone_features(image, image_shape, cfg)
+    if cfg.MODE_RPN_ONLY:
+        boxes, logits, valid = propose(features, image_shape, cfg)
+        labels = tf.cast(valid, tf.int32)
+        scores = tf.where_v2(valid, tf.sigmoid(logits), 0.0)
+        boxes = tf.where_v2(valid[..., None], boxes, 0.0)
+        return {"boxes": boxes, "scores": scores, "labels": labels, "count": tf.reduce_sum(labels, 1)}
     pool = make_roi_pooler(features, cfg)
     boxes, scores, valid = detect_boxes(features, pool, image_shape, cfg)
     boxes, scores, labels, count = decode_detections(boxes, scores, valid, image_shape, cfg)

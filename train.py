@@ -24,6 +24,8 @@ _MODEL_SETTINGS = re.compile(
     r"^(MODE_|BACKBONE\.(?!WEIGHTS|FREEZE)|FPN\.|CASCADE\.BBOX|RPN\.(ANCHOR_|CELL_|STRIDE_|HEAD_DIM)|FRCNN\.(CLASS_AGN|BBOX_REG|ROI)"
     r"|MRCNN\.HEAD_DIM|KRCNN\.|PREPROC\.PIXEL_)"
 )
+# Settings that MODE_RPN_ONLY forces, so that a file with it does not say what a whole detector should be.
+_SECOND_STAGE_SETTINGS = ("MODE_MASK", "MODE_KEYPOINT", "FPN.CASCADE")
 # Settings that belong to pretrained weights of a backbone: taken from the file that BACKBONE.WEIGHTS names.
 _BACKBONE_SETTINGS = re.compile(r"^(BACKBONE\.(?!WEIGHTS|FREEZE)|PREPROC\.PIXEL_)")
 # Settings that say where a run goes on or what it may use, not what it computes.
@@ -135,7 +137,8 @@ def _settings(args: argparse.Namespace, weights: dict | None, meta: dict | None)
         training = not (args.predict or args.evaluate)
         stored = meta.get("settings") or {}
         if training:
-            stored = {k: v for k, v in stored.items() if _MODEL_SETTINGS.match(k)}
+            second = _SECOND_STAGE_SETTINGS if stored.get("MODE_RPN_ONLY") else ()
+            stored = {k: v for k, v in stored.items() if _MODEL_SETTINGS.match(k) and k not in second}
         cfg.update_from_dict(stored, f"settings stored in {args.load}")
         if not training and meta.get("class_names"):
             cfg.DATA.CLASS_NAMES = list(meta["class_names"])
@@ -177,6 +180,26 @@ def _weight_loader(weights: dict, origin: str, args: argparse.Namespace, expect:
     return load
 
 
+def _of_this_model(weights: dict, cfg: Config, origin: str) -> dict:
+    """The weights without those of the second stage if the model has none."""
+    if not cfg.MODE_RPN_ONLY:
+        return weights
+    stage = r"^(fastrcnn|maskrcnn|keypointrcnn|cascade_rcnn_stage\d+)/" + ("" if cfg.MODE_FPN else r"|^group3/")
+    kept = {name: value for name, value in weights.items() if not re.match(stage, name)}
+    if len(kept) < len(weights):
+        left = len(weights) - len(kept)
+        logger.info(f"{origin}: {left} of its tensors belong to the second stage and are left out (MODE_RPN_ONLY)")
+    return kept
+
+
+def _completed(weights: dict, backbone: dict, origin: str, backbone_origin: str) -> dict:
+    """The weights, and of the backbone's those that they lack: an RPN of a C4 model has no last stage."""
+    added = {k: v for k, v in backbone.items() if k not in weights and re.match(r"(conv0|group\d+)/", k)}
+    if added:
+        logger.info(f"{len(added)} of the backbone's tensors, which {origin} lacks, come from {backbone_origin}")
+    return {**added, **weights}
+
+
 def build_predictor(cfg: Config, load: Callable[[Any], None]):
     from inference import Predictor
 
@@ -189,7 +212,8 @@ def _load_model(args: argparse.Namespace) -> tuple[Config, dict, dict | None]:
     weights, meta = _load(args)
     if meta is None:
         logger.warning(f"{args.load} carries no settings: the defaults and --config must describe its model")
-    return _settings(args, weights, meta)[0], weights, meta
+    cfg = _settings(args, weights, meta)[0]
+    return cfg, _of_this_model(weights, cfg, args.load), meta
 
 
 def _class_count_from_weights(cfg: Config, weights: dict) -> int:
@@ -211,7 +235,8 @@ def predict(args: argparse.Namespace) -> None:
     logger.info(f"{len(files)} images; building the model")
     predictor = build_predictor(cfg, _weight_loader(weights, args.load, args))
     category_ids = (meta or {}).get("category_ids") or []
-    if len(category_ids) != cfg.DATA.NUM_CATEGORY:  # other classes were given by --config
+    # Other classes were given by --config, or none matter.
+    if len(category_ids) != cfg.DATA.NUM_CATEGORY or cfg.MODE_RPN_ONLY:
         category_ids = None
     entries, started = [], time.time()
     for batch in inference_batches(files, cfg, (0, 1)):
@@ -235,7 +260,11 @@ def predict(args: argparse.Namespace) -> None:
 
 
 def _with_classes(cfg: Config, weights: dict | None, splits: list) -> Config:
-    """Fills in the classes: the checkpoint's, else the data's, else numbers."""
+    """Fills in the classes: the checkpoint's, else the data's, else numbers. Proposals are of one class, "object"."""
+    if cfg.MODE_RPN_ONLY:
+        cfg = cfg.copy()
+        cfg.DATA.CLASS_NAMES, cfg.DATA.NUM_CATEGORY = ["object"], 1
+        return cfg.freeze()
     if cfg.DATA.CLASS_NAMES and len(cfg.DATA.CLASS_NAMES) == cfg.DATA.NUM_CATEGORY:
         return cfg
     cfg = cfg.copy()
@@ -262,14 +291,22 @@ def evaluate(args: argparse.Namespace) -> None:
         path = out if len(splits) == 1 else out.with_name(f"{out.stem}-{split.name}{out.suffix or '.json'}")
         results = evaluate_split(predictor, split, cfg)
         write_results(path, results)
-        logger.info(f"{split.name}: {len(results)} detections in {path}")
-        if hasattr(split, "write_submission"):  # data sets whose challenge takes another format
+        logger.info(f"{split.name}: {len(results)} {'proposals' if cfg.MODE_RPN_ONLY else 'detections'} in {path}")
+        # Data sets whose challenge takes another format.
+        if hasattr(split, "write_submission") and not cfg.MODE_RPN_ONLY:
             logger.info(f"for submission: {', '.join(split.write_submission(path, results))}")
-        metrics = split.evaluate(results)
+        metrics = _score(split, results, cfg)
         every.update(metrics if len(splits) == 1 else {f"{split.name}/{k}": v for k, v in metrics.items()})
     target = out.with_name(f"{out.stem}.metrics.json")
     write_json(target, without_nan(every), indent=1)
     logger.info(f"scores in {target}")
+
+
+def _score(split: Any, results: list[dict], cfg: Config) -> dict[str, float]:
+    """By the data set's own protocol, or the recall of proposals."""
+    from eval import evaluate_proposals
+
+    return evaluate_proposals(split, results) if cfg.MODE_RPN_ONLY else split.evaluate(results)
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -320,11 +357,14 @@ def train(args: argparse.Namespace) -> int:
     weights, meta = _load(args)
     cfg, _ = _settings(args, weights, meta)
     logdir, cfg, resume_from = _open_logdir(args, cfg)
+    weights = weights and _of_this_model(weights, cfg, args.load)
     backbone = None
-    if cfg.BACKBONE.WEIGHTS and weights is None and resume_from is None:
+    if cfg.BACKBONE.WEIGHTS and (weights is None or args.partial_load) and resume_from is None:
         from utils.checkpoint import load_weights
 
         backbone, _ = load_weights(os.path.expanduser(cfg.BACKBONE.WEIGHTS))
+        backbone = _of_this_model(backbone, cfg, cfg.BACKBONE.WEIGHTS)
+        weights = weights and _completed(weights, backbone, args.load, cfg.BACKBONE.WEIGHTS)
     elif not (weights or resume_from) and cfg.BACKBONE.NORM == "FreezeBN":
         logger.warning(
             "BACKBONE.NORM=FreezeBN without weights normalises nothing: give BACKBONE.WEIGHTS or --load, "
@@ -438,7 +478,7 @@ def _evaluation_builder(
             for split in splits:
                 results = evaluate_split(predictors, split, cfg, (rank, size), _gather if size > 1 else None)
                 if rank == 0:
-                    scores = split.evaluate(results)
+                    scores = _score(split, results, cfg)
                     metrics.update(scores if len(splits) == 1 else {f"{split.name}/{k}": v for k, v in scores.items()})
             return metrics
 
