@@ -121,6 +121,7 @@ _OPTIONAL_TYPES = {
     "FPN.NORM": (str,),
     "TRAIN.SEED": (int,),
     "TRAIN.FREEZE_PATTERN": (str,),
+    "FRCNN.BG_THRESH_HI": (float,),
 }
 
 
@@ -226,7 +227,7 @@ def default_config() -> Config:
                 "STRIDE_FROM_SIZE": False,
                 "POSITIVE_ANCHOR_THRESH": 0.7,
                 "NEGATIVE_ANCHOR_THRESH": 0.3,
-                "FG_RATIO": 0.5,
+                "FG_RATIO": 0.5,  # foreground is at most this share of a batch
                 "BATCH_PER_IM": 256,
                 "MIN_SIZE": 0.0,  # proposals with a side of this many pixels or less are dropped
                 "PROPOSAL_NMS_THRESH": 0.7,
@@ -248,8 +249,12 @@ def default_config() -> Config:
             },
             "FRCNN": {
                 "BATCH_PER_IM": 512,
-                "FG_THRESH": 0.5,
-                "FG_RATIO": 0.25,
+                "FG_THRESH": 0.5,  # IoU from which a RoI is foreground (a cascade: CASCADE.IOUS)
+                # IoU from which and below which a RoI is background; those in neither class are not trained on. None:
+                # all below the foreground's. Fast R-CNN had 0.1 to 0.5, which prefers the hard ones (Girshick 2015).
+                "BG_THRESH_LO": 0.0,
+                "BG_THRESH_HI": None,
+                "FG_RATIO": 0.25,  # foreground is at most this share of a batch
                 "BBOX_REG_WEIGHTS": [10.0, 10.0, 5.0, 5.0],
                 "BBOX_LOSS": "smooth_l1",  # smooth_l1 | giou, as in the RPN; of all stages of a cascade
                 "BBOX_LOSS_WEIGHT": 1.0,
@@ -419,6 +424,7 @@ def finalize_config(cfg: Config) -> Config:
         check(len(sizes) == len(strides), "RPN.ANCHOR_SIZES", f"needs one size for each of the strides {strides}")
     if cfg.RPN.CELL_ANCHORS:
         _check_cell_anchors(cfg)
+    _check_sampling(cfg, check)
     for key in ("RPN.BBOX_LOSS_WEIGHT", "FRCNN.BBOX_LOSS_WEIGHT"):
         check(cfg.get(key) >= 0, key, "must be 0 or more")
     check(0 <= cfg.FRCNN.ROI_SAMPLES <= 4, "FRCNN.ROI_SAMPLES", "1 to 4, or 0 for the size of a bin")
@@ -453,6 +459,27 @@ def _check_augmentation(cfg: Config, check: Callable[[bool, str, str], None]) ->
     check(0 <= preproc.MIN_VISIBLE < 1, "PREPROC.MIN_VISIBLE", "a share, 0 or more and below 1")
     check(0 <= preproc.COPY_PASTE <= 1, "PREPROC.COPY_PASTE", "a probability, 0 to 1")
     check(0 <= preproc.PHOTOMETRIC <= 1, "PREPROC.PHOTOMETRIC", "a strength, 0 to 1")
+
+
+def _check_sampling(cfg: Config, check: Callable[[bool, str, str], None]) -> None:
+    """Which anchors and RoIs are trained on, and how many proposals there are."""
+    for group in ("RPN", "FRCNN"):
+        check(cfg.get(f"{group}.BATCH_PER_IM") >= 1, f"{group}.BATCH_PER_IM", "must be 1 or more")
+        check(0 < cfg.get(f"{group}.FG_RATIO") <= 1, f"{group}.FG_RATIO", "a share, above 0 and up to 1")
+    for phase in ("TRAIN", "TEST"):
+        for name in ("PRE_NMS", "POST_NMS", "PER_LEVEL_NMS", "FPN_NMS"):
+            key = f"RPN.{phase}_{name}_TOPK"
+            check(cfg.get(key) >= 1, key, "must be 1 or more")
+    check(0 <= cfg.RPN.PROPOSAL_NMS_THRESH <= 1, "RPN.PROPOSAL_NMS_THRESH", "an overlap, from 0 to 1")
+    low, high = cfg.RPN.NEGATIVE_ANCHOR_THRESH, cfg.RPN.POSITIVE_ANCHOR_THRESH
+    check(0 <= low <= high <= 1, "RPN.NEGATIVE_ANCHOR_THRESH", f"from 0 to RPN.POSITIVE_ANCHOR_THRESH={high}, up to 1")
+    foreground, name = cfg.FRCNN.FG_THRESH, "FRCNN.FG_THRESH"
+    check(0 < foreground <= 1, name, "an overlap, above 0 and up to 1")
+    if cfg.FPN.CASCADE:
+        foreground, name = cfg.CASCADE.IOUS[0], "the first of CASCADE.IOUS"
+    high = foreground if cfg.FRCNN.BG_THRESH_HI is None else cfg.FRCNN.BG_THRESH_HI
+    check(0 < high <= foreground, "FRCNN.BG_THRESH_HI", f"an overlap above 0, up to {name} ({foreground}), or None")
+    check(0 <= cfg.FRCNN.BG_THRESH_LO < high, "FRCNN.BG_THRESH_LO", f"an overlap, from 0 to below {high}")
 
 
 def _check_cell_anchors(cfg: Config) -> None:

@@ -47,7 +47,8 @@ def covered_by_crowd(boxes, batch, cfg):
 
 
 def sample_rois(proposals, valid, batch, cfg):
-    """Adds the ground truth to the proposals and samples BATCH_PER_IM of them, FG_RATIO of which foreground at most.
+    """Adds the ground truth to the proposals and samples BATCH_PER_IM of them, FG_RATIO of which foreground at most,
+    the rest background of BG_THRESH_LO <= IoU < BG_THRESH_HI.
 
     proposals [N,P,4], valid bool [N,P] -> SampledRois and stats. No gradients.
     """
@@ -59,6 +60,11 @@ def sample_rois(proposals, valid, batch, cfg):
     labels, match, iou = label_rois(boxes, valid, batch, cfg.CASCADE.IOUS[0] if cfg.FPN.CASCADE else frcnn.FG_THRESH)
     foreground = labels > 0
     background = tf.logical_and(valid, tf.logical_not(foreground))
+    best = tf.reduce_max(iou, 2)
+    if frcnn.BG_THRESH_HI is not None:
+        background = tf.logical_and(background, best < frcnn.BG_THRESH_HI)
+    if frcnn.BG_THRESH_LO > 0:
+        background = tf.logical_and(background, best >= frcnn.BG_THRESH_LO)
     if frcnn.CROWD_OVERLAP_THRESH < 1:
         background = tf.logical_and(background, tf.logical_not(covered_by_crowd(boxes, batch, cfg)))
     fg_limit = int(frcnn.BATCH_PER_IM * frcnn.FG_RATIO)

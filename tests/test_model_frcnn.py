@@ -78,6 +78,29 @@ def test_sampling_takes_foreground_first_up_to_its_ratio_and_only_valid_rows():
     assert stats["frcnn/num_foreground"] == 10 and stats["frcnn/num_background"] == 30
 
 
+@pytest.mark.parametrize(
+    "fg, low, high, ratio", [(0.5, 0.0, None, 0.5), (0.7, 0.0, None, 0.25), (0.6, 0.1, 0.5, 0.1), (0.5, 0.3, None, 1.0)]
+)
+def test_thresholds_and_ratio_decide_what_is_sampled(fg, low, high, ratio):
+    cfg = tiny_config(
+        "FRCNN.BATCH_PER_IM=60", f"FRCNN.FG_RATIO={ratio}", f"FRCNN.FG_THRESH={fg}",
+        f"FRCNN.BG_THRESH_LO={low}", f"FRCNN.BG_THRESH_HI={high}",
+    )  # fmt: skip
+    batch = make_batch([(128, 128)], [[(10, 10, 60, 60, 1), (40, 30, 110, 90, 2)]], cfg)
+    far = np.random.RandomState(9).uniform(0, 100, [1, 100, 2])
+    proposals = np.concatenate([jittered(batch, 200), np.concatenate([far, far + 8], -1)], 1).astype(np.float32)
+    rois, _ = sampled(batch, proposals, np.ones([1, 300], bool), cfg)
+    everything = np.concatenate([proposals[0], batch["gt_boxes"][0]])
+    best = pairwise_iou(everything, batch["gt_boxes"][0]).max(1)
+    foreground, background = best >= fg, (best >= low) & (best < (high or fg))
+    num_fg = min(foreground.sum(), int(60 * ratio))
+    num_bg = min(background.sum(), 60 - num_fg)
+    assert (rois["labels"][0] > 0).sum() == num_fg and rois["valid"][0].sum() == num_fg + num_bg
+    own = pairwise_iou(rois["boxes"][0], batch["gt_boxes"][0]).max(1)[rois["valid"][0]]
+    assert (own[:num_fg] >= fg).all()
+    assert (own[num_fg:] >= low).all() and (own[num_fg:] < (high or fg)).all()
+
+
 def test_sampling_leaves_the_rest_invalid_when_there_is_too_little():
     cfg = tiny_config("FRCNN.BATCH_PER_IM=40")
     batch = make_batch([(128, 128)], [[(10, 10, 60, 60, 1)]], cfg)

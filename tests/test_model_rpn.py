@@ -212,6 +212,30 @@ def test_losses_touch_the_sampled_anchors_only():
     assert np.count_nonzero(by_deltas.any(-1)) == stats["rpn/num_positive"] >= 1
 
 
+@pytest.mark.parametrize("batch_size, ratio, positives", [(16, 0.25, 4), (16, 0.5, 8), (60, 1.0, None)])
+def test_the_sample_has_its_size_and_at_most_its_share_of_foreground(batch_size, ratio, positives):
+    """As many background anchors as the foreground leaves room for."""
+    cfg = tiny_config(f"RPN.BATCH_PER_IM={batch_size}", f"RPN.FG_RATIO={ratio}", "RPN.POSITIVE_ANCHOR_THRESH=0.3")
+    batch = make_batch([(96, 96)], [[(10, 12, 50, 48, 1), (40, 40, 80, 84, 2), (70, 4, 90, 26, 1)]], cfg)
+    anchors = toy_anchors()
+    foreground, background, _ = match(anchors, batch["gt_boxes"], batch["gt_labels"] > 0, cfg)
+    assert 8 < foreground.sum() < 60 < background.sum()
+
+    def make():
+        logits = tf.zeros([1, len(anchors)])
+        losses, stats = model_rpn.rpn_losses(
+            logits, tf.zeros([1, len(anchors), 4]), tf.constant(anchors), constants(batch), cfg
+        )
+        return stats, tf.gradients(losses["rpn/class_loss"], logits)[0]
+
+    stats, gradient = evaluate(make)
+    positives = positives or foreground.sum()
+    assert stats["rpn/num_positive"] == positives and stats["rpn/num_sampled"] == batch_size
+    # With logits 0 the gradient's sign tells the target.
+    assert (gradient < 0).sum() == positives and (gradient > 0).sum() == batch_size - positives
+    assert foreground[gradient < 0].all() and background[gradient > 0].all()
+
+
 def test_anchors_in_crowd_regions_are_no_background_when_asked():
     anchors = np.array([[0, 0, 10, 10], [40, 40, 50, 50], [80, 80, 90, 90]], np.float32)
     counts = []
