@@ -1,10 +1,10 @@
 # Everything that needs an environment builds it first, from the pinned requirements, in .venv.
 #   make demo          train, score and draw a small Mask R-CNN on the CPU, in minutes
-#   make test          the whole test suite; make quick = the part that takes seconds
+#   make test          the whole test suite; make quick = the part that takes seconds; with Horovod, its tests too
 #   make lint          style and common mistakes
 #   make test-pythons  the quick tests under every supported Python that is installed
 #   make parity        compare with recorded results of another implementation, at ../shared/golden or GOLDEN=DIR
-#   make horovod       build and install Horovod; make test-horovod = its tests
+#   make horovod       build and install Horovod; make test-horovod = its tests alone
 #   make venv REQUIREMENTS=requirements-gpu.txt   the environment for NVIDIA GPUs
 #   make clean         remove caches; the environment, data and runs stay
 PYTHON ?= python3

@@ -8,6 +8,7 @@ import numpy as np
 
 from config import Config
 from model_rcnn import build_inference
+from utils.ranks import use_own_gpu
 from utils.tf_v1 import tf
 
 __all__ = ["Predictor", "inference_callable"]
@@ -41,6 +42,7 @@ class Predictor:
             attach = inference_callable(cfg)
             config = tf.ConfigProto(allow_soft_placement=True)
             config.gpu_options.allow_growth = True
+            use_own_gpu(config)
             self._session = tf.Session(graph=graph, config=config)
             load(self._session)
             self._predict = attach(self._session)

@@ -2,10 +2,12 @@
 """Train, evaluate and run Faster, Mask and Cascade R-CNN. `./train.py --help` explains every flag."""
 
 import argparse
+import dataclasses
 import os
 import re
 import sys
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ try:
 except ModuleNotFoundError as e:
     sys.exit(f"train.py: the Python package {e.name} is missing here; run `make venv`, then `. .venv/bin/activate`")
 from config import Config, default_config, finalize_config
+from utils import ranks
 
 # Settings that shape the network: taken from the file given to --load also when training.
 _MODEL_SETTINGS = re.compile(
@@ -96,7 +99,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit codes: 0 done, 2 something the user can fix, 130/143 stopped by a signal after saving, 1 anything else."""
+    """Exit codes: 0 done, 2 something the user can fix, 3 the loss is not finite, 4 another rank ended,
+    130/143 stopped by a signal after saving, 1 anything else."""
     args = parse_args(sys.argv[1:] if argv is None else argv)
     try:
         if args.print_config:
@@ -113,6 +117,9 @@ def main(argv: list[str] | None = None) -> int:
     except FloatingPointError as e:
         logger.error(str(e))
         return 3
+    except ranks.LostRank as e:
+        logger.error(str(e))
+        return 4
     except BrokenPipeError:
         return 1
     return 0
@@ -284,12 +291,16 @@ def evaluate(args: argparse.Namespace) -> None:
     if not splits:
         raise UserError("--evaluate: DATA.VAL names no data set; give one, e.g. --config DATA.VAL=coco_val2017")
     cfg = _with_classes(cfg, weights, splits)
+    rank, size = ranks.start()
     predictor = build_predictor(cfg, _weight_loader(weights, args.load, args))
     out = Path(args.evaluate)
     every = {}
     for split in splits:
         path = out if len(splits) == 1 else out.with_name(f"{out.stem}-{split.name}{out.suffix or '.json'}")
-        results = evaluate_split(predictor, split, cfg)
+        with ranks.lost_rank_in_one_line(size):
+            results = evaluate_split(predictor, split, cfg, (rank, size), ranks.gather if size > 1 else None)
+        if rank > 0:
+            continue
         write_results(path, results)
         logger.info(f"{split.name}: {len(results)} {'proposals' if cfg.MODE_RPN_ONLY else 'detections'} in {path}")
         # Data sets whose challenge takes another format.
@@ -297,9 +308,10 @@ def evaluate(args: argparse.Namespace) -> None:
             logger.info(f"for submission: {', '.join(split.write_submission(path, results))}")
         metrics = _score(split, results, cfg)
         every.update(metrics if len(splits) == 1 else {f"{split.name}/{k}": v for k, v in metrics.items()})
-    target = out.with_name(f"{out.stem}.metrics.json")
-    write_json(target, without_nan(every), indent=1)
-    logger.info(f"scores in {target}")
+    if rank == 0:
+        target = out.with_name(f"{out.stem}.metrics.json")
+        write_json(target, without_nan(every), indent=1)
+        logger.info(f"scores in {target}")
 
 
 def _score(split: Any, results: list[dict], cfg: Config) -> dict[str, float]:
@@ -352,24 +364,72 @@ def _open_logdir(args: argparse.Namespace, cfg: Config) -> tuple[Path, Config, s
     return logdir, cfg, newest
 
 
-def train(args: argparse.Namespace) -> int:
-    started = time.time()
+@dataclasses.dataclass
+class _Start:
+    """What a run begins with."""
+
+    cfg: Config
+    logdir: Path
+    step: int = 0
+    weights: dict | None = None
+    origin: str = ""  # of the weights
+    expect: str = "all"  # what the weights must hold
+
+
+def _begin(args: argparse.Namespace) -> _Start:
+    """From the command line, and from the run directory where it holds a run."""
+    from utils.checkpoint import load_weights
+
     weights, meta = _load(args)
     cfg, _ = _settings(args, weights, meta)
     logdir, cfg, resume_from = _open_logdir(args, cfg)
+    if cfg.TRAIN.SEED is None:  # chosen once, so that the run can be resumed and repeated
+        cfg = cfg.copy()
+        cfg.TRAIN.SEED = int.from_bytes(os.urandom(3), "little")
+        cfg.freeze()
+    if resume_from is not None:
+        weights, _ = load_weights(logdir)
+        step = int(weights["global_step"])
+        return _Start(cfg, logdir, step, weights, f"{logdir} at step {step}")
     weights = weights and _of_this_model(weights, cfg, args.load)
-    backbone = None
-    if cfg.BACKBONE.WEIGHTS and (weights is None or args.partial_load) and resume_from is None:
-        from utils.checkpoint import load_weights
-
+    if cfg.BACKBONE.WEIGHTS and (weights is None or args.partial_load):
         backbone, _ = load_weights(os.path.expanduser(cfg.BACKBONE.WEIGHTS))
         backbone = _of_this_model(backbone, cfg, cfg.BACKBONE.WEIGHTS)
-        weights = weights and _completed(weights, backbone, args.load, cfg.BACKBONE.WEIGHTS)
-    elif not (weights or resume_from) and cfg.BACKBONE.NORM == "FreezeBN":
+        if weights is None:
+            return _Start(cfg, logdir, 0, backbone, cfg.BACKBONE.WEIGHTS, "backbone")
+        weights = _completed(weights, backbone, args.load, cfg.BACKBONE.WEIGHTS)
+    if weights is not None:
+        return _Start(cfg, logdir, 0, weights, args.load)
+    if cfg.BACKBONE.NORM == "FreezeBN":
         logger.warning(
             "BACKBONE.NORM=FreezeBN without weights normalises nothing: give BACKBONE.WEIGHTS or --load, "
             "or train from scratch with BACKBONE.NORM=GN BACKBONE.FREEZE_AT=0"
         )
+    return _Start(cfg, logdir)
+
+
+def _begin_with_the_others(args: argparse.Namespace, rank: int) -> _Start:
+    """As `_begin` on rank 0, whose settings, step and weights are everybody's: other machines may not see its files."""
+    start = _begin(args) if rank == 0 else None
+    flat, logdir, step = ranks.from_first((start.cfg.to_dict(), start.logdir, start.step) if start else None)
+    if start:
+        return start
+    return _Start(finalize_config(default_config().update_from_dict(flat, "settings of rank 0")), logdir, step)
+
+
+def train(args: argparse.Namespace) -> int:
+    started = time.time()
+    rank, size = ranks.start()
+    with ranks.lost_rank_in_one_line(size):
+        return _train(args, rank, size, started)
+
+
+def _train(args: argparse.Namespace, rank: int, size: int, started: float) -> int:
+    chief = rank == 0
+    start = _begin(args) if size == 1 else _begin_with_the_others(args, rank)
+    cfg, logdir = start.cfg, start.logdir
+    if size > 1 and cfg.TRAINER != "horovod":
+        raise UserError(f"{size} processes were launched to train together, which needs --config TRAINER=horovod")
 
     from data import batch_image_ids, training_dataflow, training_keys
     from dataset import class_count_table, load_training_split, load_validation_splits
@@ -380,43 +440,36 @@ def train(args: argparse.Namespace) -> int:
     validation = load_validation_splits(cfg) if cfg.TRAIN.EVAL_PERIOD else []
     for data in (split, *validation):
         quick_check(data)
+    if size > 1:
+        mine = len(split), zlib.crc32(split.image_sizes().tobytes())
+        if ranks.from_first(mine) != mine:
+            raise UserError(f"rank {rank} finds {len(split)} other training images than rank 0: copy DATA.BASEDIR anew")
     logger.info(f"{len(split)} training images of {', '.join(cfg.DATA.TRAIN)}\n{class_count_table(split)}")
-
-    if resume_from is not None:
-        from utils.checkpoint import load_weights
-
-        weights, resumed_meta = load_weights(logdir)
-        start_step = int(weights["global_step"])
-        origin = f"{logdir} at step {start_step}"
-    else:
-        weights, start_step, origin = weights or backbone, 0, args.load or cfg.BACKBONE.WEIGHTS
 
     from training import Interrupted, local_devices, make_plan, make_trainer, run_training
     from utils.checkpoint import make_meta
 
     devices = local_devices(cfg)
     trainer = make_trainer(cfg, devices)
-    rank, size = (trainer.hvd.rank(), trainer.hvd.size()) if cfg.TRAINER == "horovod" else (0, 1)
-    chief = rank == 0
     plan = make_plan(cfg, size * len(devices), len(split))
     if chief:
         logger.info(f"plan\n{plan.table()}")
-    if start_step >= plan.total_steps:
+    if start.step >= plan.total_steps:
         raise UserError(
-            f"{logdir} has finished its {start_step} steps; raise TRAIN.MAX_STEPS or TRAIN.LR_SCHEDULE to train longer"
+            f"{logdir} has finished its {start.step} steps; raise TRAIN.MAX_STEPS or TRAIN.LR_SCHEDULE to train longer"
         )
-    if start_step:
-        logger.info(f"continuing {origin}")
-    run_meta = make_meta(cfg.to_dict(), cfg.DATA.CLASS_NAMES, start_step)
+    if start.step:
+        logger.info(f"continuing {start.origin}")
+    run_meta = make_meta(cfg.to_dict(), cfg.DATA.CLASS_NAMES, start.step)
     run_meta["category_ids"] = [split.label_to_category_id(i + 1) for i in range(len(split.class_names))]
     if chief:
         logdir.mkdir(parents=True, exist_ok=True)
         write_json(logdir / "settings.json", run_meta, indent=1)
 
     def load(sess: Any) -> None:
-        if weights is not None:
-            _weight_loader(weights, origin, args, "backbone" if weights is backbone else "all")(sess)
-        if resume_from is None:
+        if start.weights is not None:
+            _weight_loader(start.weights, start.origin, args, start.expect)(sess)
+        if start.step == 0:
             from utils.tf_v1 import tf
 
             with sess.graph.as_default():
@@ -424,7 +477,7 @@ def train(args: argparse.Namespace) -> int:
 
     per_step = plan.accumulation * len(devices)
     dataflow = training_dataflow(
-        split, cfg, start_batch=start_step * per_step, shard=(rank, size), batches_per_step=per_step
+        split, cfg, start_batch=start.step * per_step, shard=(rank, size), batches_per_step=per_step
     )
 
     def describe_batch(step: int) -> str:
@@ -437,7 +490,8 @@ def train(args: argparse.Namespace) -> int:
             describe_batch, _evaluation_builder(cfg, validation, devices, trainer, rank, size) if validation else None,
         )  # fmt: skip
     except Interrupted as e:
-        logger.warning(f"stopped by {e}; continue with: ./train.py --resume --logdir {logdir}")
+        if chief:
+            logger.warning(f"stopped by {e}; continue with: ./train.py --resume --logdir {logdir}")
         return 128 + e.signal_number
     if chief:
         if metrics:
@@ -452,10 +506,6 @@ def _training_classes(cfg: Config, split: Any) -> Config:
     cfg = cfg.copy()
     cfg.DATA.CLASS_NAMES = list(split.class_names)
     cfg.DATA.NUM_CATEGORY = len(split.class_names)
-    if cfg.TRAIN.SEED is None and cfg.TRAINER == "horovod":
-        raise UserError("setting TRAIN.SEED=None: with TRAINER=horovod all processes need the same number; give one")
-    if cfg.TRAIN.SEED is None:  # chosen once, so that the run can be resumed and repeated
-        cfg.TRAIN.SEED = int.from_bytes(os.urandom(3), "little")
     return cfg.freeze()
 
 
@@ -476,22 +526,13 @@ def _evaluation_builder(
             predictors = [a(sess) for a in attach]
             metrics = {}
             for split in splits:
-                results = evaluate_split(predictors, split, cfg, (rank, size), _gather if size > 1 else None)
+                results = evaluate_split(predictors, split, cfg, (rank, size), ranks.gather if size > 1 else None)
                 if rank == 0:
                     scores = _score(split, results, cfg)
                     metrics.update(scores if len(splits) == 1 else {f"{split.name}/{k}": v for k, v in scores.items()})
             return metrics
 
         return evaluate
-
-    def _gather(parts: list) -> list:
-        """All processes' results in all processes; in a graph of its own, since that of the training is finished."""
-        import horovod.tensorflow as hvd
-
-        from utils.tf_v1 import tf
-
-        with tf.Graph().as_default(), tf.Session() as sess:
-            return hvd.allgather_object(parts, session=sess, name="results")
 
     return build
 

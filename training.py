@@ -39,9 +39,13 @@ from tensorpack.tfutils.sessinit import SessionInit
 from tensorpack.train.base import StopTraining
 from tensorpack.utils import logger as tensorpack_logger
 
+from utils import ranks
 from utils.checkpoint import save_tf_checkpoint
 
 __all__ = ["Interrupted", "TrainingPlan", "make_plan", "run_training", "session_config"]
+
+# What fails is raised and reported once, by train.py; tensorpack's own report of it misuses the logging module.
+tensorpack_logger._logger.setLevel("CRITICAL")
 
 
 # ----------------------------------------------------------------------------------------------------------- the plan
@@ -226,8 +230,7 @@ class DetectionModel(ModelDesc):
         if self._plan.replicas == 1:
             return lambda x: x
         if self._cfg.TRAINER == "horovod":
-            import horovod.tensorflow as hvd
-
+            hvd = ranks.horovod()
             return lambda x: hvd.allreduce(x, op=hvd.Sum)
         return collective_sum(self._plan.replicas)
 
@@ -330,14 +333,14 @@ def _horovod_trainer():
             # As tensorpack's, which asks TensorFlow 2 for functions it no longer has.
             self._num_global_variables = len(tf.global_variables())
             self._broadcast_op = self.hvd.broadcast_global_variables(0)
-            if visible_gpus():
-                session_creator.config.gpu_options.visible_device_list = str(self.hvd.local_rank())
+            ranks.use_own_gpu(session_creator.config)
             super(HorovodTrainer, self).initialize(session_creator, session_init)
 
         def any_rank(self, flag):
             """A float scalar -> its maximum over all ranks."""
             return self.hvd.allreduce(flag, op=self.hvd.Max)
 
+    ranks.horovod()
     trainer = DistributedTrainer()
     trainer.BROADCAST_EVERY_EPOCH = False
     return trainer
@@ -495,7 +498,8 @@ class Checkpoints(Callback):
             if self.stop_signal is not None:
                 raise KeyboardInterrupt
             self.stop_signal = number
-            logger.warning(f"{signal.Signals(number).name}: saving a checkpoint after this step, then stopping")
+            if self._chief:
+                logger.warning(f"{signal.Signals(number).name}: saving a checkpoint after this step, then stopping")
 
         self._old = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
 
@@ -618,8 +622,6 @@ def run_training(
 
     load(sess) puts weights (and, when resuming, momentum and step) in place. Raises Interrupted after a signal.
     """
-    # What fails is raised and reported once, by train.py; its own report of it misuses the logging module.
-    tensorpack_logger._logger.setLevel("CRITICAL")
     with tf.Graph().as_default():
         return _run_in_graph(
             cfg, plan, dataflow, keys, devices, trainer, logdir, meta, load, describe_batch, build_evaluation

@@ -8,6 +8,9 @@
 #   --force          build again even when this Horovod is installed or cached
 #   --check          only check the Horovod that is installed
 #
+# Needs a C++ compiler and make, and cmake, which comes from the package index where the machine has none. Exit code 3:
+# the compiler or make is missing, which an administrator must install; 1: anything else.
+#
 # Returns at once when it is installed already. The wheel is kept in ${XDG_CACHE_HOME:-~/.cache}/packrcnn, under a name
 # that holds the versions of Horovod, TensorFlow, Python, the C library, the machine type and the kind of GPU reduction,
 # so that the next environment needs seconds instead of minutes. A wheel is cached and installed only after it has
@@ -22,6 +25,7 @@ set -euo pipefail
 
 VERSION=0.28.1
 SHA256=92a43f5a94c43907a56805bad15f19700c62ffc83b7ca483f9e104e229f67ef0
+CMAKE=cmake==3.31.10 # for machines that have none
 # Horovod's imports. cffi, which it also lists, serves PyTorch alone.
 RUNTIME=(cloudpickle==3.1.2 PyYAML==6.0.3 psutil packaging)
 
@@ -30,6 +34,11 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 die() {
     echo "install_horovod: $*" >&2
     exit 1
+}
+
+missing() {
+    echo "install_horovod: $*" >&2
+    exit 3
 }
 
 usage() { sed -n '2,/^$/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
@@ -173,9 +182,15 @@ amend() {
 
 build() {
     local cmake=${HOROVOD_CMAKE:-cmake} release
-    command -v "$cmake" >/dev/null || die "cmake is missing: apt-get install cmake, or $python -m pip install cmake"
-    command -v "${CXX:-g++}" >/dev/null || die "${CXX:-g++} is missing: apt-get install g++ (8 or newer)"
-    command -v make >/dev/null || die "make is missing: apt-get install make"
+    command -v "${CXX:-g++}" >/dev/null || missing "${CXX:-g++} is missing: apt-get install g++ (8 or newer)"
+    command -v make >/dev/null || missing "make is missing: apt-get install make"
+    if ! command -v "$cmake" >/dev/null; then
+        [ -z "${HOROVOD_CMAKE:-}" ] || die "HOROVOD_CMAKE=$HOROVOD_CMAKE is not a program"
+        echo "cmake is missing on this machine: taking $CMAKE from the package index for this build"
+        "$python" -m pip install -q --disable-pip-version-check --target "$work/cmake" "$CMAKE" >>"$log" 2>&1 ||
+            fail "pip cannot install $CMAKE: apt-get install cmake, or make the package index reachable"
+        cmake=$work/cmake/cmake/data/bin/cmake
+    fi
     release=$("$cmake" --version | sed -n '1s/.*version \([0-9]*\.[0-9]*\).*/\1/p')
     [ "$(printf '3.13\n%s\n' "$release" | sort -V | head -n 1)" = 3.13 ] || die "cmake is $release and must be 3.13 or newer"
     echo 'int main() { if constexpr (true) return 0; }' >"$work/probe.cc"
@@ -213,7 +228,7 @@ build() {
     (
         cd "$work/horovod-$VERSION"
         export PYTHONPATH=$work/tools TF_CPP_MIN_LOG_LEVEL=3
-        export HOROVOD_LOCAL_VERSION=$local_version
+        export HOROVOD_LOCAL_VERSION=$local_version HOROVOD_CMAKE=$cmake
         export HOROVOD_WITH_TENSORFLOW=1 HOROVOD_WITH_GLOO=1
         export HOROVOD_WITHOUT_MPI=1 HOROVOD_WITHOUT_PYTORCH=1 HOROVOD_WITHOUT_MXNET=1
         if [ -n "$gpu" ]; then export HOROVOD_GPU_OPERATIONS=$gpu; else unset HOROVOD_GPU_OPERATIONS; fi

@@ -107,12 +107,21 @@ def test_a_directory_of_something_else_is_refused(tmp_path, capsys):
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def data_of_one_size(folder) -> list[str]:
-    """Settings of the 640 x 480 photographs alone, at a size without padding: then batches of any size agree."""
+def data_of_one_size(folder, images=4) -> list[str]:
+    """Settings of the 640 x 480 photographs alone, at a size without padding: then batches of any size agree.
+
+    They are repeated under other ids until there are as many as asked for.
+    """
     content = json.loads((COCO_MINI / "annotations/instances_train2017.json").read_text())
-    content["images"] = [i for i in content["images"] if (i["width"], i["height"]) == (640, 480)]
-    ids = {i["id"] for i in content["images"]}
-    content["annotations"] = [a for a in content["annotations"] if a["image_id"] in ids]
+    found = [i for i in content["images"] if (i["width"], i["height"]) == (640, 480)]
+    annotations = content["annotations"]
+    content["images"], content["annotations"] = [], []
+    for number in range(images):
+        image = found[number % len(found)]
+        content["images"].append({**image, "id": number + 1})
+        for annotation in (a for a in annotations if a["image_id"] == image["id"]):
+            identity = len(content["annotations"]) + 1
+            content["annotations"].append({**annotation, "id": identity, "image_id": number + 1})
     path = folder / "one_size.json"
     path.write_text(json.dumps(content))
     return [

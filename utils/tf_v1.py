@@ -26,6 +26,8 @@ if not _VERBOSE:
 if visible_gpus() == 0:
     # The multi-threaded CPU gradient of crop_and_resize accumulates without synchronisation and is wrong (errors up
     # to 10 % of the largest gradient) unless deterministic kernels are asked for. GPU kernels refuse to run under it.
+    if "tensorflow" in sys.modules and "TF_DETERMINISTIC_OPS" not in os.environ:
+        raise ImportError("TensorFlow was imported before utils.tf_v1, which must prepare it: import this one first")
     os.environ.setdefault("TF_DETERMINISTIC_OPS", "1")
 
 

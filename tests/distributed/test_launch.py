@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("horovod.tensorflow", reason="horovod is not installed: make horovod")
+pytest.importorskip("horovod", reason="horovod is not installed: make horovod")
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 NODE = str(REPOSITORY / "scripts/horovod_node.py")

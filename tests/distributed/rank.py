@@ -1,0 +1,52 @@
+"""A rank of the jobs in test_training.py: train.py, after which the test can see what each rank held and read.
+
+    rank.py FOLDER ARGUMENTS OF train.py…      "RANK" in an argument becomes the number of the rank
+
+Writes to FOLDER: pid-R as soon as the rank runs; with each checkpoint state-R.npz, all variables of rank R, and
+images-R.json, the ids of the images in each batch that it has read (with DATA.NUM_WORKERS=0); found-R-SET.json, what
+an evaluation on SET found as rank R sees it.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+
+import numpy as np
+
+import data
+import eval
+import train
+import training
+from utils.tf_v1 import tf
+
+folder, arguments = Path(sys.argv[1]), sys.argv[2:]
+rank = os.environ.get("HOROVOD_RANK", "0")
+batches: list[list] = []
+make_batch, save, evaluate_split = data._BatchMaker.make, training.Checkpoints.save, eval.evaluate_split
+
+
+def recorded_batch(self, batch, *args):
+    batches.append([self.split.image_id(i) for i in self.members(batch)[0]])
+    return make_batch(self, batch, *args)
+
+
+def recorded_save(self):
+    np.savez(folder / f"state-{rank}.npz", **{v.op.name: self.trainer.sess.run(v) for v in tf.global_variables()})
+    (folder / f"images-{rank}.json").write_text(json.dumps(batches))
+    save(self)
+
+
+def recorded_evaluation(predict, split, *args):
+    results = evaluate_split(predict, split, *args)
+    eval.write_results(folder / f"found-{rank}-{split.name}.json", results)
+    return results
+
+
+data._BatchMaker.make, training.Checkpoints.save = recorded_batch, recorded_save
+eval.evaluate_split = recorded_evaluation
+(folder / f".pid-{rank}").write_text(str(os.getpid()))
+(folder / f".pid-{rank}").rename(folder / f"pid-{rank}")
+sys.exit(train.main([a.replace("RANK", rank) for a in arguments]))
