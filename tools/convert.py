@@ -825,14 +825,14 @@ def _derive_settings(variables: Mapping[str, np.ndarray]) -> dict[str, Any]:
     fpn = any(name.startswith("fpn/") for name in names)
     scopes = _output_scopes(variables)
     cascade = bool(scopes) and scopes[0].startswith("cascade")
-    settings.update(
-        {
-            "MODE_FPN": fpn,
-            "MODE_MASK": "maskrcnn/conv/W" in names,
-            "MODE_KEYPOINT": "keypointrcnn/deconv/W" in names,
-            "FPN.CASCADE": cascade,
-        }
-    )
+    settings["MODE_FPN"] = fpn
+    if any(re.match(r"(fastrcnn|cascade_rcnn_stage\d|maskrcnn|keypointrcnn)/", name) for name in names):
+        settings["MODE_MASK"] = "maskrcnn/conv/W" in names
+        settings["MODE_KEYPOINT"] = "keypointrcnn/deconv/W" in names
+        settings["FPN.CASCADE"] = cascade
+    else:
+        settings["MODE_RPN_ONLY"] = True
+        blocks[3] = blocks[3] or blocks[0]  # C4: a last stage that the file does not have, as deep as published ones
     if scopes and f"{scopes[0]}class/W" in names and f"{scopes[0]}box/W" in names:
         classes = out_channels(f"{scopes[0]}class/W") - 1
         settings["DATA.NUM_CATEGORY"] = classes
@@ -881,7 +881,9 @@ def expected_names(settings: Mapping[str, Any]) -> tuple[set[str], set[str]]:
     norm = {"GN": "gn", None: None}.get(settings["BACKBONE.NORM"], "bn")
     layer("conv0", norm)
     parts = ["conv1", "conv2"] + ["conv3"] * (settings["BACKBONE.BLOCK"] == "bottleneck")
-    for group, count in enumerate(settings["BACKBONE.RESNET_NUM_BLOCK"]):
+    alone = settings.get("MODE_RPN_ONLY", False)
+    groups = settings["BACKBONE.RESNET_NUM_BLOCK"]
+    for group, count in enumerate(groups[:3] if alone and not settings["MODE_FPN"] else groups):
         for block in range(count):
             # A basic block of the first stage has the channels of its input.
             shortcut = ["convshortcut"] if block == 0 and (group > 0 or "conv3" in parts) else []
@@ -899,6 +901,9 @@ def expected_names(settings: Mapping[str, Any]) -> tuple[set[str], set[str]]:
         for level in range(2, 6):
             layer(f"fpn/lateral_1x1_c{level}", norm, biased)
             layer(f"fpn/posthoc_3x3_p{level}", norm, biased)
+    if alone:
+        return expected, set()
+    if fpn:
         heads = ["fastrcnn/"]
         outputs = ["fastrcnn/outputs/"]
         if settings["FPN.CASCADE"]:
