@@ -1219,8 +1219,10 @@ def repeat_factors(split: DatasetSplit, threshold: float) -> np.ndarray:
     fraction = np.maximum(images_with, 1) / max(1, len(split))
     per_class = np.maximum(1.0, np.sqrt(threshold / fraction))
     factors = np.ones(len(split), np.float32)
-    owners = np.repeat(np.arange(len(split)), np.diff(c["first_object"]))[~c["crowd"]]
-    np.maximum.at(factors, owners, per_class[c["labels"][~c["crowd"]] - 1].astype(np.float32))
+    of_object = np.where(c["crowd"], 1.0, per_class.astype(np.float32)[c["labels"] - 1]).astype(np.float32)
+    shown = np.flatnonzero(np.diff(c["first_object"]))
+    if len(shown):
+        factors[shown] = np.maximum.reduceat(of_object, c["first_object"][shown])
     return factors
 
 
@@ -1231,13 +1233,16 @@ def class_aware_images(split: DatasetSplit, number: int, seed: int) -> np.ndarra
     """
     c = split._columns
     solid = ~c["crowd"]
-    owners = np.repeat(np.arange(len(split)), np.diff(c["first_object"]))[solid]
-    pairs = np.unique(c["labels"][solid].astype(np.int64) * len(split) + owners)  # by class, then image
-    labels, images = pairs // max(1, len(split)), pairs % max(1, len(split))
+    owners = np.repeat(np.arange(len(split), dtype=np.int32), np.diff(c["first_object"]))[solid]
+    labels = c["labels"][solid]
+    order = np.argsort(labels.astype(np.uint16 if len(split.class_names) < 1 << 16 else np.int32), kind="stable")
+    labels, images = labels[order], owners[order]  # by class, then image
+    once = np.concatenate([[True], (labels[1:] != labels[:-1]) | (images[1:] != images[:-1])]) if len(labels) else order
+    labels, images = labels[once], images[once]
     first = np.flatnonzero(np.concatenate([[True], labels[1:] != labels[:-1]])) if len(labels) else labels
     if not len(first):
         raise UserError(f"{split.name}: no image with an object to draw from")
     counts = np.diff(np.append(first, len(labels)))
     rng = np.random.default_rng(seed)
     chosen = rng.integers(0, len(first), number)
-    return images[first[chosen] + rng.integers(0, counts[chosen])]
+    return images[first[chosen] + rng.integers(0, counts[chosen])].astype(np.int64)
