@@ -279,8 +279,10 @@ def _jpeg_size(f) -> tuple[int, int] | None:
 
 def _header_sizes(files: Sequence[str]) -> np.ndarray:
     """int32 [n, 2] heights and widths; several files at once, since reading them is mostly waiting."""
+    parts = [files[start : start + 256] for start in range(0, len(files), 256)]
     with ThreadPoolExecutor(16) as pool:
-        return np.array(list(pool.map(image_header_size, files, chunksize=64)), np.int32).reshape(-1, 2)
+        found = pool.map(lambda part: [image_header_size(file) for file in part], parts)
+        return np.array([size for sizes in found for size in sizes], np.int32).reshape(-1, 2)
 
 
 # ------------------------------------------------------------------------------------------------ Pascal VOC
