@@ -898,6 +898,8 @@ def load_openimages(
     if group_of not in ("ignore", "object", "drop"):
         raise UserError(f"Open Images {directory}: group_of={group_of!r} must be ignore, object or drop")
     files = find_files(directory, split)
+    if list(class_names) == read_classes(files.classes)[1]:
+        class_names = ()  # a model of all classes shares the cache of its training
     size_file = directory / f"{split}-image-sizes.csv"
     folders = _image_folders(directory, split, image_folder) if check_images else [directory / split]
     sources = [p for p in (*files, size_file if size_file.is_file() else None) if p is not None]

@@ -429,9 +429,10 @@ def evaluate_coco(
         metrics.update(_score(iou_type, annotations, detections, images, classes, names))
     if verbose:
         counts = Counter(a["category_id"] for a in annotations if not a["iscrowd"])
-        logger.info(
-            "scores by class\n" + format_class_table(metrics, {names[c]: counts[i] for c, i in classes.items()})
-        )
+        shown = {names[c]: counts[i] for c, i in classes.items() if counts[i] or len(classes) <= 100}
+        hidden = len(classes) - len(shown)
+        what = f" ({hidden} without an object are not shown)" if hidden else ""
+        logger.info(f"scores by class{what}\n{format_class_table(metrics, shown)}")
         logger.info(f"COCO scores of {len(images)} images\n{format_scores(metrics)}")
     return metrics
 

@@ -415,6 +415,11 @@ def test_open_images_cache_is_used_until_a_file_changes(open_images, monkeypatch
     path = open_images / "validation-annotations-bbox.csv"
     path.write_text("\n".join(path.read_text().splitlines()[:-1]) + "\n")
     assert len(load_openimages("oid", open_images, "validation")._columns["boxes"]) == len(first._columns["boxes"]) - 1
+    # A model that names all classes in their order uses the same one.
+    assert len(list((open_images / ".packrcnn-cache").iterdir())) == 1
+    names = list(EXPECTED["classes"].values())
+    assert load_openimages("oid", open_images, "validation", names).class_names == names
+    assert len(list((open_images / ".packrcnn-cache").iterdir())) == 1
     # A damaged cache is made anew.
     for file in (open_images / ".packrcnn-cache").glob("*/boxes.npy"):
         file.write_bytes(b"")

@@ -661,6 +661,19 @@ def test_the_summary_is_logged_once_and_shows_every_class(logged):
 
 
 @pytest.mark.quick
+def test_of_hundreds_of_classes_only_those_with_objects_are_shown(logged):
+    truth = {
+        "images": [{"id": 1, "height": 50, "width": 50}],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 7, "bbox": [1, 1, 9, 9]}],
+        "categories": [{"id": i, "name": f"thing {i}"} for i in range(1, 102)],
+    }
+    metrics = scoring.evaluate_coco(truth, [])
+    text = logged.getvalue()
+    assert "(100 without an object are not shown)" in text and "thing 7 " in text and "thing 8" not in text
+    assert math.isnan(metrics["bbox/AP_per_class/thing 8"]) and metrics["bbox/AP_per_class/thing 7"] == 0
+
+
+@pytest.mark.quick
 def test_an_annotation_file_is_read_by_path(tmp_path):
     truth, results = make_dataset(16)
     path = tmp_path / "truth.json"
