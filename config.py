@@ -318,6 +318,12 @@ def default_config() -> Config:
                 "SOFT_NMS_MIN_SCORE": 0.001,
                 "RESULT_SCORE_THRESH_VIS": 0.5,  # what pictures show
                 "RESULTS_PER_IM": 100,
+                # Test-time augmentation of --predict and --evaluate, e.g. [400,600,800,1000,1200]: each image is looked
+                # at with these short edges instead of TEST_SHORT_EDGE_SIZE, and what was seen is merged (tta.py).
+                # Evaluations while training look once. The features of all views of a batch wait in host memory.
+                "AUG_SHORT_EDGES": [],
+                "AUG_MAX_SIZE": 4000,
+                "AUG_FLIP": True,  # with AUG_SHORT_EDGES: each of them mirrored too
             },
         }
     )
@@ -407,6 +413,10 @@ def finalize_config(cfg: Config) -> Config:
         check(0 <= cfg.get(key) < 1, key, "a score, from 0 to below 1")
     check(0 <= cfg.TEST.FRCNN_NMS_THRESH <= 1, "TEST.FRCNN_NMS_THRESH", "an overlap, from 0 to 1")
     check(cfg.TEST.SOFT_NMS_SIGMA > 0, "TEST.SOFT_NMS_SIGMA", "must be above 0")
+    edges = cfg.TEST.AUG_SHORT_EDGES
+    check(all(type(e) is int and e >= 16 for e in edges), "TEST.AUG_SHORT_EDGES", "a list of pixels, 16 or more each")
+    check(not (edges and cfg.MODE_RPN_ONLY), "TEST.AUG_SHORT_EDGES", "must be [] with MODE_RPN_ONLY: nothing is merged")
+    check(max(edges, default=0) <= cfg.TEST.AUG_MAX_SIZE, "TEST.AUG_MAX_SIZE", "at least the largest short edge")
     check(0 <= cfg.BACKBONE.FREEZE_AT <= 5, "BACKBONE.FREEZE_AT", "must be 0 to 5")
     check(len(cfg.BACKBONE.RESNET_NUM_BLOCK) == 4, "BACKBONE.RESNET_NUM_BLOCK", "four numbers, e.g. [3,4,6,3]")
     if cfg.BACKBONE.BLOCK == "basic":

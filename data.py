@@ -48,7 +48,7 @@ from utils import polygons
 
 __all__ = [
     "StepPlan", "TrainingFlow", "batch_image_ids", "inference_batches", "list_images", "make_batch", "read_image",
-    "read_split_image", "resized_shape", "training_dataflow", "training_keys",
+    "read_split_image", "resized_shape", "stack_images", "training_dataflow", "training_keys",
 ]  # fmt: skip
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
@@ -625,10 +625,21 @@ def _work(memory: int, shared: int, connection: int, slots: int, number: int, pa
 
 
 # ------------------------------------------------------------------------------------------------ inference
+def stack_images(images: Sequence[np.ndarray], cfg: Any) -> tuple[np.ndarray, np.ndarray]:
+    """N images uint8 [h, w, 3] -> image [N, H, W, 3] zero-padded at the bottom and right, image_shape int32 [N, 2]."""
+    shapes = [image.shape[:2] for image in images]
+    batch = np.zeros((len(images), *_padded_size(shapes, cfg), 3), np.uint8)
+    for target, image in zip(batch, images):
+        target[: image.shape[0], : image.shape[1]] = image
+    return batch, np.array(shapes, np.int32)
+
+
 def inference_batches(
     images: DatasetSplit | Sequence[str], cfg: Any, shard: tuple[int, int] = (0, 1)
 ) -> Iterator[dict[str, Any]]:
     """Batches of TEST.BATCH_SIZE images, each image of this shard exactly once, read ahead by threads.
+
+    They are resized to TEST_SHORT_EDGE_SIZE, or as large as their files for test-time augmentation.
 
     Args:
         images: a split, whose images are batched by orientation, or files.
@@ -646,6 +657,8 @@ def inference_batches(
 
     def read(i: int) -> tuple[np.ndarray, tuple[int, int]]:
         image = read_split_image(images, i) if is_split else read_image(images[i])
+        if cfg.TEST.AUG_SHORT_EDGES:
+            return image, image.shape[:2]
         height, width = resized_shape(*image.shape[:2], short_edge, cfg.PREPROC.MAX_SIZE)
         return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR), image.shape[:2]
 
@@ -657,13 +670,10 @@ def inference_batches(
                 while len(ahead) < 3 and n + len(ahead) < len(chunks):
                     ahead.append([pool.submit(read, i) for i in chunks[n + len(ahead)]])
                 done = [job.result() for job in ahead.popleft()]
-                shapes = [image.shape[:2] for image, _ in done]
-                batch = np.zeros((len(done), *_padded_size(shapes, cfg), 3), np.uint8)
-                for target, (image, _) in zip(batch, done):
-                    target[: image.shape[0], : image.shape[1]] = image
+                batch, shapes = stack_images([image for image, _ in done], cfg)
                 yield {
                     "image": batch,
-                    "image_shape": np.array(shapes, np.int32),
+                    "image_shape": shapes,
                     "indices": chunk,
                     "original_shapes": [original for _, original in done],
                 }

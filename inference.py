@@ -11,7 +11,7 @@ from model_rcnn import build_inference
 from utils.ranks import use_own_gpu
 from utils.tf_v1 import tf
 
-__all__ = ["Predictor", "inference_callable"]
+__all__ = ["Predictor", "inference_callable", "start_session"]
 
 
 def inference_callable(cfg: Config, device: str | None = None, scope: str = "", reuse: bool = False) -> Callable:
@@ -32,6 +32,16 @@ def inference_callable(cfg: Config, device: str | None = None, scope: str = "", 
     return attach
 
 
+def start_session(graph: Any, load: Callable[[Any], None]) -> Any:
+    """A session of `graph` with the weights that load(sess) puts there."""
+    config = tf.ConfigProto(allow_soft_placement=True)
+    config.gpu_options.allow_growth = True
+    use_own_gpu(config)
+    session = tf.Session(graph=graph, config=config)
+    load(session)
+    return session
+
+
 class Predictor:
     """predict(image, image_shape) -> outputs, over a graph and a session of its own."""
 
@@ -40,12 +50,7 @@ class Predictor:
         self.cfg = cfg
         with tf.Graph().as_default() as graph:
             attach = inference_callable(cfg)
-            config = tf.ConfigProto(allow_soft_placement=True)
-            config.gpu_options.allow_growth = True
-            use_own_gpu(config)
-            self._session = tf.Session(graph=graph, config=config)
-            load(self._session)
-            self._predict = attach(self._session)
+            self._predict = attach(start_session(graph, load))
 
     def __call__(self, image: np.ndarray, image_shape: np.ndarray) -> dict[str, np.ndarray]:
         return self._predict(image, image_shape)

@@ -207,10 +207,33 @@ def _completed(weights: dict, backbone: dict, origin: str, backbone_origin: str)
     return {**added, **weights}
 
 
-def build_predictor(cfg: Config, load: Callable[[Any], None]):
+def build_predictor(cfg: Config, load: Callable[[Any], None], meta: dict | None = None):
+    """The predictor that TEST asks for; meta: what came with the weights."""
+    if cfg.TEST.AUG_SHORT_EDGES:
+        from tta import AugmentedPredictor
+
+        return AugmentedPredictor(cfg, load, _keypoint_flip(cfg, meta))
     from inference import Predictor
 
     return Predictor(cfg, load)
+
+
+def _keypoint_flip(cfg: Config, meta: dict | None) -> list[int]:
+    """The keypoint that each of the model's becomes in a mirrored image; [] where that is not known nor needed."""
+    import dataset
+
+    count = cfg.KRCNN.NUM_KEYPOINT
+    if not (cfg.MODE_KEYPOINT and cfg.TEST.AUG_FLIP):
+        return []
+    known = (meta or {}).get("keypoint_flip") or []
+    if len(known) != count and count == len(dataset.COCO_KEYPOINTS):
+        known = dataset._keypoint_flip([], count).tolist()
+    if len(known) != count:
+        raise UserError(
+            f"TEST.AUG_FLIP=True: the weights do not say which of their {count} keypoints are left and right; set "
+            "TEST.AUG_FLIP=False"
+        )
+    return known
 
 
 def _load_model(args: argparse.Namespace) -> tuple[Config, dict, dict | None]:
@@ -240,7 +263,7 @@ def predict(args: argparse.Namespace) -> None:
     cfg, weights, meta = _load_model(args)
     cfg = _with_classes(cfg, weights, [])
     logger.info(f"{len(files)} images; building the model")
-    predictor = build_predictor(cfg, _weight_loader(weights, args.load, args))
+    predictor = build_predictor(cfg, _weight_loader(weights, args.load, args), meta)
     category_ids = (meta or {}).get("category_ids") or []
     # Other classes were given by --config, or none matter.
     if len(category_ids) != cfg.DATA.NUM_CATEGORY or cfg.MODE_RPN_ONLY:
@@ -286,13 +309,13 @@ def evaluate(args: argparse.Namespace) -> None:
     from dataset import load_validation_splits
     from eval import evaluate_split, write_results
 
-    cfg, weights, _ = _load_model(args)
+    cfg, weights, meta = _load_model(args)
     splits = load_validation_splits(cfg)
     if not splits:
         raise UserError("--evaluate: DATA.VAL names no data set; give one, e.g. --config DATA.VAL=coco_val2017")
     cfg = _with_classes(cfg, weights, splits)
     rank, size = ranks.start()
-    predictor = build_predictor(cfg, _weight_loader(weights, args.load, args))
+    predictor = build_predictor(cfg, _weight_loader(weights, args.load, args), meta)
     out = Path(args.evaluate)
     every = {}
     for split in splits:
@@ -462,6 +485,8 @@ def _train(args: argparse.Namespace, rank: int, size: int, started: float) -> in
         logger.info(f"continuing {start.origin}")
     run_meta = make_meta(cfg.to_dict(), cfg.DATA.CLASS_NAMES, start.step)
     run_meta["category_ids"] = [split.label_to_category_id(i + 1) for i in range(len(split.class_names))]
+    if cfg.MODE_KEYPOINT:
+        run_meta["keypoint_flip"] = split.keypoint_flip.tolist()
     if chief:
         logdir.mkdir(parents=True, exist_ok=True)
         write_json(logdir / "settings.json", run_meta, indent=1)
@@ -515,6 +540,13 @@ def _evaluation_builder(
     """build() adds one inference graph per replica, sharing its variables -> evaluate(sess) -> metrics."""
     from eval import evaluate_split
     from inference import inference_callable
+
+    if cfg.TEST.AUG_SHORT_EDGES:
+        if rank == 0:
+            logger.info("evaluations while training look once at each image; --evaluate heeds TEST.AUG_SHORT_EDGES")
+        cfg = cfg.copy()
+        cfg.TEST.AUG_SHORT_EDGES = []
+        cfg.freeze()
 
     def build() -> Callable[[Any], dict[str, float]]:
         attach = [

@@ -298,6 +298,46 @@ def test_evaluation_scores_every_set_and_its_ids_are_the_jsons(trained, tmp_path
     assert "coco_train2017/segm/AP50" in metrics
 
 
+def test_one_augmented_view_of_the_plain_size_scores_as_without(trained, tmp_path):
+    common = ["TEST.RESULT_SCORE_THRESH=0.0", "TEST.RESULTS_PER_IM=20", "DATA.VAL=coco_train2017"]
+    augmented = ["TEST.AUG_SHORT_EDGES=[96]", "TEST.AUG_FLIP=False", "TEST.AUG_MAX_SIZE=192"]
+    assert run("--evaluate", tmp_path / "a.json", "--load", trained, "--config", *common) == 0
+    assert run("--evaluate", tmp_path / "b.json", "--load", trained, "--config", *common, *augmented) == 0
+    a, b = (json.loads((tmp_path / f"{name}.json").read_text()) for name in "ab")
+    assert [(e["image_id"], e["category_id"]) for e in a] == [(e["image_id"], e["category_id"]) for e in b]
+    np.testing.assert_allclose([e["bbox"] for e in a], [e["bbox"] for e in b], atol=0.01)
+    np.testing.assert_allclose([e["score"] for e in a], [e["score"] for e in b], atol=1e-5)
+
+
+def test_several_views_of_images_in_a_batch_come_back_in_their_own_frames(trained, tmp_path):
+    settings = ["--config", "TEST.RESULT_SCORE_THRESH=0.0", "TEST.BATCH_SIZE=2", "TEST.AUG_SHORT_EDGES=[64,96]"]
+    folder = COCO_MINI / "val2017"
+    assert run("--predict", folder, "--load", trained, "--output", tmp_path, "--no-window", *settings) == 0
+    entries = json.loads((tmp_path / "predictions.json").read_text())
+    assert len(entries) == len(list(folder.glob("*.jpg")))
+    for entry in entries:
+        boxes = np.array([d["box"] for d in entry["detections"]])
+        assert (boxes >= 0).all() and (boxes[:, 2:] <= [entry["width"], entry["height"]]).all()
+        assert boxes[:, 2].max() > entry["width"] / 2  # not in the frame of a view, which is far smaller
+        assert {tuple(d["mask"]["size"]) for d in entry["detections"]} == {(entry["height"], entry["width"])}
+
+
+def test_evaluations_while_training_look_once_and_say_so(tmp_path, capsys, monkeypatch):
+    import eval as scoring
+
+    seen, score = [], scoring.evaluate_split
+
+    def spy(predictors, split, cfg, *args):
+        seen.append(cfg.TEST.AUG_SHORT_EDGES)
+        return score(predictors, split, cfg, *args)
+
+    monkeypatch.setattr(scoring, "evaluate_split", spy)
+    assert train_tiny(tmp_path / "run", "TRAIN.EVAL_PERIOD=1", "TEST.AUG_SHORT_EDGES=[64,96]", steps=1) == 0
+    assert seen == [[]]
+    assert "look once" in capsys.readouterr().err
+    assert load_weights(tmp_path / "run")[1]["settings"]["TEST.AUG_SHORT_EDGES"] == [64, 96]
+
+
 def test_training_evaluates_at_the_end_when_asked(tmp_path):
     logdir = tmp_path / "run"
     assert train_tiny(logdir, "TRAIN.EVAL_PERIOD=1", "TRAIN.CPU_REPLICAS=2", steps=2) == 0
