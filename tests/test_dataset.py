@@ -434,6 +434,25 @@ def test_images_without_objects_and_with_crowds_alone(tmp_path):
 
 
 @pytest.mark.quick
+@pytest.mark.parametrize("block", [1, 3, 4096])
+def test_counts_equal_a_plain_loop_however_they_are_blocked(block, monkeypatch):
+    monkeypatch.setattr(dataset, "_BLOCK", block)
+    rng = np.random.default_rng(block)
+    per_image = rng.integers(0, 5, 20) * rng.integers(0, 2, 20)
+    labels, crowd = rng.integers(1, 5, per_image.sum()).astype(np.int32), rng.random(per_image.sum()) < 0.4
+    columns = {"sizes": np.ones((20, 2), np.int32), "labels": labels, "crowd": crowd,
+               "first_object": np.concatenate([[0], np.cumsum(per_image)])}  # fmt: skip
+    split = dataset.DatasetSplit("s", "", [], list("abcd"), [1, 2, 3, 4], columns, {}, 0, np.zeros(0))
+    owners = np.repeat(np.arange(20), per_image)
+    solid = [(i, label) for i, label, c in zip(owners, labels, crowd) if not c]
+    objects, images = split.class_counts()
+    assert objects.tolist() == [sum(label == k for _, label in solid) for k in range(1, 5)]
+    assert images.tolist() == [len({i for i, label in solid if label == k}) for k in range(1, 5)]
+    assert split.nonempty_images().tolist() == sorted({i for i, _ in solid})
+    assert owners.size > len(solid) > 0
+
+
+@pytest.mark.quick
 def test_class_counts_leave_out_crowds_and_count_images_once(tmp_path):
     images = [{"id": i, "file_name": f"{i}.png", "height": 40, "width": 60} for i in (1, 2)]
     annotations = [annotation(), annotation(), annotation(image_id=2), annotation(image_id=2, iscrowd=1, category_id=2)]
