@@ -22,6 +22,9 @@ __all__ = [
     "detector_group_norm",
     "fully_connected",
     "group_norm",
+    "grouped_conv",
+    "name_seed",
+    "normalize_image",
     "preprocess_image",
     "resnet_stages",
 ]
@@ -46,13 +49,18 @@ def xavier_uniform_fan_in(shape, fan_in, fan_out):
     return ("uniform", np.sqrt(3.0 / fan_in))
 
 
+def name_seed(name):
+    """Two numbers from the graph's seed and the full name of a variable of the current scope, without its replica."""
+    graph_seed = tf.get_default_graph().seed or 0
+    full_name = re.sub(r"^tower\d+/", "", f"{tf.get_variable_scope().name}/{name}")
+    return [graph_seed & 0x7FFFFFFF, zlib.crc32(full_name.encode()) & 0x7FFFFFFF]
+
+
 def _weight(name, shape, rule, fan_in, fan_out, trainable):
     """A float32 variable whose initial value depends on the graph's seed and the variable's name alone, so that
     neither the order of construction nor the number of replicas changes it."""
     kind, scale = rule(shape, fan_in, fan_out)
-    graph_seed = tf.get_default_graph().seed or 0
-    full_name = re.sub(r"^tower\d+/", "", f"{tf.get_variable_scope().name}/{name}")
-    seed = [graph_seed & 0x7FFFFFFF, zlib.crc32(full_name.encode()) & 0x7FFFFFFF]
+    seed = name_seed(name)
 
     def initial(shape, dtype=tf.float32, partition_info=None):
         if kind == "normal":
@@ -135,7 +143,7 @@ def conv2d(
         else:
             padding = "VALID"
             x = tf.pad(x, [[0, 0], [kernel // 2] * 2, [kernel // 2] * 2, [0, 0]])
-        y = _grouped_conv(x, tf.cast(weight, x.dtype), stride, padding, groups)
+        y = grouped_conv(x, tf.cast(weight, x.dtype), stride, padding, groups)
         if shift is not None:
             y = tf.nn.bias_add(y, tf.cast(shift, y.dtype))
         if norm == "GN":
@@ -146,7 +154,8 @@ def conv2d(
         return group_norm(y, trainable) if norm == "GNLast" else y
 
 
-def _grouped_conv(x, weight, stride, padding, groups):
+def grouped_conv(x, weight, stride, padding, groups):
+    """Convolution of x [N,H,W,Ci] with a kernel [k,k,Ci/groups,Co], with a gradient on every device."""
     if groups == 1 or _on_gpu() or (onednn_enabled() and x.dtype in (tf.float32, tf.bfloat16)):
         return tf.nn.conv2d(x, weight, strides=stride, padding=padding)  # the group count follows from the shapes
     # TensorFlow's own CPU kernels have no gradient for grouped convolutions. Narrow groups are joined, their kernels
@@ -213,15 +222,20 @@ def fully_connected(name, x, channels, *, relu=False, init=xavier_uniform_fan_in
 # ------------------------------------------------------------------------------------------------------------ ResNet
 def preprocess_image(image, image_shape, cfg):
     """uint8 BGR image [N,H,W,3], valid sizes [N,2] -> normalised [N,H,W,3] in the compute type, padding exactly 0."""
-    mean = np.asarray(cfg.PREPROC.PIXEL_MEAN[::-1], np.float32)
-    std = np.asarray(cfg.PREPROC.PIXEL_STD[::-1], np.float32)
+    preproc = cfg.PREPROC
+    return normalize_image(image, image_shape, preproc.PIXEL_MEAN, preproc.PIXEL_STD, tf.as_dtype(cfg.TRAIN.PRECISION))
+
+
+def normalize_image(image, image_shape, mean, std, dtype):
+    """As `preprocess_image`, with means and deviations of R, G, B on the 0..255 scale."""
+    mean = np.asarray(mean[::-1], np.float32)
+    std = np.asarray(std[::-1], np.float32)
     x = (tf.cast(image, tf.float32) - mean) * (1.0 / std)
     shape = tf.shape(image)
     rows = tf.range(shape[1])[None, :] < image_shape[:, :1]  # [N, H]
     columns = tf.range(shape[2])[None, :] < image_shape[:, 1:]  # [N, W]
     inside = tf.logical_and(rows[:, :, None], columns[:, None, :])[..., None]  # [N, H, W, 1]
-    x = tf.where_v2(inside, x, tf.zeros([], tf.float32))
-    return tf.cast(x, tf.as_dtype(cfg.TRAIN.PRECISION))
+    return tf.cast(tf.where_v2(inside, x, tf.zeros([], tf.float32)), dtype)
 
 
 def _stage_channels(stage, cfg):

@@ -176,7 +176,13 @@ def default_config() -> Config:
                 "PIXEL_STD": [58.395, 57.12, 57.375],
             },
             "BACKBONE": {
-                "WEIGHTS": "",  # .npz of ImageNet weights (native or tensorpack names); "" = from scratch
+                # resnet: the settings below. With FPN also: keras:EfficientNetB0 or another of tf_keras.applications;
+                # module:function, your own function(normalised image [N,H,W,3], cfg) -> [C2,C3,C4,C5].
+                "NAME": "resnet",
+                # keras: the layers of strides 4, 8, 16 and 32 that give C2 to C5; []: the last block of each stride.
+                "FEATURE_LAYERS": [],
+                # .npz of ImageNet weights (native or tensorpack names), for keras its …_notop.h5; "" = from scratch
+                "WEIGHTS": "",
                 "RESNET_NUM_BLOCK": [3, 4, 6, 3],  # ResNet-50; [3,4,23,3] = 101, [3,8,36,3] = 152
                 "BLOCK": "bottleneck",  # basic: two 3x3 convolutions; [2,2,2,2] = ResNet-18, [3,4,6,3] = ResNet-34
                 "NORM": "FreezeBN",  # FreezeBN | SyncBN | GN | None
@@ -419,6 +425,8 @@ def finalize_config(cfg: Config) -> Config:
     check(max(edges, default=0) <= cfg.TEST.AUG_MAX_SIZE, "TEST.AUG_MAX_SIZE", "at least the largest short edge")
     check(0 <= cfg.BACKBONE.FREEZE_AT <= 5, "BACKBONE.FREEZE_AT", "must be 0 to 5")
     check(len(cfg.BACKBONE.RESNET_NUM_BLOCK) == 4, "BACKBONE.RESNET_NUM_BLOCK", "four numbers, e.g. [3,4,6,3]")
+    if cfg.BACKBONE.NAME != "resnet":
+        _check_other_backbone(cfg, check)
     if cfg.BACKBONE.BLOCK == "basic":
         check(cfg.BACKBONE.NUM_GROUPS == 1, "BACKBONE.NUM_GROUPS", "BACKBONE.BLOCK=basic has no groups, must be 1")
         wants = "BACKBONE.BLOCK=basic is as wide as BACKBONE.STEM_CHANNELS says, must be 64"
@@ -490,6 +498,35 @@ def _check_sampling(cfg: Config, check: Callable[[bool, str, str], None]) -> Non
     high = foreground if cfg.FRCNN.BG_THRESH_HI is None else cfg.FRCNN.BG_THRESH_HI
     check(0 < high <= foreground, "FRCNN.BG_THRESH_HI", f"an overlap above 0, up to {name} ({foreground}), or None")
     check(0 <= cfg.FRCNN.BG_THRESH_LO < high, "FRCNN.BG_THRESH_LO", f"an overlap, from 0 to below {high}")
+
+
+def _check_other_backbone(cfg: Config, check: Callable[[bool, str, str], None]) -> None:
+    """What can be said about BACKBONE.NAME without building it; model_backbones.check_backbone says the rest."""
+    backbone = cfg.BACKBONE
+    kind, colon, name = backbone.NAME.partition(":")
+    check(bool(kind and colon and name), "BACKBONE.NAME", "must be resnet, keras:NETWORK or module:function")
+    check(cfg.MODE_FPN, "BACKBONE.NAME", "only ResNets have a C4 model; set MODE_FPN=True")
+    layers = backbone.FEATURE_LAYERS
+    if kind != "keras":
+        check(layers == [], "BACKBONE.FEATURE_LAYERS", "is for keras networks, must be []")
+        check(
+            backbone.FREEZE_AT == 0,
+            "BACKBONE.FREEZE_AT",
+            "must be 0: a function of your own freezes with trainable=False, or name variables in TRAIN.FREEZE_PATTERN",
+        )
+        return
+    named = all(isinstance(layer, str) for layer in layers)
+    check(len(layers) in (0, 4) and named, "BACKBONE.FEATURE_LAYERS", "four layers' names, or [] for the usual ones")
+    wants = "keras networks have their own norms: FreezeBN (statistics of the weights) or SyncBN (of the batch)"
+    check(backbone.NORM in ("FreezeBN", "SyncBN"), "BACKBONE.NORM", wants)
+    defaults = default_config()
+    for key in (
+        "BACKBONE.RESNET_NUM_BLOCK", "BACKBONE.BLOCK", "BACKBONE.TF_PAD_MODE", "BACKBONE.STRIDE_1X1",
+        "BACKBONE.STEM_CHANNELS", "BACKBONE.NUM_GROUPS", "BACKBONE.WIDTH_PER_GROUP", "BACKBONE.BN_EPSILON",
+        "PREPROC.PIXEL_MEAN", "PREPROC.PIXEL_STD",
+    ):  # fmt: skip
+        wants = f"is for ResNets, {backbone.NAME} brings its own; leave it at {defaults.get(key)}"
+        check(cfg.get(key) == defaults.get(key), key, wants)
 
 
 def _check_cell_anchors(cfg: Config) -> None:

@@ -5,7 +5,8 @@ Both functions are pure: they see their tensors, the settings, and the variables
 
 import functools
 
-from basemodel import c4_backbone, c5_on_rois, preprocess_image, resnet_stages
+from basemodel import c4_backbone, c5_on_rois, preprocess_image
+from model_backbones import backbone_stages
 from model_box import clip_boxes, pad_for_roi_align, pool_from_levels, roi_align, roi_crop_and_resize, roi_pool
 from model_cascade import cascade_inference, cascade_losses
 from model_fpn import fpn
@@ -29,10 +30,9 @@ __all__ = [
 
 def backbone_features(image, image_shape, cfg):
     """uint8 image [N,H,W,3] -> the maps the RPN works on, finest first: [P2..P6], or [C4]."""
-    x = preprocess_image(image, image_shape, cfg)
     if cfg.MODE_FPN:
-        return fpn(resnet_stages(x, cfg, 4), cfg)
-    return [c4_backbone(x, cfg)]
+        return fpn(backbone_stages(image, image_shape, cfg), cfg)
+    return [c4_backbone(preprocess_image(image, image_shape, cfg), cfg)]
 
 
 def make_roi_pooler(features, cfg, training=False):

@@ -11,7 +11,7 @@ from typing import Any
 
 from utils.tf_v1 import tf
 
-__all__ = ["batch_norm", "batch_statistics", "collective_sum"]
+__all__ = ["batch_norm", "batch_statistics", "collective_sum", "normalize_batch"]
 
 _DECAY = 0.9  # of the moving averages, per step
 # None: use the moving averages. Otherwise sum_over_replicas(tensor) -> tensor.
@@ -56,6 +56,11 @@ def batch_norm(x, epsilon, trainable):
         beta = tf.get_variable("beta", [channels], tf.float32, tf.zeros_initializer(), trainable=trainable)
         mean_ema = tf.get_variable("mean/EMA", [channels], tf.float32, tf.zeros_initializer(), trainable=False)
         var_ema = tf.get_variable("variance/EMA", [channels], tf.float32, tf.ones_initializer(), trainable=False)
+    return normalize_batch(x, gamma, beta, mean_ema, var_ema, epsilon, trainable)
+
+
+def normalize_batch(x, gamma, beta, mean_ema, var_ema, epsilon, trainable):
+    """`batch_norm` with given variables [C] float32; gamma and beta may be any tensors."""
     total = _SUM.get()
     if total is None or not trainable:
         scale = gamma * tf.rsqrt(var_ema + epsilon)

@@ -151,6 +151,10 @@ def _settings(args: argparse.Namespace, weights: dict | None, meta: dict | None)
             cfg.DATA.CLASS_NAMES = list(meta["class_names"])
             cfg.DATA.NUM_CATEGORY = len(meta["class_names"])
     finalize_config(cfg.update_args(args.config))
+    if cfg.BACKBONE.NAME != "resnet":
+        from model_backbones import check_backbone
+
+        check_backbone(cfg)
     defaults = default_config()
     taken = [f"{k}={v}" for k, v in backbone.items() if cfg.get(k) == v != defaults.get(k)]
     if taken:
@@ -163,7 +167,7 @@ def _settings_of_backbone(args: argparse.Namespace) -> dict[str, Any]:
     from utils.checkpoint import load_weights
 
     path = os.path.expanduser(default_config().update_args(args.config).BACKBONE.WEIGHTS)
-    meta = load_weights(path)[1] if os.path.isfile(path) else None
+    meta = load_weights(path)[1] if os.path.isfile(path) and not path.endswith((".h5", ".hdf5")) else None
     return {k: v for k, v in ((meta or {}).get("settings") or {}).items() if _BACKBONE_SETTINGS.match(k)}
 
 
@@ -201,7 +205,7 @@ def _of_this_model(weights: dict, cfg: Config, origin: str) -> dict:
 
 def _completed(weights: dict, backbone: dict, origin: str, backbone_origin: str) -> dict:
     """The weights, and of the backbone's those that they lack: an RPN of a C4 model has no last stage."""
-    added = {k: v for k, v in backbone.items() if k not in weights and re.match(r"(conv0|group\d+)/", k)}
+    added = {k: v for k, v in backbone.items() if k not in weights and re.match(r"(conv0|group\d+|backbone)/", k)}
     if added:
         logger.info(f"{len(added)} of the backbone's tensors, which {origin} lacks, come from {backbone_origin}")
     return {**added, **weights}
@@ -416,7 +420,12 @@ def _begin(args: argparse.Namespace) -> _Start:
         return _Start(cfg, logdir, step, weights, f"{logdir} at step {step}")
     weights = weights and _of_this_model(weights, cfg, args.load)
     if cfg.BACKBONE.WEIGHTS and (weights is None or args.partial_load):
-        backbone, _ = load_weights(os.path.expanduser(cfg.BACKBONE.WEIGHTS))
+        if cfg.BACKBONE.NAME.startswith("keras:"):
+            from model_backbones import load_backbone_weights
+
+            backbone = load_backbone_weights(cfg)
+        else:
+            backbone, _ = load_weights(os.path.expanduser(cfg.BACKBONE.WEIGHTS))
         backbone = _of_this_model(backbone, cfg, cfg.BACKBONE.WEIGHTS)
         if weights is None:
             return _Start(cfg, logdir, 0, backbone, cfg.BACKBONE.WEIGHTS, "backbone")
@@ -424,9 +433,10 @@ def _begin(args: argparse.Namespace) -> _Start:
     if weights is not None:
         return _Start(cfg, logdir, 0, weights, args.load)
     if cfg.BACKBONE.NORM == "FreezeBN":
+        norm = "SyncBN" if cfg.BACKBONE.NAME.startswith("keras:") else "GN"
         logger.warning(
             "BACKBONE.NORM=FreezeBN without weights normalises nothing: give BACKBONE.WEIGHTS or --load, "
-            "or train from scratch with BACKBONE.NORM=GN BACKBONE.FREEZE_AT=0"
+            f"or train from scratch with BACKBONE.NORM={norm} BACKBONE.FREEZE_AT=0"
         )
     return _Start(cfg, logdir)
 

@@ -43,7 +43,7 @@ _TRAINING_STATE = re.compile(
 _CLASS_TENSOR = re.compile(
     r"^(fastrcnn(/outputs)?/(class|box)|cascade_rcnn_stage\d+/outputs/(class|box)|maskrcnn/conv|keypointrcnn/deconv)/[Wb]$"
 )
-_BACKBONE = re.compile(r"^(conv0|group\d+)/")
+_BACKBONE = re.compile(r"^(conv0|group\d+|backbone)/")
 
 # tensorpack's group-norm heads and pyramid name the normalisation beside its convolution, this project inside it.
 _RENAMES = [
@@ -279,8 +279,8 @@ def match_weights(
 ) -> "LoadReport":
     """Compares the graph's `variables` {name: shape} with `weights` {name: array or shape}.
 
-    expect: "all" (a trained detector), or "backbone": only conv0 and group* are looked for, everything else of the
-    graph starts from its initialiser. `origin` names the file in messages.
+    expect: "all" (a trained detector), or "backbone": only conv0, group* and backbone are looked for, everything else
+    of the graph starts from its initialiser. `origin` names the file in messages.
     """
     if expect not in ("all", "backbone"):
         raise ValueError(f"expect={expect!r}")
