@@ -519,6 +519,8 @@ def _check_other_backbone(cfg: Config, check: Callable[[bool, str, str], None]) 
     check(len(layers) in (0, 4) and named, "BACKBONE.FEATURE_LAYERS", "four layers' names, or [] for the usual ones")
     wants = "keras networks have their own norms: FreezeBN (statistics of the weights) or SyncBN (of the batch)"
     check(backbone.NORM in ("FreezeBN", "SyncBN"), "BACKBONE.NORM", wants)
+    double = backbone.NORM == "SyncBN" and cfg.TRAIN.PRECISION == "float64"
+    check(not double, "TRAIN.PRECISION", "keras networks with BACKBONE.NORM=SyncBN compute in float32 or less")
     defaults = default_config()
     for key in (
         "BACKBONE.RESNET_NUM_BLOCK", "BACKBONE.BLOCK", "BACKBONE.TF_PAD_MODE", "BACKBONE.STRIDE_1X1",

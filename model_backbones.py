@@ -260,7 +260,7 @@ def _layer_sizes(application: str) -> dict[str, tuple]:
         later = list(network.layers)[list(network.layers.values()).index(network.start) + 1 :]
         wanted = [network.layers[layer] for layer in later]
         try:
-            outputs = _replay(network, x, values, wanted, functools.partial(_grouped_convolution, network))
+            outputs = _replay(network, x, values, wanted)
         except ValueError:
             raise UserError(
                 f"setting BACKBONE.NAME=keras:{application}: this network is for images of one size; choose another"
@@ -312,17 +312,15 @@ def _keras_stages(x, cfg):
     read = {name: tf.cast(v, network.read_types[name]) for name, v in variables.items()}
     names = {tensor.ref(): name for name, tensor in read.items()}
 
-    def replace(node, inputs):
-        if backbone.NORM == "SyncBN" and node.op == "FusedBatchNormV3":
-            mean, variance = (names[inputs[k].ref()] for k in (3, 4))
-            return normalize_batch(
-                *inputs[:3], variables[mean], variables[variance], node.attr["epsilon"].f,
-                stages[mean] > backbone.FREEZE_AT,
-            )  # fmt: skip
-        return _grouped_convolution(network, node, inputs)
+    def synchronised(node, inputs):
+        mean, variance = (names[inputs[k].ref()] for k in (3, 4))
+        return normalize_batch(
+            *inputs[:3], variables[mean], variables[variance], node.attr["epsilon"].f,
+            stages[mean] > backbone.FREEZE_AT,
+        )  # fmt: skip
 
     wanted = [network.layers[layer] for layer in _feature_layers(application, given)]
-    return _replay(network, x, read, wanted, replace)
+    return _replay(network, x, read, wanted, synchronised if backbone.NORM == "SyncBN" else None)
 
 
 def _initial_values(application: str, names: Iterable[str]) -> dict[str, Any]:
@@ -378,16 +376,24 @@ def _needed(network: _Network, tensors: Iterable[str]) -> set[str]:
     return found
 
 
-def _replay(network: _Network, x, variables: dict[str, Any], wanted: list[str], replace: Callable) -> list:
+def _replay(
+    network: _Network, x, variables: dict[str, Any], wanted: list[str], batch_norm: Callable | None = None
+) -> list:
     """The tensors `wanted` of the network, computed in the current graph from the image x and the values of variables.
 
-    replace(node, inputs) may return an output of its own for a node, else None.
+    batch_norm(node, inputs) computes in place of norms with frozen statistics, if given.
     """
     needed = _needed(network, wanted)
     values = {network.start: x}
     waiting: list[Any] = []  # nodes to be imported together, before something needs their outputs
     nodes = [node for node in network.graph_def.node if node.name in needed]
     used = {*wanted, *(_tensor(i) for node in nodes for i in node.input)}
+
+    def is_grouped(node: Any) -> bool:
+        return node.op == "PartitionedCall"
+
+    def is_norm(node: Any) -> bool:
+        return batch_norm is not None and node.op == "FusedBatchNormV3" and not node.attr["is_training"].b
 
     def flush() -> None:
         graph_def = tf.GraphDef(versions=network.graph_def.versions, node=waiting)
@@ -405,14 +411,12 @@ def _replay(network: _Network, x, variables: dict[str, Any], wanted: list[str], 
             continue
         if node.op == "ReadVariableOp":
             values[f"{node.name}:0"] = variables[node.input[0]]
-        elif node.op in ("FusedBatchNormV3", "PartitionedCall"):
+        elif is_grouped(node) or is_norm(node):
             if waiting:
                 flush()
-            output = replace(node, [values[_tensor(i)] for i in node.input])
-            if output is None:
-                waiting.append(node)
-            else:
-                values[f"{node.name}:0"] = output
+            inputs = [values[_tensor(i)] for i in node.input]
+            ours = batch_norm(node, inputs) if is_norm(node) else _grouped_convolution(network, node, *inputs)
+            values[f"{node.name}:0"] = ours
         else:
             waiting.append(node)
     if waiting:
@@ -420,14 +424,10 @@ def _replay(network: _Network, x, variables: dict[str, Any], wanted: list[str], 
     return [values[t] for t in wanted]
 
 
-def _grouped_convolution(network: _Network, node, inputs):
-    """Keras compiles grouped convolutions with XLA, as functions of one operation: here they are ours. Other nodes:
-    None."""
-    if node.op != "PartitionedCall":
-        return None
+def _grouped_convolution(network: _Network, node, x, kernel):
+    """Keras compiles grouped convolutions with XLA, as functions of one operation: here they are ours."""
     function = next(f for f in network.graph_def.library.function if f.signature.name == node.attr["f"].func.name)
     conv = next(n for n in function.node_def if n.op == "Conv2D")
-    x, kernel = inputs
     stride, padding = conv.attr["strides"].list.i[1], conv.attr["padding"].s.decode()
     size, _, width, channels = kernel.shape.as_list()
     if width == 1 and channels == int(x.shape[-1]):

@@ -297,6 +297,7 @@ def test_given_layers_are_used():
         (["BACKBONE.NAME=keras:MobileNetV2", "BACKBONE.FEATURE_LAYERS=['block_2_add']"], "four layers"),
         (["BACKBONE.NAME=keras:MobileNetV2", "MODE_FPN=False"], "BACKBONE.NAME=.*set MODE_FPN=True"),
         (["BACKBONE.NAME=keras:MobileNetV2", "BACKBONE.NORM=GN"], "BACKBONE.NORM='GN'.*FreezeBN .* or SyncBN"),
+        (["BACKBONE.NAME=keras:MobileNetV2", "BACKBONE.NORM=SyncBN", "TRAIN.PRECISION=float64"], "float32 or less"),
         (["BACKBONE.NAME=keras:MobileNetV2", "BACKBONE.BLOCK=basic"], "BACKBONE.BLOCK='basic': is for ResNets"),
         (["BACKBONE.NAME=keras:MobileNetV2", "PREPROC.PIXEL_MEAN=[1,2,3]"], "PIXEL_MEAN=.*brings its own"),
         (["BACKBONE.NAME=resnet50"], "must be resnet, keras:NETWORK or module:function"),
