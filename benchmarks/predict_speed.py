@@ -3,6 +3,8 @@
   python benchmarks/predict_speed.py                              100 synthetic masks in an 800x1333 image, one core
   python benchmarks/predict_speed.py --graph --config MODE_FPN=True    with the graph, on random weights
   python benchmarks/predict_speed.py --load MODEL [--image a.jpg]      a trained model, from the file to the RLEs
+  python benchmarks/predict_speed.py --graph --image a.jpg --augment 400 600 …    test-time augmentation against plain
+  python benchmarks/predict_speed.py --nms                             hard and soft NMS of 1000 RoIs x 80 classes
 
 Pasting runs in one thread and is timed by that thread's CPU clock. It is compared, in alternation in the same process,
 with the usual way: every pixel of the box is resampled, and the bitmap of the whole image is encoded. Both must give
@@ -150,15 +152,69 @@ def _model(args: argparse.Namespace) -> tuple:
         return cfg, train._weight_loader(weights, args.load, flags)
     from config import default_config, finalize_config
 
-    # Untrained scores are all about 1/81: only with a threshold below that is the mask branch given its 100 boxes.
-    settings = ["DATA.NUM_CATEGORY=80", "TEST.RESULT_SCORE_THRESH=0.0", *args.config]
-    cfg = finalize_config(default_config().update_args(settings))
+    cfg = finalize_config(default_config().update_args(["DATA.NUM_CATEGORY=80", *args.config]))
 
     def load(sess) -> None:
         with sess.graph.as_default():
             sess.run(tf.global_variables_initializer())
+            # Untrained scores are all about 1/81: with larger weights some classes are likely, and there are 100 masks.
+            for variable in tf.global_variables():
+                if variable.op.name.endswith("class/W") and "rpn" not in variable.op.name:
+                    variable.load(30 * sess.run(variable), sess)
 
     return cfg, load
+
+
+def augmentation_report(args: argparse.Namespace) -> str:
+    """An image's prediction in several views against a plain one, in alternation."""
+    from data import inference_batches
+    from train import build_predictor
+
+    cfg, load = _model(args)
+    plain, one, both = cfg.copy(), cfg.copy(), cfg.copy()
+    one.TEST.AUG_SHORT_EDGES, one.TEST.AUG_FLIP = [cfg.PREPROC.TEST_SHORT_EDGE_SIZE], False
+    both.TEST.AUG_SHORT_EDGES = args.augment
+    names = ["plain", "one view of the same size", f"{args.augment} and mirrored"]
+    functions, found = {}, []
+    for name, settings in zip(names, (plain, one, both)):
+        predict, batch = build_predictor(settings, load), next(iter(inference_batches([args.image], settings)))
+        found.append(int(predict(batch["image"], batch["image_shape"])["count"][0]))
+        functions[name] = lambda p=predict, b=batch: p(b["image"], b["image_shape"])
+    ms = median_ms(functions, args.repeats)
+    rows = [[n, f"{ms[n]:.0f}", f"{ms[n] / ms['plain']:.2f}", count] for n, count in zip(names, found)]
+    return tabulate(rows, ["prediction", "ms", "times plain", "detections"], disable_numparse=True, stralign="right")
+
+
+def nms_report(repeats: int) -> str:
+    """Every kind of final NMS on boxes and scores like those of a trained model, and with every class a candidate."""
+    from config import default_config, finalize_config
+    from model_frcnn import decode_detections
+    from utils.tf_v1 import tf
+
+    rng, (rois, classes, objects) = np.random.default_rng(0), (1000, 80, 60)
+    near = rng.integers(0, objects, rois)
+    corner = rng.uniform(0, 1000, (objects, 2))[near] + rng.normal(0, 10, (rois, 2))
+    corners = np.concatenate([corner, corner + rng.uniform(30, 200, (objects, 2))[near]], 1)
+    boxes = (corners[None, :, None] + rng.normal(0, 2, (1, rois, classes, 4))).astype(np.float32)
+    logits = rng.normal(0, 1, (rois, classes + 1))
+    logits[:, -1] += 4  # background
+    logits[np.arange(rois), rng.integers(0, classes, objects)[near]] += rng.uniform(0, 8, rois)
+    scores = (np.exp(logits) / np.exp(logits).sum(1, keepdims=True))[None, :, :-1].astype(np.float32)
+    functions = {}
+    for threshold in (0.05, 0.0):
+        for kind in ("hard", "soft_linear", "soft_gaussian"):
+            for agnostic in (False, True):
+                cfg = default_config().update_args([f"TEST.NMS={kind}", f"TEST.NMS_CLASS_AGNOSTIC={agnostic}"])
+                cfg.TEST.RESULT_SCORE_THRESH = threshold
+                with tf.Graph().as_default():
+                    inputs = [tf.placeholder(tf.float32, x.shape) for x in (boxes, scores)]
+                    valid, size = tf.ones([1, rois], tf.bool), tf.constant([[1300, 1300]])
+                    outputs = list(decode_detections(*inputs, valid, size, finalize_config(cfg)))
+                    call = tf.Session().make_callable(outputs, inputs)
+                name = f"{kind}{', across classes' * agnostic}", f"{threshold}, {(scores > threshold).sum()}"
+                functions[name] = lambda c=call: c(boxes, scores)
+    rows = [[*name, f"{value:.1f}"] for name, value in median_ms(functions, repeats).items()]
+    return tabulate(rows, ["NMS", "threshold, candidates", "ms"], disable_numparse=True)
 
 
 def main() -> int:
@@ -167,15 +223,22 @@ def main() -> int:
     parser.add_argument("--load", help="also time the graph of this checkpoint, run directory or .npz")
     parser.add_argument("--image", help="time this image file, reading and resizing included")
     parser.add_argument("--config", nargs="+", default=[], metavar="KEY=VAL", help="settings of the model")
+    parser.add_argument("--augment", nargs="+", type=int, metavar="EDGE", help="short edges of augmented predictions")
+    parser.add_argument("--nms", action="store_true", help="time the kinds of NMS alone")
     parser.add_argument("--cells", type=int, default=28, help="side of the synthetic masks (C4 models: 14)")
     parser.add_argument("--repeats", type=int, default=10, help="calls that a median is taken of")
     args = parser.parse_args()
+    if args.augment and not args.image:
+        parser.error("--augment needs --image")
     cv2.setNumThreads(1)
+    if args.nms:
+        print(nms_report(args.repeats))
+        return 0
     print(f"{COUNT} masks of {args.cells}x{args.cells} into {WIDTH}x{HEIGHT}, one core")
     print(paste_report(args.cells, args.repeats))
     if args.graph or args.load:
         try:
-            print("\n" + graph_report(args))
+            print("\n" + (augmentation_report if args.augment else graph_report)(args))
         except UserError as e:
             print(e, file=sys.stderr)
             return 2
