@@ -328,7 +328,7 @@ def default_config() -> Config:
                 # at with these short edges instead of TEST_SHORT_EDGE_SIZE, and what was seen is merged (tta.py).
                 # Evaluations while training look once. The features of all views of a batch wait in host memory.
                 "AUG_SHORT_EDGES": [],
-                "AUG_MAX_SIZE": 4000,
+                "AUG_MAX_SIZE": 4000,  # long edge of a view at most
                 "AUG_FLIP": True,  # with AUG_SHORT_EDGES: each of them mirrored too
             },
         }

@@ -216,6 +216,8 @@ def build_predictor(cfg: Config, load: Callable[[Any], None], meta: dict | None 
     if cfg.TEST.AUG_SHORT_EDGES:
         from tta import AugmentedPredictor
 
+        sizes = ", ".join(map(str, cfg.TEST.AUG_SHORT_EDGES))
+        logger.info(f"each image in views of short edge {sizes}{', mirrored too' * cfg.TEST.AUG_FLIP}")
         return AugmentedPredictor(cfg, load, _keypoint_flip(cfg, meta))
     from inference import Predictor
 
