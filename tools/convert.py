@@ -197,7 +197,10 @@ def _recognise(tensors: Mapping[str, Any], facts: Mapping[str, Any], path: Path)
     if facts.get("keras"):
         if has("conv1_conv/kernel", "conv2_block1_1_conv/kernel"):
             return "Keras applications ResNet", _from_keras
-        raise UserError(f"{path}: this HDF5 file is no Keras applications ResNet50, 101 or 152 (v1); use one of them")
+        raise UserError(
+            f"{path}: this HDF5 file is no Keras applications ResNet50, 101 or 152 (v1); Keras' other networks need no "
+            "conversion: BACKBONE.NAME=keras:NETWORK BACKBONE.WEIGHTS=FILE_notop.h5"
+        )
     if "conv0/W" in names or "conv0/W:0" in names:
         return "tensorpack", lambda t, f, r: _from_tensorpack(t, f, r, path)
     if has("conv1_w", "res2_0_branch2a_w"):
