@@ -6,6 +6,7 @@ Everything after the drawing goes through train.py's command line, as printed; `
 import argparse
 import json
 import os
+import resource
 import shlex
 import subprocess
 import sys
@@ -118,7 +119,7 @@ def main() -> int:
         "DATA.VAL=shapes_val",
     ]
     _train_py("--logdir", str(logdir), "--config", *where, *MODEL, *TRAINING, *args.config)
-    trained = time.time()
+    trained, peak_kib = time.time(), resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     _train_py("--evaluate", str(logdir / "results.json"), "--load", str(logdir))
     output = str(logdir / "predictions")
     _train_py("--predict", str(data / "val"), "--load", str(logdir), "--output", output, "--no-window")
@@ -127,6 +128,7 @@ def main() -> int:
     metrics = read_json(logdir / "results.metrics.json", "scores")
     metrics["seconds"] = round(time.time() - started, 1)
     metrics["seconds_training"] = round(trained - started, 1)
+    metrics["peak_memory_mib"] = peak_kib // 1024  # of the training process
     write_json(logdir / "metrics.json", metrics, indent=1)
     rows = [
         ["the model", logdir],
