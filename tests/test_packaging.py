@@ -126,13 +126,6 @@ def test_the_readme_names_settings_that_exist():
     assert named and not named - set(known)
 
 
-def test_the_recipes_of_the_readme_are_the_launchers_recipes():
-    rows = re.findall(r"^\|[^|]*Mask R-CNN[^|]*\| `([A-Z][^`]*)` \|", (ROOT / "README.md").read_text(), re.M)
-    lines = (ROOT / "scripts" / "recipes.txt").read_text().splitlines()
-    recipes = {frozenset(line.split()[1:]) for line in lines if not line.startswith("#")}
-    assert rows and all(frozenset(row.split()) in recipes for row in rows)
-
-
 def test_the_licence_is_apache_2():
     text = (ROOT / "LICENSE").read_text()
     assert "Apache License" in text and "Version 2.0, January 2004" in text and "END OF TERMS AND CONDITIONS" in text
