@@ -201,6 +201,10 @@ def default_config() -> Config:
                 "WARMUP_INIT_LR": 0.01 * 0.33,  # at a total batch of 8 images
                 "WEIGHT_DECAY": 1e-4,
                 "MOMENTUM": 0.9,
+                # step: the rate drops by 10 at the iterations of LR_SCHEDULE; cosine: half a cosine from the end of the
+                # warm-up to the last of them (Loshchilov & Hutter 2017). MAX_STEPS cuts either, without changing it.
+                "LR_POLICY": "step",
+                "LR_FINAL": 0.0,  # cosine: the last rate, as a share of the first
                 # Iterations at a total batch of 8 at which the rate drops by 10; the last is the end. '1x' … '9x'.
                 "LR_SCHEDULE": "2x",
                 "LR_SCALING": "linear",  # linear: rate ~ total batch, steps ~ 1 / total batch; none: as written
@@ -214,6 +218,9 @@ def default_config() -> Config:
                 "PRECISION": "float32",
                 "SEED": 42,  # None: a new one each run
                 "GRADIENT_CLIP": None,  # global norm to clip at
+                # Decay per update of averaged weights, which are trained beside the weights and used by evaluation and
+                # prediction (TEST.USE_EMA), e.g. 0.9998; in the first updates it is (1 + t) / (10 + t). 0: none.
+                "EMA_DECAY": 0.0,
                 "MAX_STEPS": None,  # stop after this many updates whatever the schedule says
                 "STEPS_PER_EPOCH": 500,  # updates between progress summaries, checkpoints being every EPOCH too
                 "EVAL_PERIOD": 50,  # evaluate every so many epochs, and at the end; 0 = never
@@ -312,6 +319,7 @@ def default_config() -> Config:
             },
             "TEST": {
                 "BATCH_SIZE": 1,
+                "USE_EMA": True,  # averaged weights (TRAIN.EMA_DECAY) where the model has them; also by --load to train
                 # hard: a box is dropped where a better one of its class overlaps it more than FRCNN_NMS_THRESH.
                 # soft_linear, soft_gaussian: its score is lowered instead, times 1 - IoU beyond that threshold, or
                 # times exp(-IoU^2 / SOFT_NMS_SIGMA) (Bodla et al. 2017).
@@ -350,6 +358,7 @@ _CHOICES = {
     "TEST.NMS": ["hard", "soft_linear", "soft_gaussian"],
     "TRAIN.PRECISION": ["float32", "bfloat16", "float16", "float64"],
     "TRAIN.LR_SCALING": ["linear", "none"],
+    "TRAIN.LR_POLICY": ["step", "cosine"],
 }
 
 
@@ -406,6 +415,8 @@ def finalize_config(cfg: Config) -> Config:
         "TRAIN.LR_SCHEDULE",
         "iterations must be positive and increasing",
     )
+    check(0 <= cfg.TRAIN.LR_FINAL <= 1, "TRAIN.LR_FINAL", "a share of the first rate, 0 to 1")
+    check(0 <= cfg.TRAIN.EMA_DECAY < 1, "TRAIN.EMA_DECAY", "0 (none) or a decay below 1, e.g. 0.9998")
     for key in (
         "TRAIN.BATCH_SIZE_PER_GPU",
         "TRAIN.CPU_REPLICAS",

@@ -62,6 +62,9 @@ class TrainingPlan:
     milestones: list[int]  # steps at which the rate drops tenfold
     total_steps: int
     images_per_epoch: int
+    # Of a cosine schedule: the step at which it ends (TRAIN.MAX_STEPS may end the run before), and the rate there.
+    cosine_end: int | None = None
+    final_lr: float = 0.0
 
     @property
     def total_batch(self) -> int:
@@ -74,17 +77,30 @@ class TrainingPlan:
         """The rate of the update that makes step `step` + 1; the graph's `learning_rate_tensor` equals it."""
         if step < self.warmup_steps:
             return self.warmup_lr + (self.base_lr - self.warmup_lr) * step / self.warmup_steps
+        if self.cosine_end is not None:
+            # (1 + cos(pi * done)) / 2 = sin(pi / 2 * left)^2, which float32 knows as well near the end.
+            left = max(self.cosine_end - step, 0) / self.cosine_steps
+            return self.final_lr + (self.base_lr - self.final_lr) * math.sin(math.pi / 2 * left) ** 2
         return self.base_lr * 0.1 ** sum(step >= m for m in self.milestones)
+
+    @property
+    def cosine_steps(self) -> int:
+        return max(self.cosine_end - self.warmup_steps, 1)
 
     def table(self) -> str:
         drops = ", ".join(f"{m} (epoch {self.epochs(m):.1f})" for m in self.milestones) or "none"
+        curve = ["rate / 10 at", drops]
+        if self.cosine_end is not None:
+            end = f"to {self.final_lr:.6g} at {self.cosine_end} (epoch {self.epochs(self.cosine_end):.1f})"
+            last = f", {self.learning_rate(self.total_steps - 1):.6g} in the last step"
+            curve = ["cosine", end + last * (self.total_steps < self.cosine_end)]
         parts = f"{self.replicas} replicas x {self.images_per_replica} images x {self.accumulation} accumulated"
         return tabulate(
             [
                 ["total batch", f"{parts} = {self.total_batch}"],
                 ["learning rate", f"{self.base_lr:.6g}"],
                 ["warm-up", f"{self.warmup_steps} steps from {self.warmup_lr:.6g}"],
-                ["rate / 10 at", drops],
+                curve,
                 ["length", f"{self.total_steps} steps = {self.epochs(self.total_steps):.1f} epochs"],
             ],
             tablefmt="simple",
@@ -98,6 +114,7 @@ def make_plan(cfg: Config, replicas: int, images_per_epoch: int) -> TrainingPlan
     factor = total / 8.0 if train.LR_SCALING == "linear" else 1.0
     milestones = [max(1, math.ceil(m / factor)) for m in train.LR_SCHEDULE]
     steps = milestones[-1] if train.MAX_STEPS is None else min(milestones[-1], train.MAX_STEPS)
+    cosine = train.LR_POLICY == "cosine"
     return TrainingPlan(
         replicas=replicas,
         images_per_replica=train.BATCH_SIZE_PER_GPU,
@@ -105,9 +122,11 @@ def make_plan(cfg: Config, replicas: int, images_per_epoch: int) -> TrainingPlan
         base_lr=train.BASE_LR * factor,
         warmup_steps=train.WARMUP,
         warmup_lr=train.WARMUP_INIT_LR * min(factor, 1.0),
-        milestones=[m for m in milestones[:-1] if m < steps],
+        milestones=[] if cosine else [m for m in milestones[:-1] if m < steps],
         total_steps=steps,
         images_per_epoch=images_per_epoch,
+        cosine_end=milestones[-1] if cosine else None,
+        final_lr=train.LR_FINAL * train.BASE_LR * factor,
     )
 
 
@@ -115,8 +134,13 @@ def learning_rate_tensor(plan: TrainingPlan, step):
     """float32 scalar for the global step (a scalar tensor), as `TrainingPlan.learning_rate`."""
     step = tf.cast(step, tf.float32)
     ramp = plan.warmup_lr + (plan.base_lr - plan.warmup_lr) * step / max(plan.warmup_steps, 1)
-    drops = tf.add_n([tf.cast(step >= m, tf.float32) for m in plan.milestones] or [tf.zeros([])])
-    return tf.where_v2(step < plan.warmup_steps, ramp, plan.base_lr * tf.pow(0.1, drops))
+    if plan.cosine_end is not None:
+        left = tf.maximum(plan.cosine_end - step, 0.0) / plan.cosine_steps
+        rate = plan.final_lr + (plan.base_lr - plan.final_lr) * tf.square(tf.sin(math.pi / 2 * left))
+    else:
+        drops = tf.add_n([tf.cast(step >= m, tf.float32) for m in plan.milestones] or [tf.zeros([])])
+        rate = plan.base_lr * tf.pow(0.1, drops)
+    return tf.where_v2(step < plan.warmup_steps, ramp, rate)
 
 
 # ---------------------------------------------------------------------------------------------------------- optimiser
