@@ -8,21 +8,37 @@ import numpy as np
 
 from config import Config
 from model_rcnn import build_inference
+from utils.checkpoint import AVERAGE_PREFIX
 from utils.ranks import use_own_gpu
 from utils.tf_v1 import tf
 
 __all__ = ["Predictor", "inference_callable", "start_session"]
 
 
+def _averages_instead(scope: str) -> Callable:
+    """A getter of variables that gives the moving average (TRAIN.EMA_DECAY) of a variable where the graph has one."""
+    averages = {v.op.name: v for v in tf.global_variables() if v.op.name.startswith(AVERAGE_PREFIX)}
+
+    def get(getter: Callable, name: str, **kwargs: Any) -> Any:
+        average = averages.get(AVERAGE_PREFIX + name.removeprefix(f"{scope}/"))
+        return getter(name, **kwargs) if average is None else average
+
+    return get
+
+
 def inference_callable(cfg: Config, device: str | None = None, scope: str = "", reuse: bool = False) -> Callable:
     """Adds the inference graph to the current one; returns attach(sess) -> predict(image, image_shape) -> outputs.
+
+    In the graph of a training (reuse) it shares the variables of a replica's scope, or uses their moving averages, of
+    which there is one copy, with TEST.USE_EMA.
 
     image uint8 [N,H,W,3], image_shape int32 [N,2]; the outputs are those of `build_inference` as arrays.
     """
     with tf.name_scope("inference"):
         image = tf.placeholder(tf.uint8, [None, None, None, 3], "image")
         image_shape = tf.placeholder(tf.int32, [None, 2], "image_shape")
-    with tf.device(device) if device else nullcontext(), tf.variable_scope(scope, reuse=reuse):
+    getter = _averages_instead(scope) if reuse and cfg.TEST.USE_EMA else None
+    with tf.device(device) if device else nullcontext(), tf.variable_scope(scope, reuse=reuse, custom_getter=getter):
         outputs = {k: tf.identity(v, f"output/{k}") for k, v in build_inference(image, image_shape, cfg).items()}
 
     def attach(sess: Any) -> Callable[[np.ndarray, np.ndarray], dict[str, np.ndarray]]:

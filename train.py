@@ -192,7 +192,13 @@ def _weight_loader(weights: dict, origin: str, args: argparse.Namespace, expect:
 
 
 def _of_this_model(weights: dict, cfg: Config, origin: str) -> dict:
-    """The weights without those of the second stage if the model has none."""
+    """The weights to run or train a model from: the averaged ones, where there are any and TEST.USE_EMA, and without
+    those of the second stage if the model has none."""
+    from utils.checkpoint import without_averages
+
+    weights, count = without_averages(weights, cfg.TEST.USE_EMA)
+    if count and cfg.TEST.USE_EMA:
+        logger.info(f"{origin}: {count} averaged weights are used; TEST.USE_EMA=False takes those of the last step")
     if not cfg.MODE_RPN_ONLY:
         return weights
     stage = r"^(fastrcnn|maskrcnn|keypointrcnn|cascade_rcnn_stage\d+)/" + ("" if cfg.MODE_FPN else r"|^group3/")
@@ -482,7 +488,7 @@ def _train(args: argparse.Namespace, rank: int, size: int, started: float) -> in
     logger.info(f"{len(split)} training images of {', '.join(cfg.DATA.TRAIN)}\n{class_count_table(split)}")
 
     from training import Interrupted, local_devices, make_plan, make_trainer, run_training
-    from utils.checkpoint import make_meta
+    from utils.checkpoint import make_meta, start_averages
 
     devices = local_devices(cfg)
     trainer = make_trainer(cfg, devices)
@@ -511,6 +517,7 @@ def _train(args: argparse.Namespace, rank: int, size: int, started: float) -> in
 
             with sess.graph.as_default():
                 sess.run(tf.train.get_or_create_global_step().initializer)
+        start_averages(sess, start.weights or ())
 
     per_step = plan.accumulation * len(devices)
     dataflow = training_dataflow(

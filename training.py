@@ -26,6 +26,7 @@ from utils.tf_v1 import tf
 # isort: split
 from tensorpack import ModelDesc, QueueInput, SimpleTrainer, SyncMultiGPUTrainerReplicated
 from tensorpack.callbacks import Callback
+from tensorpack.callbacks.steps import MaintainStepCounter
 from tensorpack.dataflow import DataFlow
 from tensorpack.graph_builder.training import SyncMultiGPUReplicatedBuilder
 from tensorpack.graph_builder.utils import (
@@ -40,7 +41,7 @@ from tensorpack.train.base import StopTraining
 from tensorpack.utils import logger as tensorpack_logger
 
 from utils import ranks
-from utils.checkpoint import save_tf_checkpoint
+from utils.checkpoint import AVERAGE_PREFIX, save_tf_checkpoint
 
 __all__ = ["Interrupted", "TrainingPlan", "make_plan", "run_training", "session_config"]
 
@@ -144,6 +145,31 @@ def learning_rate_tensor(plan: TrainingPlan, step):
 
 
 # ---------------------------------------------------------------------------------------------------------- optimiser
+def average_decay_tensor(decay: float, step):
+    """Decay of the weights' moving averages in the update that makes step `step` + 1: lower at the beginning of a run,
+    so that the averages follow the fast changes there."""
+    step = tf.cast(step, tf.float32)
+    return tf.minimum(decay, (1 + step) / (10 + step))
+
+
+def moving_averages(variables: list) -> list[tuple[Any, Any]]:
+    """[(moving average, variable)] of the variables, and of the statistics of batch norms that are being updated.
+
+    Statistics are averaged like the weights, since they belong to them; those of frozen norms never change.
+    """
+    if tf.get_collection(tf.GraphKeys.UPDATE_OPS):
+        variables = [
+            *variables,
+            *(v for v in tf.global_variables() if re.search(r"/bn/(mean|variance)/EMA$", v.op.name)),
+        ]
+    with tf.variable_scope(tf.VariableScope(reuse=False, name=""), auxiliary_name_scope=False):
+        names = [AVERAGE_PREFIX + v.op.name for v in variables]
+        return [
+            (tf.get_variable(n, v.shape, v.dtype.base_dtype, tf.zeros_initializer(), trainable=False), v)
+            for n, v in zip(names, variables)
+        ]
+
+
 class DetectionOptimizer(tf.train.MomentumOptimizer):
     """SGD with momentum on averaged gradients, after: loss-scale removal, weight decay on weights "W", clipping.
 
@@ -154,11 +180,14 @@ class DetectionOptimizer(tf.train.MomentumOptimizer):
 
     GROWTH_INTERVAL = 2000
 
-    def __init__(self, learning_rate, momentum, weight_decay, clip_norm, loss_scale):
+    def __init__(self, learning_rate, momentum, weight_decay, clip_norm, loss_scale, average_decay=None):
+        """average_decay: decay of the moving averages of the weights (a scalar tensor), None for none."""
         super().__init__(learning_rate, momentum)
         self._weight_decay = weight_decay
         self._clip_norm = clip_norm
         self._dynamic_scale = loss_scale
+        self._average_decay = average_decay
+        self._averages = None
         self._scale_variables = None
         self._scale_updated = False
 
@@ -180,13 +209,21 @@ class DetectionOptimizer(tf.train.MomentumOptimizer):
 
     def apply_gradients(self, grads_and_vars, global_step=None, name=None):
         pairs = [(tf.convert_to_tensor(g), v) for g, v in grads_and_vars]
+        averages = []
+        if self._average_decay is not None and self._averages is None:  # one copy: the first replica's
+            averages = self._averages = moving_averages([v for _, v in pairs])
+
+        def update(name=None):
+            done = super(DetectionOptimizer, self).apply_gradients(self._processed(pairs), global_step, name)
+            with tf.control_dependencies([done]):
+                share = 1 - self._average_decay
+                changes = [a.assign_sub(tf.cast(share, a.dtype) * (a - v.read_value())) for a, v in averages]
+            return tf.group(*changes) if changes else done
+
         if not self._dynamic_scale:
-            return super().apply_gradients(self._processed(pairs), global_step, name)
+            return update(name)
         finite = tf.reduce_all([tf.reduce_all(tf.math.is_finite(g)) for g, _ in pairs])
         self._create_slots([v for _, v in pairs])  # variables must not be created inside a conditional
-
-        def update():
-            return super(DetectionOptimizer, self).apply_gradients(self._processed(pairs), global_step)
 
         ops = [tf.cond(finite, update, tf.no_op)]
         if not self._scale_updated:  # replicas see the same gradients: the first one adapts the common scale
@@ -260,11 +297,13 @@ class DetectionModel(ModelDesc):
 
     def optimizer(self):
         train = self._cfg.TRAIN
-        rate = learning_rate_tensor(self._plan, tf.train.get_or_create_global_step())
+        step = tf.train.get_or_create_global_step()
+        rate = learning_rate_tensor(self._plan, step)
         self.stats["learning_rate"] = rate
         return DetectionOptimizer(
-            rate, train.MOMENTUM, train.WEIGHT_DECAY, train.GRADIENT_CLIP, train.PRECISION == "float16"
-        )
+            rate, train.MOMENTUM, train.WEIGHT_DECAY, train.GRADIENT_CLIP, train.PRECISION == "float16",
+            average_decay_tensor(train.EMA_DECAY, step) if train.EMA_DECAY else None,
+        )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------------ trainers
@@ -301,6 +340,12 @@ class _Accumulation:
             with tf.control_dependencies([self.train_op]):
                 self.train_op = tf.group(*[a.initializer for a in self._accumulators])
         return callbacks
+
+    def setup_callbacks(self, callbacks, monitors):
+        super().setup_callbacks(callbacks, monitors)
+        # The step is counted in the session run that makes it: not before the update, which depends on it, is done.
+        counter = next(c for c in self._callbacks.cbs if isinstance(c, MaintainStepCounter))
+        counter.gs_incr_op._add_control_input(self.train_op)
 
     def run_step(self):
         for _ in range(self.accumulation - 1):

@@ -27,10 +27,12 @@ from common import UserError, atomic_write, git_revision, logger, read_json, wri
 __all__ = [
     "load_weights", "native_names", "save_npz", "make_meta", "write_checkpoint_meta", "read_checkpoint_meta",
     "newest_checkpoint",
+    "without_averages", "start_averages", "AVERAGE_PREFIX",
     "save_tf_checkpoint", "assign_weights", "match_weights", "fit_weights", "LoadReport", "is_training_state",
 ]  # fmt: skip
 
 META_KEY = "__meta__"
+AVERAGE_PREFIX = "EMA/"  # of the variable that holds the moving average of the one whose name follows
 _FOREIGN_SUFFIXES = (".pkl", ".pth", ".pt", ".h5", ".hdf5", ".keras", ".caffemodel", ".safetensors", ".onnx")
 
 # Variables that belong to a run, not to a model: steps, rates, optimizer slots, moving averages of summaries.
@@ -353,7 +355,7 @@ class LoadReport:
             rows += [[colored(label, color), group, count] for group, count in _grouped(names)]
         state = len(self.unused_state)
         if state:
-            rows.append(["not a model's", "steps, rates, optimizer slots", state])
+            rows.append(["not a model's", "steps, rates, optimizer slots, averages", state])
         text = tabulate(rows, headers=["", "tensors", "count"], tablefmt="simple")
         lines = [
             f"  {colored(verb, color)} {name}: the graph wants {list(want)}, the file has {list(got)}"
@@ -443,6 +445,28 @@ def _grouped(names: Iterable[str]) -> list[tuple[str, int]]:
     for name in names:
         counts.setdefault(name.split("/", 1)[0], []).append(name)
     return [(g if len(members) > 3 else ", ".join(members), len(members)) for g, members in counts.items()]
+
+
+# --------------------------------------------------------------------------------------------------------- averages
+def without_averages(weights: Mapping[str, np.ndarray], use: bool) -> tuple[dict[str, np.ndarray], int]:
+    """The weights without their moving averages (TRAIN.EMA_DECAY), which take their places if `use`, and the number of
+    averages found.
+
+    Other variables under `EMA/`, as tensorpack keeps of its summaries, stay as they are.
+    """
+    averages = {n: weights[AVERAGE_PREFIX + n] for n in weights if AVERAGE_PREFIX + n in weights}
+    kept = {n: v for n, v in weights.items() if n.removeprefix(AVERAGE_PREFIX) not in averages or n in averages}
+    return kept | averages if use else kept, len(averages)
+
+
+def start_averages(sess: Any, loaded: Iterable[str] = ()) -> None:
+    """Lets the moving averages in the session's graph whose names were not loaded start from the present weights."""
+    from utils.tf_v1 import tf
+
+    with sess.graph.as_default():
+        variables = {v.op.name: v for v in tf.global_variables()}
+    pairs = {AVERAGE_PREFIX + n: v for n, v in variables.items() if AVERAGE_PREFIX + n in variables}
+    assign_weights(sess, sess.run({n: v for n, v in pairs.items() if n not in set(loaded)}), variables.values())
 
 
 # -------------------------------------------------------------------------------------------------------- restoring

@@ -48,7 +48,7 @@ def equality_settings(folder, each):
     return [
         *data_of_one_size(folder, IMAGES), "TRAIN.PRECISION=float64", f"TRAIN.BATCH_SIZE_PER_GPU={each}",
         f"TRAIN.MAX_STEPS={STEPS}", "TRAIN.EVAL_PERIOD=1", "DATA.VAL=['coco_train2017','coco_val2017']",
-        "TEST.RESULT_SCORE_THRESH=0.0",
+        "TEST.RESULT_SCORE_THRESH=0.0", "TRAIN.EMA_DECAY=0.9",
     ]  # fmt: skip
 
 
