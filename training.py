@@ -216,8 +216,8 @@ class DetectionOptimizer(tf.train.MomentumOptimizer):
         def update(name=None):
             done = super(DetectionOptimizer, self).apply_gradients(self._processed(pairs), global_step, name)
             with tf.control_dependencies([done]):
-                share = 1 - self._average_decay
-                changes = [a.assign_sub(tf.cast(share, a.dtype) * (a - v.read_value())) for a, v in averages]
+                shares = [tf.cast(1 - self._average_decay, a.dtype) for a, _ in averages]
+                changes = [a.assign_sub(s * (a - v.read_value())) for s, (a, v) in zip(shares, averages)]
             return tf.group(*changes) if changes else done
 
         if not self._dynamic_scale:
