@@ -1,19 +1,21 @@
 #!/usr/bin/env bash
-# Trains the demo in float32 with two seeds, in bfloat16 and in float16, and draws the curves into one picture:
-#   benchmarks/precision.sh [PICTURE]     (default: train_log/precision.png)
+# Trains the demo in float32 with two seeds and in bfloat16, and draws the curves into one picture:
+#   benchmarks/precision.sh [PICTURE [PRECISION:SEED …]]     (default: train_log/precision.png)
 # On a CPU half precision is emulated: this shows that it trains alike, not how fast. A quarter of an hour and more.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
+picture=${1:-train_log/precision.png}
+[ $# -gt 1 ] && shift || set -- float32:42 float32:43 bfloat16:42
 runs=()
-for run in float32:42 float32:43 bfloat16:42 float16:42; do
+for run in "$@"; do
     precision=${run%:*} seed=${run#*:}
     logdir=train_log/precision-$precision-$seed
     "$python" -m demo.run --logdir "$logdir" --config "TRAIN.PRECISION=$precision" "TRAIN.SEED=$seed" \
         TRAIN.STEPS_PER_EPOCH=200 TRAIN.EVAL_PERIOD=1
     runs+=("$logdir")
 done
-"$python" tools/curves.py "${runs[@]}" --keys total_loss bbox/AP50 segm/AP50 --out "${1:-train_log/precision.png}"
+"$python" tools/curves.py "${runs[@]}" --keys total_loss bbox/AP50 segm/AP50 --out "$picture"
 for run in "${runs[@]}"; do
     "$python" -c 'import json, sys
 m = json.load(open(sys.argv[1] + "/metrics.json"))
