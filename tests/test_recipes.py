@@ -102,9 +102,24 @@ def first_batch(cfg: Config) -> dict[str, np.ndarray]:
     return dict(zip(training_keys(cfg), next(iter(dataflow))))
 
 
+IN_HALF = [
+    *[(name, "bfloat16") for name in ("r50-c4", "r50-fpn-gn-cascade", "mobilenetv2-fpn")],
+    *[(name, p) for name in ("keypoint-r50-fpn", "x50-32x4d-fpn", "rpn-r50-fpn") for p in ("bfloat16", "float16")],
+]
+
+
 @pytest.mark.parametrize("name", recipes())
 def test_a_recipe_trains_and_predicts_at_small_size(name):
-    cfg = small(recipes()[name])
+    check_recipe(recipes()[name])
+
+
+@pytest.mark.parametrize(("name", "precision"), IN_HALF)
+def test_every_kind_of_model_trains_and_predicts_in_half_precision(name, precision):
+    check_recipe([*recipes()[name], f"TRAIN.PRECISION={precision}"])
+
+
+def check_recipe(settings):
+    cfg = small(settings)
     cfg.freeze(False).DATA.NUM_CATEGORY = 1 if cfg.MODE_KEYPOINT else 80
     cfg.freeze()
     batch = first_batch(cfg)
