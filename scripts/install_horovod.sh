@@ -68,6 +68,7 @@ if [ -z "$python" ]; then
 fi
 command -v "$python" >/dev/null || die "$python is missing: name the interpreter with --python"
 python=$(command -v "$python")
+python=$(cd "$(dirname "$python")" && pwd)/${python##*/} # absolute: the check and the build run in other directories
 [ -z "$gpu" ] || [ "$gpu" = NCCL ] || die "HOROVOD_GPU_OPERATIONS=$gpu: only NCCL is supported"
 # Tools that pip installed (cmake) lie beside the interpreter, whether its environment is activated or not.
 PATH=$(dirname "$python"):$PATH
