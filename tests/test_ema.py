@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from test_train import COCO_MINI, assert_same_weights, run, train_tiny, weights_of
 
-import train
+import inference
 import training
 from dataset import DatasetSplit
 from training import DetectionOptimizer, average_decay_tensor
@@ -134,17 +134,16 @@ def test_averages_turned_on_later_start_from_the_weights(plain, tmp_path):
 
 
 # ---------------------------------------------------------------- use
-def variables_of_predictor(monkeypatch, load, tmp_path, *settings):
+def variables_of_predictor(monkeypatch, load, folder, *settings):
     """{name: value} in the graph that --predict runs."""
-    built = []
-    original = train.build_predictor
-    monkeypatch.setattr(train, "build_predictor", lambda *args: built.append(original(*args)) or built[0])
+    sessions = []
+    original = inference.start_session
+    monkeypatch.setattr(inference, "start_session", lambda *args: sessions.append(original(*args)) or sessions[0])
     image = next((COCO_MINI / "val2017").glob("*.jpg"))
     config = ["--config", *settings] if settings else []
-    assert run("--predict", image, "--load", load, "--output", tmp_path / "out", "--no-window", *config) == 0
-    session = built[0]._session
-    with session.graph.as_default():
-        return session.run({v.op.name: v for v in tf.global_variables()})
+    assert run("--predict", image, "--load", load, "--output", folder / "out", "--no-window", *config) == 0
+    with sessions[0].graph.as_default():
+        return sessions[0].run({v.op.name: v for v in tf.global_variables()})
 
 
 @pytest.mark.parametrize("use", [True, False])
