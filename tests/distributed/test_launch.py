@@ -25,8 +25,8 @@ CLEAN |= {
 }
 
 REDUCE = """
+from utils.tf_v1 import tf  # first: it prepares TensorFlow
 import horovod.tensorflow as hvd
-from utils.tf_v1 import tf
 hvd.init()
 total = hvd.allreduce(tf.constant([1.0, 10.0]) * (hvd.rank() + 1), op=hvd.Sum)
 with tf.Session() as session:
