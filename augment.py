@@ -268,6 +268,15 @@ def _fill(edges: np.ndarray, window: tuple[int, int, int, int], factor: int = 1)
     return polygons.rasterize(edges, window, ((bottom - top) * factor, (right - left) * factor))
 
 
+def _smoothed(rings: list[np.ndarray], mask: np.ndarray) -> list[np.ndarray]:
+    """The outline of a mask without its staircases, unless a part of it is so thin that it would be lost with them."""
+    smooth = [polygons.smooth_ring(ring) for ring in rings]
+    height, width = mask.shape
+    drawn = polygons.rasterize(polygons.rings_to_edges(smooth), [0, 0, width, height], mask.shape)
+    near = cv2.dilate(drawn.view(np.uint8), np.ones((3, 3), np.uint8))
+    return rings if (mask & (near == 0)).any() else smooth
+
+
 def _occlude(scene: Scene, size: tuple[int, int], covered: np.ndarray, min_visible: float) -> Scene:
     """The scene without what `covered` (bool, of the canvas) hides of its objects. Crowd regions stay as they are."""
     count = len(scene.labels)
@@ -297,8 +306,8 @@ def _occlude(scene: Scene, size: tuple[int, int], covered: np.ndarray, min_visib
         boxes[i] = _intersection(boxes[i][None], np.concatenate([corners.min(0), corners.max(0)])[None])[0]
         kept[i] = (boxes[i, 2:] - boxes[i, :2] >= MIN_SIDE).all()
         if outlined[i]:
-            smooth = [polygons.smooth_ring(ring) / factor + [left, top] for ring in rings]
-            edges[i] = polygons.rings_to_edges(smooth).astype(np.float32)
+            rings = [ring / factor + [left, top] for ring in _smoothed(rings, visible)]
+            edges[i] = polygons.rings_to_edges(rings).astype(np.float32)
     points = scene.keypoints
     if points is not None and count:
         at = np.minimum(points[:, :, 1::-1].astype(int), np.array(covered.shape) - 1)
