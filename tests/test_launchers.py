@@ -219,7 +219,7 @@ def test_sagemaker_entry_keeps_what_was_set_and_passes_flags_on(sagemaker_root):
 @pytest.mark.parametrize(
     ("script", "words", "names"),
     [
-        ("train_ec2.sh", ["8", "r50-fnp"], "unknown recipe 'r50-fnp': one of r50-c4, "),
+        ("train_ec2.sh", ["8", "r50-fnp"], "unknown recipe 'r50-fnp': one of r50-fpn-box-quick, r50-c4-box, "),
         ("train_ec2.sh", ["r50-fpn"], "say how many GPUs"),
         ("train_ec2.sh", ["0", "r50-fpn", "--dry-run"], "GPUS=0 must be 1 or more"),
         ("train_ec2.sh", ["8"], "name a recipe"),
