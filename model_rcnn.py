@@ -21,6 +21,7 @@ from model_frcnn import (
 from model_keypoint import decode_keypoints, keypoint_head, keypoint_losses, keypoint_targets
 from model_mrcnn import mask_head, mask_losses, mask_probabilities, mask_targets
 from model_rpn import rpn_anchors, rpn_head, rpn_losses, rpn_proposals
+from model_syncbn import valid_area
 from utils.tf_v1 import tf
 
 __all__ = [
@@ -30,9 +31,10 @@ __all__ = [
 
 def backbone_features(image, image_shape, cfg):
     """uint8 image [N,H,W,3] -> the maps the RPN works on, finest first: [P2..P6], or [C4]."""
-    if cfg.MODE_FPN:
-        return fpn(backbone_stages(image, image_shape, cfg), cfg)
-    return [c4_backbone(preprocess_image(image, image_shape, cfg), cfg)]
+    with valid_area(image_shape, tf.shape(image)[1:3]):
+        if cfg.MODE_FPN:
+            return fpn(backbone_stages(image, image_shape, cfg), cfg)
+        return [c4_backbone(preprocess_image(image, image_shape, cfg), cfg)]
 
 
 def make_roi_pooler(features, cfg, training=False):

@@ -1,7 +1,12 @@
 """Batch normalisation (Ioffe & Szegedy 2015) whose statistics are those of the whole batch, over all replicas.
 
-Whether statistics come from the batch or from the moving averages, and how sums are taken over replicas, is said once
-around the construction of a graph (`batch_statistics`), not in each layer's arguments.
+Whether statistics come from the batch or from the moving averages, how sums are taken over replicas, and which part of
+the feature maps is image, is said once around the construction of a graph (`batch_statistics`, `valid_area`), not in
+each layer's arguments.
+
+The padding of a batch does not count: the statistics are means over the cells of all replicas that show a part of an
+image. So they do not depend on how images are grouped into padded batches, replicas whose maps differ in size add up
+with the right weights, and training normalises with what prediction, whose images have no padding, will see.
 """
 
 import contextlib
@@ -11,11 +16,13 @@ from typing import Any
 
 from utils.tf_v1 import tf
 
-__all__ = ["batch_norm", "batch_statistics", "collective_sum", "normalize_batch"]
+__all__ = ["batch_norm", "batch_statistics", "collective_sum", "normalize_batch", "valid_area"]
 
 _DECAY = 0.9  # of the moving averages, per step
 # None: use the moving averages. Otherwise sum_over_replicas(tensor) -> tensor.
 _SUM: contextvars.ContextVar[Callable[[Any], Any] | None] = contextvars.ContextVar("sum_over_replicas", default=None)
+# (image_shape [N,2], padded height and width [2]); None: everything counts.
+_AREA: contextvars.ContextVar[tuple[Any, Any] | None] = contextvars.ContextVar("valid_area", default=None)
 
 
 @contextlib.contextmanager
@@ -28,8 +35,19 @@ def batch_statistics(sum_over_replicas: Callable[[Any], Any]) -> Iterator[None]:
         _SUM.reset(token)
 
 
+@contextlib.contextmanager
+def valid_area(image_shape: Any, padded_size: Any) -> Iterator[None]:
+    """Maps x [N,h,w,C] of layers built inside are of N images with valid sizes `image_shape` int32 [N,2], padded to
+    `padded_size` int32 [2] (height, width)."""
+    token = _AREA.set((image_shape, padded_size))
+    try:
+        yield
+    finally:
+        _AREA.reset(token)
+
+
 def collective_sum(group_size: int, group_key: int = 1) -> Callable[[Any], Any]:
-    """Sums float32 tensors over `group_size` replicas of this process, each on its own device (NCCL, or CPU rings).
+    """Sums tensors over `group_size` replicas of this process, each on its own device (NCCL, or CPU rings).
 
     Every replica must get a function of its own and call it in the same order: calls are matched by their number.
     """
@@ -65,41 +83,61 @@ def normalize_batch(x, gamma, beta, mean_ema, var_ema, epsilon, trainable):
     if total is None or not trainable:
         scale = gamma * tf.rsqrt(var_ema + epsilon)
         return x * tf.cast(scale, x.dtype) + tf.cast(beta - mean_ema * scale, x.dtype)
-    y, mean, variance = _normalise(x, gamma, beta, epsilon, total)
+    y, mean, variance = _normalise(x, gamma, beta, epsilon, total, _counted(tf.shape(x)))
     for average, value in ((mean_ema, mean), (var_ema, variance)):
         update = average.assign_sub((1.0 - _DECAY) * (average.read_value() - tf.stop_gradient(value)))
         tf.add_to_collection(tf.GraphKeys.UPDATE_OPS, update)
     return y
 
 
-def _normalise(x, gamma, beta, epsilon, total):
-    """-> y, and the mean and variance [C] of all replicas' x. The gradient is explicit, because that of a collective
-    sum is one too: with x^ the normalised input and M the number of positions over all replicas,
-    dx = γ/σ · (dy − Σdy/M − x^ · Σ(dy·x^)/M); γ's and β's gradients are this replica's share."""
+def _counted(shape):
+    """bool [N,h,w] of a map of that shape [4]: the cells that show a part of an image."""
+    area = _AREA.get()
+    if area is None:
+        return tf.ones(shape[:3], tf.bool)
+    image_shape, padded_size = area
+    valid = -(-image_shape * shape[1:3] // padded_size)  # rounded up [N, 2]
+    rows = tf.range(shape[1])[None, :] < valid[:, :1]
+    columns = tf.range(shape[2])[None, :] < valid[:, 1:]
+    return tf.logical_and(rows[:, :, None], columns[:, None, :])
+
+
+def _normalise(x, gamma, beta, epsilon, total, counted):
+    """-> y, and the mean and variance [C] of the counted cells of all replicas' x. The gradient is explicit, because
+    that of a collective sum is one too: with x^ the normalised input, M the number of counted cells over all replicas
+    and 1 where a cell counts (0 elsewhere),
+    dx = γ/σ · (dy − 1·(Σdy/M + x^ · Σ(dy·x^)/M)); γ's and β's gradients are this replica's share."""
     channels = int(x.shape[-1])
+    wide_type = tf.float64 if x.dtype == tf.float64 else tf.float32
 
     @tf.custom_gradient
     def normalise(x, gamma, beta):
-        wide = tf.cast(x, tf.float32)
-        count = tf.cast(tf.size(x) // channels, tf.float32)
-        sums = tf.concat([tf.reduce_sum(wide, [0, 1, 2]), tf.reduce_sum(tf.square(wide), [0, 1, 2]), [count]], 0)
+        wide = tf.cast(x, wide_type)
+        weight = tf.cast(counted, wide_type)
+        flat = tf.reshape(weight, [1, -1])
+
+        def weighted_sum(values):
+            return tf.reshape(tf.matmul(flat, tf.reshape(values, [-1, channels])), [channels])
+
+        sums = tf.concat([weighted_sum(wide), weighted_sum(tf.square(wide)), [tf.reduce_sum(weight)]], 0)
         sums = total(sums)
-        positions = tf.maximum(sums[-1], 1.0)
-        mean = sums[:channels] / positions
-        variance = tf.maximum(sums[channels:-1] / positions - tf.square(mean), 0.0)
+        cells = tf.maximum(sums[-1], 1.0)
+        mean = sums[:channels] / cells
+        variance = tf.maximum(sums[channels:-1] / cells - tf.square(mean), 0.0)
         inverse = tf.rsqrt(variance + epsilon)
-        scale = gamma * inverse
-        y = x * tf.cast(scale, x.dtype) + tf.cast(beta - mean * scale, x.dtype)
+        scale = tf.cast(gamma, wide_type) * inverse
+        y = x * tf.cast(scale, x.dtype) + tf.cast(tf.cast(beta, wide_type) - mean * scale, x.dtype)
 
         def gradient(dy, *_):
-            dy_wide = tf.cast(dy, tf.float32)
+            dy_wide = tf.cast(dy, wide_type)
             normalised = (wide - mean) * inverse
             d_beta = tf.reduce_sum(dy_wide, [0, 1, 2])
             d_gamma = tf.reduce_sum(dy_wide * normalised, [0, 1, 2])
-            means = total(tf.concat([d_beta, d_gamma], 0)) / positions
-            dx = scale * (dy_wide - means[:channels] - normalised * means[channels:])
-            return tf.cast(dx, x.dtype), d_gamma, d_beta
+            means = total(tf.concat([d_beta, d_gamma], 0)) / cells
+            shared = means[:channels] + normalised * means[channels:]
+            dx = scale * (dy_wide - weight[..., None] * shared)
+            return tf.cast(dx, x.dtype), tf.cast(d_gamma, gamma.dtype), tf.cast(d_beta, beta.dtype)
 
-        return (y, mean, variance), gradient
+        return (y, tf.cast(mean, tf.float32), tf.cast(variance, tf.float32)), gradient
 
     return normalise(x, gamma, beta)

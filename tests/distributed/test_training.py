@@ -44,47 +44,47 @@ def command(ranks, folder, *settings, flags=()):
     return [*launcher, *program, *flags, "--config", *TINY_TRAINING, "TRAINER=horovod", *settings]
 
 
-def equality_settings(folder, each):
+def equality_settings(folder, norm, each):
     return [
-        *data_of_one_size(folder, IMAGES), "TRAIN.PRECISION=float64", f"TRAIN.BATCH_SIZE_PER_GPU={each}",
-        f"TRAIN.MAX_STEPS={STEPS}", "TRAIN.EVAL_PERIOD=1", "DATA.VAL=['coco_train2017','coco_val2017']",
-        "TEST.RESULT_SCORE_THRESH=0.0", "TRAIN.EMA_DECAY=0.9",
+        *data_of_one_size(folder, IMAGES), f"BACKBONE.NORM={norm}", "TRAIN.PRECISION=float64",
+        f"TRAIN.BATCH_SIZE_PER_GPU={each}", f"TRAIN.MAX_STEPS={STEPS}", "TRAIN.EVAL_PERIOD=1",
+        "DATA.VAL=['coco_train2017','coco_val2017']", "TEST.RESULT_SCORE_THRESH=0.0", "TRAIN.EMA_DECAY=0.9",
     ]  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=[(2, "FreezeBN"), (4, "SyncBN")], ids=["2", "4-SyncBN"])
 def job(request, tmp_path_factory):
-    """(number of ranks, folder) of a finished job with a total batch of 4: five steps, then an evaluation."""
-    folder = tmp_path_factory.mktemp(f"{request.param}-ranks")
-    settings = equality_settings(folder, BATCH // request.param)
-    done = subprocess.run(command(request.param, folder, *settings), env=CLEAN, capture_output=True, text=True)
+    """(number of ranks, norm, folder) of a finished job with a total batch of 4: five steps, then an evaluation."""
+    ranks, norm = request.param
+    folder = tmp_path_factory.mktemp(f"{ranks}-ranks")
+    done = subprocess.run(
+        command(ranks, folder, *equality_settings(folder, norm, BATCH // ranks)),
+        env=CLEAN, capture_output=True, text=True,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    return request.param, folder
-
-
-@pytest.fixture(scope="module")
-def joined(tmp_path_factory):
-    """The weights after the same steps of one process."""
-    folder = tmp_path_factory.mktemp("joined")
-    settings = equality_settings(folder, BATCH)
-    assert train_tiny(folder / "run", *settings, "TRAIN.EVAL_PERIOD=0", steps=STEPS) == 0
-    return weights_of(folder / "run")
+    return ranks, norm, folder
 
 
 def test_all_ranks_hold_the_same_weights_and_momentum_to_the_bit(job):
-    ranks, folder = job
+    ranks, _, folder = job
     first, *others = (dict(np.load(folder / f"state-{r}.npz")) for r in range(ranks))
     assert first["global_step"] == STEPS
     for other in others:
         assert_same_weights(first, other)
 
 
-def test_ranks_train_as_one_process_with_the_joined_batch_does(job, joined):
-    assert_same_weights(joined, weights_of(job[1] / "run-0"), 1e-6, 1e-6)
+def test_ranks_train_as_one_process_with_the_joined_batch_does(job, tmp_path):
+    """In float64, where rounding does not hide a difference; an untrained model's batch norm amplifies that of float32
+    variables."""
+    tolerance = {"FreezeBN": 1e-6, "SyncBN": 1e-5}[job[1]]
+    _, norm, folder = job
+    settings = equality_settings(tmp_path, norm, BATCH)
+    assert train_tiny(tmp_path / "run", *settings, "TRAIN.EVAL_PERIOD=0", steps=STEPS) == 0
+    assert_same_weights(weights_of(tmp_path / "run"), weights_of(folder / "run-0"), tolerance, tolerance)
 
 
 def test_the_ranks_read_different_images_and_together_every_image_once_an_epoch(job):
-    ranks, folder = job
+    ranks, _, folder = job
     batches = [json.loads((folder / f"images-{r}.json").read_text()) for r in range(ranks)]
     # A step deals its images to the ranks in turn.
     sequence = [batches[i % ranks][step][i // ranks] for step in range(STEPS) for i in range(BATCH)]
@@ -93,7 +93,7 @@ def test_the_ranks_read_different_images_and_together_every_image_once_an_epoch(
 
 
 def test_only_rank_0_writes(job):
-    ranks, folder = job
+    ranks, _, folder = job
     assert [p.name for p in folder.glob("run-*")] == ["run-0"]
     files = [p.name for p in (folder / "run-0").iterdir()]
     assert {"log.jsonl", "settings.json", "metrics.json", f"model-{STEPS}.index"} <= set(files)
@@ -102,7 +102,7 @@ def test_only_rank_0_writes(job):
 
 def test_evaluation_shared_by_the_ranks_finds_what_one_process_finds(job, tmp_path):
     """To the digit, in training and with --evaluate; two images of the second set are fewer than four ranks."""
-    ranks, folder = job
+    ranks, _, folder = job
     words = ["--load", str(folder / "run-0")]
     assert run("--evaluate", tmp_path / "one.json", *words) == 0
     done = subprocess.run(
