@@ -117,6 +117,7 @@ _OPTIONAL_TYPES = {
     "PREPROC.TEST_SHORT_EDGE_SIZE": (int,),
     "TRAIN.GRADIENT_CLIP": (float,),
     "TRAIN.MAX_STEPS": (int,),
+    "TRAIN.TOTAL_BATCH": (int,),
     "BACKBONE.NORM": (str,),
     "FPN.NORM": (str,),
     "TRAIN.SEED": (int,),
@@ -211,6 +212,9 @@ def default_config() -> Config:
                 "BATCH_SIZE_PER_GPU": 1,
                 "CPU_REPLICAS": 1,  # replicas on logical CPU devices when there is no GPU: to try data parallelism
                 "ACCUMULATION": 1,  # micro-batches whose gradients are averaged into one update
+                # Images of an update, reached by accumulation on however many replicas there are, so that a run may go
+                # on with more or fewer of them; a multiple of replicas * BATCH_SIZE_PER_GPU. None: what they give.
+                "TOTAL_BATCH": None,
                 # Losses of RoIs: mean of the images' means, so that spreading a batch over devices changes nothing;
                 # False: one mean over the RoIs of a device's batch (detectron2).
                 "LOSS_PER_IMAGE": True,
@@ -426,6 +430,13 @@ def finalize_config(cfg: Config) -> Config:
         "TRAIN.STEPS_PER_EPOCH",
     ):
         check(cfg.get(key) >= 1, key, "must be 1 or more")
+    total = cfg.TRAIN.TOTAL_BATCH
+    check(total is None or total >= 1, "TRAIN.TOTAL_BATCH", "a number of images, or None")
+    check(
+        total is None or cfg.TRAIN.ACCUMULATION == 1,
+        "TRAIN.ACCUMULATION",
+        "follows from TRAIN.TOTAL_BATCH: set it to 1",
+    )
     for key in ("TEST.RESULT_SCORE_THRESH", "TEST.SOFT_NMS_MIN_SCORE"):
         check(0 <= cfg.get(key) < 1, key, "a score, from 0 to below 1")
     check(0 <= cfg.TEST.FRCNN_NMS_THRESH <= 1, "TEST.FRCNN_NMS_THRESH", "an overlap, from 0 to 1")

@@ -409,6 +409,7 @@ class _Start:
     weights: dict | None = None
     origin: str = ""  # of the weights
     expect: str = "all"  # what the weights must hold
+    total_batch: int | None = None  # images of each update so far, where that is known
 
 
 def _begin(args: argparse.Namespace) -> _Start:
@@ -423,9 +424,9 @@ def _begin(args: argparse.Namespace) -> _Start:
         cfg.TRAIN.SEED = int.from_bytes(os.urandom(3), "little")
         cfg.freeze()
     if resume_from is not None:
-        weights, _ = load_weights(logdir)
-        step = int(weights["global_step"])
-        return _Start(cfg, logdir, step, weights, f"{logdir} at step {step}")
+        weights, meta = load_weights(logdir)
+        step, total_batch = int(weights["global_step"]), (meta or {}).get("total_batch")
+        return _Start(cfg, logdir, step, weights, f"{logdir} at step {step}", total_batch=total_batch)
     weights = weights and _of_this_model(weights, cfg, args.load)
     if cfg.BACKBONE.WEIGHTS and (weights is None or args.partial_load):
         if cfg.BACKBONE.NAME.startswith("keras:"):
@@ -491,10 +492,18 @@ def _train(args: argparse.Namespace, rank: int, size: int, started: float) -> in
     from utils.checkpoint import make_meta, start_averages
 
     devices = local_devices(cfg)
-    trainer = make_trainer(cfg, devices)
     plan = make_plan(cfg, size * len(devices), len(split))
+    trainer = make_trainer(cfg, plan, devices)
     if chief:
-        logger.info(f"plan\n{plan.table()}")
+        logger.info(f"plan\n{plan.table(cfg)}")
+        if plan.warning(cfg):
+            logger.warning(plan.warning(cfg))
+    if start.total_batch not in (None, plan.total_batch):
+        raise UserError(
+            f"{start.origin} was trained with a total batch of {start.total_batch} images and would go on with "
+            f"{plan.total_batch}, where a step means something else: keep it with --resume --config "
+            f"TRAIN.TOTAL_BATCH={start.total_batch}, or start a new run with --load {logdir}"
+        )
     if start.step >= plan.total_steps:
         raise UserError(
             f"{logdir} has finished its {start.step} steps; raise TRAIN.MAX_STEPS or TRAIN.LR_SCHEDULE to train longer"
@@ -502,6 +511,7 @@ def _train(args: argparse.Namespace, rank: int, size: int, started: float) -> in
     if start.step:
         logger.info(f"continuing {start.origin}")
     run_meta = make_meta(cfg.to_dict(), cfg.DATA.CLASS_NAMES, start.step)
+    run_meta["total_batch"] = plan.total_batch
     run_meta["category_ids"] = [split.label_to_category_id(i + 1) for i in range(len(split.class_names))]
     if cfg.MODE_KEYPOINT:
         run_meta["keypoint_flip"] = split.keypoint_flip.tolist()

@@ -87,30 +87,53 @@ class TrainingPlan:
     def cosine_steps(self) -> int:
         return max(self.cosine_end - self.warmup_steps, 1)
 
-    def table(self) -> str:
+    def table(self, cfg: Config) -> str:
+        """What the settings become: as they are written, for a total batch of 8, and in this run."""
+        train = cfg.TRAIN
+        parts = f"{self.replicas} replicas x {self.images_per_replica} images x {self.accumulation} accumulated"
         drops = ", ".join(f"{m} (epoch {self.epochs(m):.1f})" for m in self.milestones) or "none"
-        curve = ["rate / 10 at", drops]
+        curve = ["rate / 10 at", str(train.LR_SCHEDULE[:-1]), drops]
         if self.cosine_end is not None:
             end = f"to {self.final_lr:.6g} at {self.cosine_end} (epoch {self.epochs(self.cosine_end):.1f})"
             last = f", {self.learning_rate(self.total_steps - 1):.6g} in the last step"
-            curve = ["cosine", end + last * (self.total_steps < self.cosine_end)]
-        parts = f"{self.replicas} replicas x {self.images_per_replica} images x {self.accumulation} accumulated"
+            curve = ["cosine", f"to {train.LR_FINAL * train.BASE_LR:.6g} at {train.LR_SCHEDULE[-1]}", end]
+            curve[2] += last * (self.total_steps < self.cosine_end)
+        length = f"{self.total_steps} steps = {self.epochs(self.total_steps):.1f} epochs"
         return tabulate(
             [
-                ["total batch", f"{parts} = {self.total_batch}"],
-                ["learning rate", f"{self.base_lr:.6g}"],
-                ["warm-up", f"{self.warmup_steps} steps from {self.warmup_lr:.6g}"],
+                ["total batch", "8", f"{parts} = {self.total_batch}"],
+                ["learning rate", f"{train.BASE_LR:.6g}", f"{self.base_lr:.6g}"],
+                ["warm-up", f"from {train.WARMUP_INIT_LR:.6g}", f"{self.warmup_steps} steps from {self.warmup_lr:.6g}"],
                 curve,
-                ["length", f"{self.total_steps} steps = {self.epochs(self.total_steps):.1f} epochs"],
+                ["length", f"{train.LR_SCHEDULE[-1]} steps", length],
             ],
+            headers=["", "settings", f"this run (TRAIN.LR_SCALING={train.LR_SCALING})"],
             tablefmt="simple",
+            disable_numparse=True,
+        )
+
+    def warning(self, cfg: Config) -> str | None:
+        """What is probably not meant; a run that TRAIN.MAX_STEPS cuts short is."""
+        end = min([*self.milestones, self.total_steps])
+        if self.warmup_steps < end or cfg.TRAIN.MAX_STEPS is not None:
+            return None
+        return (
+            f"TRAIN.WARMUP={self.warmup_steps} reaches to step {end}, where the rate falls or the run ends, so that "
+            "the learning rate is never reached: lower it, or use fewer replicas"
         )
 
 
 def make_plan(cfg: Config, replicas: int, images_per_epoch: int) -> TrainingPlan:
     """Scales the schedule, which is written for a total batch of 8, to the batch at hand (Goyal et al. 2017)."""
     train = cfg.TRAIN
-    total = replicas * train.BATCH_SIZE_PER_GPU * train.ACCUMULATION
+    at_once = replicas * train.BATCH_SIZE_PER_GPU
+    total = train.TOTAL_BATCH or at_once * train.ACCUMULATION
+    if total % at_once:
+        near = ", ".join(str(k * at_once) for k in (total // at_once, total // at_once + 1) if k)
+        raise UserError(
+            f"setting TRAIN.TOTAL_BATCH={total} is no multiple of {replicas} replicas x {train.BATCH_SIZE_PER_GPU} "
+            f"images: use another number of replicas, TRAIN.BATCH_SIZE_PER_GPU, or a total batch of {near}"
+        )
     factor = total / 8.0 if train.LR_SCALING == "linear" else 1.0
     milestones = [max(1, math.ceil(m / factor)) for m in train.LR_SCHEDULE]
     steps = milestones[-1] if train.MAX_STEPS is None else min(milestones[-1], train.MAX_STEPS)
@@ -118,7 +141,7 @@ def make_plan(cfg: Config, replicas: int, images_per_epoch: int) -> TrainingPlan
     return TrainingPlan(
         replicas=replicas,
         images_per_replica=train.BATCH_SIZE_PER_GPU,
-        accumulation=train.ACCUMULATION,
+        accumulation=total // at_once,
         base_lr=train.BASE_LR * factor,
         warmup_steps=train.WARMUP,
         warmup_lr=train.WARMUP_INIT_LR * min(factor, 1.0),
@@ -431,13 +454,13 @@ def _horovod_trainer():
     return trainer
 
 
-def make_trainer(cfg: Config, devices: list[str]):
+def make_trainer(cfg: Config, plan: TrainingPlan, devices: list[str]):
     """The trainer for TRAINER and the devices of this process."""
     if cfg.TRAINER == "horovod":
         trainer = _horovod_trainer()
     else:
         trainer = SingleTrainer() if len(devices) == 1 else ReplicatedTrainer(devices)
-    trainer.accumulation = cfg.TRAIN.ACCUMULATION
+    trainer.accumulation = plan.accumulation
     return trainer
 
 

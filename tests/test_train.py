@@ -190,6 +190,26 @@ def test_the_gradient_of_accumulated_micro_batches_is_that_of_the_batch(tmp_path
     assert_same_weights(weights_of(tmp_path / "joined"), weights_of(tmp_path / "accumulated"), 1e-6, 1e-6)
 
 
+def test_a_run_of_a_fixed_total_batch_goes_on_with_other_numbers_of_replicas(joined, tmp_path):
+    """1, 2 and 4 replicas in turn equal the uninterrupted run on one device."""
+    want, settings = joined("TRAIN.PRECISION=float64", "BACKBONE.NORM=FreezeBN")
+    logdir = tmp_path / "run"
+    assert train_tiny(logdir, *settings, "TRAIN.TOTAL_BATCH=4", steps=2) == 0
+    for replicas, steps in ((2, 3), (4, 5)):
+        changed = [f"TRAIN.CPU_REPLICAS={replicas}", f"TRAIN.MAX_STEPS={steps}"]
+        assert run("--resume", "--logdir", logdir, "--config", *changed) == 0
+    assert_same_weights(want, weights_of(logdir), 1e-6, 1e-6)
+
+
+def test_a_run_does_not_go_on_with_another_total_batch(trained, capsys):
+    before = sorted(p.name for p in trained.iterdir())
+    assert run("--resume", "--logdir", trained, "--config", "TRAIN.CPU_REPLICAS=2", "TRAIN.MAX_STEPS=6") == 2
+    message = last_error(capsys)
+    assert "at step 4 was trained with a total batch of 1 images and would go on with 2" in message
+    assert "--resume --config TRAIN.TOTAL_BATCH=1" in message and f"--load {trained}" in message
+    assert sorted(p.name for p in trained.iterdir()) == before
+
+
 def test_training_fits_a_repeated_image(tmp_path):
     """The total loss of one image, seen again and again, falls to less than half."""
     annotations = json.loads((COCO_MINI / "annotations/instances_train2017.json").read_text())

@@ -1,9 +1,11 @@
 """training.py: what a schedule becomes for a number of replicas and images, and that the graph follows it."""
 
 import math
+import re
 
 import pytest
 
+from common import UserError
 from config import default_config, finalize_config
 from training import learning_rate_tensor, make_plan
 from utils.tf_v1 import tf
@@ -11,8 +13,12 @@ from utils.tf_v1 import tf
 pytestmark = pytest.mark.quick
 
 
+def settings(*args):
+    return finalize_config(default_config().update_args(args))
+
+
 def plan_of(replicas, *args, images=8000):
-    return make_plan(finalize_config(default_config().update_args(args)), replicas, images)
+    return make_plan(settings(*args), replicas, images)
 
 
 def test_the_schedule_is_defined_at_a_total_batch_of_eight():
@@ -20,7 +26,10 @@ def test_the_schedule_is_defined_at_a_total_batch_of_eight():
     assert (plan.base_lr, plan.milestones, plan.total_steps) == (0.01, [120000, 160000], 180000)
 
 
-@pytest.mark.parametrize("replicas,images,accumulation", [(1, 1, 1), (2, 4, 1), (3, 1, 1), (5, 2, 3), (64, 2, 1)])
+@pytest.mark.parametrize(
+    "replicas,images,accumulation",
+    [(1, 1, 1), (2, 4, 1), (3, 1, 1), (5, 2, 3), (7, 3, 1), (12, 1, 1), (64, 2, 1), (512, 4, 1)],
+)
 def test_any_number_of_replicas_sees_the_same_number_of_images(replicas, images, accumulation):
     plan = plan_of(
         replicas, "TRAIN.LR_SCHEDULE=1x", f"TRAIN.BATCH_SIZE_PER_GPU={images}", f"TRAIN.ACCUMULATION={accumulation}"
@@ -28,8 +37,48 @@ def test_any_number_of_replicas_sees_the_same_number_of_images(replicas, images,
     total = replicas * images * accumulation
     assert plan.total_batch == total
     assert plan.base_lr == pytest.approx(0.01 * total / 8)
-    assert 0 <= plan.total_steps * total - 180000 * 8 < total
+    for drop, written in zip([*plan.milestones, plan.total_steps], [120000, 160000, 180000]):
+        assert 0 <= drop * total - written * 8 < total
     assert plan.warmup_lr <= plan.base_lr
+
+
+@pytest.mark.parametrize("replicas,images", [(1, 1), (1, 4), (2, 2), (3, 4), (5, 1), (6, 2), (12, 5), (60, 1)])
+def test_a_total_batch_gives_the_same_plan_on_any_number_of_replicas(replicas, images):
+    plan = plan_of(replicas, "TRAIN.TOTAL_BATCH=60", f"TRAIN.BATCH_SIZE_PER_GPU={images}")
+    assert plan.accumulation == 60 // (replicas * images) and plan.total_batch == 60
+    one = plan_of(1, "TRAIN.TOTAL_BATCH=60")
+    assert [plan.learning_rate(s) for s in range(0, plan.total_steps, 97)] == [
+        one.learning_rate(s) for s in range(0, one.total_steps, 97)
+    ]
+    assert (plan.total_steps, plan.milestones) == (one.total_steps, one.milestones)
+
+
+@pytest.mark.parametrize(("replicas", "near"), [(3, "15, 18"), (32, "32$")])
+def test_a_total_batch_that_the_replicas_cannot_make_is_refused_with_near_ones(replicas, near):
+    with pytest.raises(UserError, match=f"TRAIN.TOTAL_BATCH=16 is no multiple of {replicas} replicas x 1 .*{near}"):
+        plan_of(replicas, "TRAIN.TOTAL_BATCH=16")
+    with pytest.raises(UserError, match="TRAIN.ACCUMULATION"):
+        plan_of(2, "TRAIN.TOTAL_BATCH=16", "TRAIN.ACCUMULATION=2")
+
+
+def test_the_table_shows_each_setting_and_what_it_becomes():
+    words = ["TRAIN.LR_SCHEDULE=1x", "TRAIN.BATCH_SIZE_PER_GPU=2"]
+    rows = [
+        re.split("  +", line.strip()) for line in plan_of(3, *words, images=600).table(settings(*words)).split("\n")
+    ]
+    assert ["learning rate", "0.01", "0.0075"] in rows
+    assert ["total batch", "8", "3 replicas x 2 images x 1 accumulated = 6"] in rows
+    assert ["warm-up", "from 0.0033", "1000 steps from 0.002475"] in rows
+    assert ["rate / 10 at", "[120000, 160000]", "160000 (epoch 1600.0), 213334 (epoch 2133.3)"] in rows
+    assert ["length", "180000 steps", "240000 steps = 2400.0 epochs"] in rows
+
+
+def test_a_warm_up_that_lasts_until_the_rate_falls_is_warned_of():
+    many = settings("TRAIN.LR_SCHEDULE=1x", "TRAIN.BATCH_SIZE_PER_GPU=4")  # 1x: the first drop is at step 469
+    assert "TRAIN.WARMUP=1000 reaches to step 469" in make_plan(many, 512, 8000).warning(many)
+    assert make_plan(many, 64, 8000).warning(many) is None
+    short = settings("TRAIN.MAX_STEPS=5")
+    assert make_plan(short, 1, 8000).warning(short) is None
 
 
 def test_scaling_can_be_turned_off():
@@ -74,5 +123,6 @@ def test_a_step_limit_cuts_the_cosine_without_changing_it():
     whole, cut = plan_of(8, *args), plan_of(8, *args, "TRAIN.MAX_STEPS=300")
     assert (cut.total_steps, cut.cosine_end) == (300, 1000)
     assert [cut.learning_rate(s) for s in range(300)] == [whole.learning_rate(s) for s in range(300)]
-    assert "to 0 at 1000" in cut.table() and f"{whole.learning_rate(299):.6g} in the last step" in cut.table()
-    assert "last step" not in whole.table() and "rate / 10" not in whole.table()
+    tables = [plan.table(settings(*args)) for plan in (cut, whole)]
+    assert "to 0 at 1000" in tables[0] and f"{whole.learning_rate(299):.6g} in the last step" in tables[0]
+    assert "last step" not in tables[1] and "rate / 10" not in tables[1]
