@@ -142,19 +142,20 @@ def schedule_process(out: Path, settings: list[str], height: int, width: int, re
         losses, _ = build_training(inputs, cfg)
         optimizer = DetectionOptimizer(1e-8, 0.9, 1e-4, None, False)
         pairs = [p for p in optimizer.compute_gradients(tf.add_n(list(losses.values()))) if p[0] is not None]
-        stamps = []
-        for gradient, _ in pairs:
-            with tf.control_dependencies([gradient]):
-                stamps.append(tf.timestamp())
-        # Not before the last gradient: an update by the way would count as computation.
-        with tf.control_dependencies(stamps):
-            update = optimizer.apply_gradients([(tf.identity(g), v) for g, v in pairs])
+        producers = [g.op.name for g, _ in pairs]
+        update = optimizer.apply_gradients(pairs)
         session.run(tf.global_variables_initializer())
+        # Fetched, so that TensorFlow's optimisation leaves the operations that make the gradients.
+        fetches = [[g for g, _ in pairs], update]
+        options = tf.RunOptions(trace_level=tf.RunOptions.FULL_TRACE)
         rows = []
         for _ in range(repeats + 1):
-            start = time.time()
-            times = session.run([*stamps, update])[:-1]
-            rows.append([*(np.array(times) - start), time.time() - start])
+            trace = tf.RunMetadata()
+            session.run(fetches, options=options, run_metadata=trace)
+            nodes = [node for device in trace.step_stats.dev_stats for node in device.node_stats]
+            begin = min(node.all_start_micros for node in nodes)
+            ends = {node.node_name: (node.all_start_micros + node.op_end_rel_micros - begin) * 1e-6 for node in nodes}
+            rows.append([*(ends[name] for name in producers), max(ends.values())])
         *ready, total = np.median(rows[1:], axis=0)
         write_json(
             out,
@@ -319,7 +320,19 @@ def measure(args: argparse.Namespace) -> None:
         for name, (settings, height, width, repeats) in sizes.items():
             logger.info(f"when gradients are ready, short edge {name}")
             out = folder / f"schedule-{name}.json"
-            options = ["--core", 0, "--size", height, width, "--repeats", repeats, "--config", *MODEL, *settings]
+            options = [
+                "--core",
+                0,
+                "--size",
+                height,
+                width,
+                "--repeats",
+                repeats,
+                "--config",
+                *MODEL,
+                *settings,
+                *args.config,
+            ]
             finish([start(own_command("schedule-process", out, *options), log)], log)
             schedules[name] = read_json(out, "schedule")
         devices = {}
@@ -337,7 +350,7 @@ def measure(args: argparse.Namespace) -> None:
             **{p: importlib.metadata.version(p) for p in ("tensorpack", "horovod")},
             "load before": round(load, 2),
         },
-        "settings": [*MODEL, *SMALL],
+        "settings": [*MODEL, *SMALL, *args.config],
         "data": args.data.name,
         "schedules": schedules,
         "devices": {str(k): v for k, v in devices.items()},
@@ -372,8 +385,8 @@ def _measure_training(
     args: argparse.Namespace, folder: Path, log: Path, hosts: Sequence[str], rates: Sequence[int]
 ) -> dict[str, dict]:
     def training(name: str, interface: str, *options: Any, trainer: str = "replicated") -> list[str]:
-        config = [*MODEL, *SMALL, *QUIET, f"DATA.BASEDIR={args.data.resolve()}", f"TRAINER={trainer}"]
-        words = ["train-rank", folder / name, "--interface", interface, *options, "--"]
+        config = [*MODEL, *SMALL, *QUIET, *args.config, f"DATA.BASEDIR={args.data.resolve()}", f"TRAINER={trainer}"]
+        words = ["train-rank", folder / name, "--interface", interface, *options, "--arguments"]
         return own_command(*words, "--logdir", folder / f"run-{name}", "--config", *config)
 
     alone = [Rank(folder, f"alone{i}", 0) for i in range(4 if args.four else 2)]
@@ -472,6 +485,7 @@ def markdown(rows: Sequence[Sequence], headers: Sequence[str]) -> str:
 def measured_table(found: dict) -> str:
     arms = found["arms"]
     one = arm_step(arms["1 process"])
+    counted = sum(found["schedules"]["256"]["sizes"])
     rows = []
     for name, arm in arms.items():
         step = arm_step(arm)
@@ -484,20 +498,12 @@ def measured_table(found: dict) -> str:
                 name, str(len(arm["seconds"][0])), f"{step:.3f}", f"{values.std() / values.mean():.0%}",
                 f"{arm['ranks'] / step:.2f}", f"{one * shared / step:.2f}",
                 f"{arm_step(separate) / step:.2f}" if communicates else "",
+                f"{ring_bytes(counted, arm['ranks']) / 1e6:.1f}" if communicates else "",
                 f"{arm['sent'] / (arm['ranks'] if arm['megabits'] is None else 1) / 1e6:.1f}" if communicates else "",
             ]
         )  # fmt: skip
-    headers = [
-        "",
-        "steps",
-        "s/step",
-        "spread",
-        "images/s",
-        "efficiency",
-        "without contention",
-        "MB sent per rank and step",
-    ]
-    return markdown(rows, headers)
+    headers = "|steps|s/step|spread|images/s|efficiency|without contention|MB sent per rank and step, counted|measured"
+    return markdown(rows, headers.split("|"))
 
 
 def reduction_table(found: dict) -> str:
@@ -578,11 +584,12 @@ def gpu_step(found: dict, compute: float, images: int, ranks: int, cluster: Clus
 
     def cost(size: float) -> Cost:
         seconds = ring_seconds(size, ranks, cluster)
-        return Cost(coordination_seconds(ranks, MESSAGE_LATENCY) + seconds, BUSY * seconds)
+        return Cost(seconds, BUSY * seconds)
 
     if ranks == 1:
         return slowest, slowest
-    return reduced_step(ready, schedule["sizes"], tail, cost), slowest
+    coordination = coordination_seconds(ranks, MESSAGE_LATENCY)
+    return reduced_step(ready, schedule["sizes"], tail, cost, coordination), slowest
 
 
 def calibrated(found: dict, gpu: Gpu) -> float:
@@ -748,6 +755,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     measure_parser.add_argument("--turn", type=float, default=12, metavar="S", help="seconds of a turn (%(default)s)")
     measure_parser.add_argument("--rates", type=int, nargs="*", default=[2000, 1000, 500], metavar="MBIT")
     measure_parser.add_argument("--four", action="store_true", help="4 ranks as well, two per core")
+    measure_parser.add_argument("--config", nargs="+", default=[], metavar="KEY=VAL", help="settings to change")
     measure_parser.add_argument("--out", type=Path, default=MEASURED)
     for name, text in (("simulate", "print the tables"), ("report", "write them into docs/SCALING.md")):
         commands.add_parser(name, help=text).add_argument("--measured", type=Path, default=MEASURED)
@@ -765,7 +773,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         own.add_argument("--devices", type=int, default=2)
         own.add_argument("--schedule", type=Path)
         own.add_argument("--config", nargs="+", default=[])
-        own.add_argument("arguments", nargs="*")
+        own.add_argument("--arguments", nargs=argparse.REMAINDER, default=[])
     return parser.parse_args(argv)
 
 

@@ -108,36 +108,45 @@ def reduced_step(
     sizes: Sequence[float],
     tail: float,
     reduce: Callable[[float], Cost],
+    coordination: float = 0.0,
     fusion: float = FUSION_BYTES,
     cycle: float = CYCLE_SECONDS,
 ) -> float:
     """Seconds of a step whose gradient i, of sizes[i] bytes, exists after ready[i] seconds of computation, and whose
     update takes `tail` seconds once all are reduced.
 
-    As Horovod's thread: it takes all gradients that are ready, up to `fusion` bytes, reduces them together while the
-    computation goes on (at the pace that reduce(bytes).busy leaves it), and looks again, `cycle` seconds after it
-    looked last at the earliest.
+    As Horovod's thread: every `cycle` seconds, or as soon as it is done with the last ones, it takes the gradients that
+    are ready, up to `fusion` bytes, agrees on them with the other ranks, which takes `coordination` seconds, and
+    reduces them together. The computation goes on meanwhile, at the pace that reduce(bytes).busy leaves it. Where in a
+    cycle a step begins is anybody's guess: the mean of eight places.
     """
     order = np.argsort(ready, kind="stable")
     ready, sizes = np.asarray(ready, float)[order], np.asarray(sizes, float)[order]
+    period = max(cycle, coordination)
+    phases = (np.arange(8) + 0.5) / 8 * period if period else [0.0]
+    return float(np.mean([_reduced_at(p, ready, sizes, reduce, coordination, fusion, period) for p in phases])) + tail
+
+
+def _reduced_at(phase, ready, sizes, reduce, coordination, fusion, period):
+    """When the last gradient is reduced and all computation done, if Horovod's thread looks first at time `phase`."""
     work = ready[-1]  # seconds of computation until the last gradient
-    now = done = 0.0  # the time, and the seconds of computation done by then
-    looked, first = -cycle, 0
+    now, done, first = phase, min(work, phase), 0  # the time; seconds of computation done by then
     while first < len(ready):
-        start = now + max(0.0, ready[first] - done)
-        start = max(start, looked + cycle)
-        done, now = min(work, done + start - now), start
-        looked = now
+        missing = ready[first] - done
+        if missing > 0:
+            wait = math.ceil(missing / period - 1e-9) * period if period else missing
+            now, done = now + wait, min(work, done + wait)
         last, total = first, 0.0
         # Sums of seconds are compared: what misses by a rounding error is ready.
         while last < len(ready) and ready[last] <= done + 1e-9 and (last == first or total + sizes[last] <= fusion):
             total += sizes[last]
             last += 1
         cost = reduce(total)
-        now += cost.seconds
-        done = min(work, done + cost.seconds - cost.busy)
+        rest = max(0.0, period - coordination - cost.seconds) if last < len(ready) else 0.0
+        now += coordination + cost.seconds + rest
+        done = min(work, done + coordination + cost.seconds - cost.busy + rest)
         first = last
-    return now + (work - done) + tail
+    return now + work - done
 
 
 def expected_slowest(samples: Sequence[float], ranks: int) -> float:

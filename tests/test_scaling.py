@@ -118,6 +118,12 @@ def test_nothing_is_hidden_when_communication_needs_the_processor():
     assert half == pytest.approx(4 + 0.5 * 0.9 + 0.1)
 
 
+def test_gradients_wait_for_the_next_look_and_for_the_agreement():
+    # Looks every 2 s: the only gradient, ready after 3 s, waits 1 s in the mean of all phases, then 2 s for the others.
+    assert reduced_step([3.0], [1e6], 0.0, free, coordination=2.0) == pytest.approx(3 + 1 + 2)
+    assert reduced_step([3.0], [1e6], 0.0, waiting(1e6), cycle=2.0) == pytest.approx(3 + 1 + 1)
+
+
 def test_the_order_in_which_variables_are_listed_does_not_matter():
     shuffled = [2, 0, 3, 1]
     a = reduced_step(READY, LAYERS, 0.0, waiting(2e6))
@@ -192,4 +198,4 @@ def test_a_step_that_something_else_interrupted_does_not_count():
 def test_the_tables_show_efficiency_and_bytes_per_rank():
     row = next(r for r in scaling.measured_table(recorded(1.25)).splitlines() if r.startswith("| 2 ranks"))
     cells = [c.strip() for c in row.strip("|").split("|")]
-    assert cells[2:] == ["1.250", "0%", "1.60", "0.72", "0.80", "4.0"]
+    assert cells[2:] == ["1.250", "0%", "1.60", "0.72", "0.80", "4.0", "4.0"]
