@@ -604,6 +604,8 @@ class Checkpoints(Callback):
     def _before_train(self):
         def handler(number, _frame):
             if self.stop_signal is not None:
+                if number == signal.SIGTERM:  # again, from a scheduler as well as from the launcher
+                    return
                 raise KeyboardInterrupt
             self.stop_signal = number
             if self._chief:

@@ -7,10 +7,11 @@ So run this once per machine with the command to train with, all of them naming 
     scripts/horovod_node.py --nodes 2 --master HOST0 --slots 8 -- ./train.py --config TRAINER=horovod MODE_FPN=True
 
 Machine 0 holds the key-value store through which Horovod's gloo connects, and numbers the ranks machine by machine;
-machines may differ in their number of slots. A rank that fails ends the ranks of every machine and gives this command
-a non-zero exit code; so does a machine that falls silent. SIGTERM or SIGINT to any of them (preemption, a drained
-machine) reaches every rank as SIGTERM, which saves a checkpoint, and the exit code is 143. The store trusts its
-network, as the one of horovodrun does: keep the port inside the cluster.
+machines may differ in their number of slots. A rank that fails ends the ranks of every machine within seconds, and the
+command's exit code is that rank's on all of them (137 for one killed by SIGKILL); it is 75 when a machine is lost: the
+same command can continue there or elsewhere. SIGTERM or SIGINT to any of them (preemption, a drained machine) reaches
+every rank as SIGTERM, which saves a checkpoint, and the exit code is 143. The store trusts its network, as the one of
+horovodrun does: keep the port inside the cluster.
 """
 
 import argparse
@@ -29,12 +30,19 @@ import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import IO, Any
 
-# Exit codes: of a wrong command line; of a job that ended by no fault of its ranks here; of a stopped job (128 + 15).
-USAGE, LOST, STOPPED = 2, 3, 143
+# Exit codes: of a wrong command line; when a machine is lost (EX_TEMPFAIL of sysexits.h, which no rank uses); of a
+# stopped job (128 + 15).
+USAGE, LOST, STOPPED = 2, 75, 143
+# train.py's exit code when a rank elsewhere has ended: the consequence of a failure, not its cause.
+FOLLOWED = 4
 # A machine that does not report for so many rounds of --poll is lost: under a minute, since it holds up all others.
-SILENT_ROUNDS = 45
+SILENT_ROUNDS = 40
+# The same when ranks here have already noticed that another is gone.
+SILENT_ROUNDS_AFTER_LOSS = 8
+# What ranks get to react when the job has failed: they may be inside a reduction that never ends.
+ENDING_SECONDS = 5.0
 # Environment variables in which schedulers number their machines.
 NODE_RANK_VARIABLES = ("JOB_COMPLETION_INDEX", "SLURM_NODEID")
 
@@ -82,8 +90,8 @@ class Store:
             raise ConnectionError(str(e)) from e
 
 
-def serve(port: int) -> None:
-    """Starts the store in a thread of this process; it ends with the process."""
+def serve(port: int) -> int:
+    """Starts the store in a thread of this process, with which it ends; its port, a free one for 0."""
     from horovod.runner.http.http_server import RendezvousHandler, RendezvousHTTPServer
 
     try:
@@ -92,15 +100,28 @@ def serve(port: int) -> None:
         raise Failure(f"port {port} cannot be opened ({e.strerror}): choose another with --port", USAGE) from None
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, daemon=True).start()
+    return server.server_address[1]
 
 
-def interface_towards(host: str, port: int) -> str:
-    """Name of the network interface whose address this machine uses to reach `host`."""
+def address_of(host: str) -> str:
+    try:
+        return socket.gethostbyname(host)
+    except OSError:
+        raise ConnectionError(f"{host}: no such machine") from None
+
+
+def address_towards(host: str) -> str:
+    """The address that this machine has in the network of `host`."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((address_of(host), 9))  # of a datagram socket: chooses the route, sends nothing
+        return probe.getsockname()[0]
+
+
+def interface_towards(host: str) -> str:
+    """Name of the network interface through which this machine reaches `host`."""
     import psutil
 
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((host, port))  # of a datagram socket: chooses the route, sends nothing
-        address = probe.getsockname()[0]
+    address = address_towards(host)
     for name, entries in psutil.net_if_addrs().items():
         if any(entry.address == address for entry in entries):
             return name
@@ -135,8 +156,8 @@ def rank_environments(node: int, slots: Sequence[int], master: str, port: int, i
     return environments
 
 
-def join(store: Store, args: argparse.Namespace, stopped: Callable[[], bool]) -> list[int]:
-    """Waits until every machine is there; returns the number of ranks of each.
+def join(store: Store, args: argparse.Namespace, stopped: Callable[[], bool]) -> tuple[list[int], list[str]]:
+    """Waits until every machine is there; returns the number of ranks and the address of each ("" for machine 0).
 
     A machine that was restarted may still find the store of the job that is just ending: it registers again and again
     until a plan includes this very process.
@@ -151,14 +172,16 @@ def join(store: Store, args: argparse.Namespace, stopped: Callable[[], bool]) ->
         with contextlib.suppress(ConnectionError):
             plan = store.get("plan")
             if plan is None:
-                store.put(f"node{node}", [me, args.slots])
+                address = address_towards(args.master) if node else ""
+                store.put(f"node{node}", [me, args.slots, address])
             elif plan["ids"][node] == me:
-                return plan["slots"]
+                return plan["slots"], plan["addresses"]
             if node == 0 and plan is None:
                 entries = [store.get(f"node{i}") for i in range(nodes)]
                 present = {i for i, entry in enumerate(entries) if entry}
                 if len(present) == nodes:
-                    store.put("plan", {"ids": [e[0] for e in entries], "slots": [e[1] for e in entries]})
+                    ids, slots, addresses = zip(*entries)
+                    store.put("plan", {"ids": ids, "slots": slots, "addresses": addresses})
                     continue
         time.sleep(args.poll / 2)
     if node == 0:
@@ -172,23 +195,37 @@ class Ranks:
 
     def __init__(self, command: Sequence[str], environments: Sequence[dict[str, str]]):
         self.numbers = [int(e["HOROVOD_RANK"]) for e in environments]
+        # Rank 0 keeps a terminal, for its progress bar.
+        direct = [number == 0 and sys.stderr.isatty() for number in self.numbers]
         self.processes = [
             # A session of its own: Ctrl-C at a terminal must come through this launcher, once.
             subprocess.Popen(
-                command, env={**os.environ, **environment}, start_new_session=True, preexec_fn=die_with_parent
+                command, env={**os.environ, **environment}, start_new_session=True, preexec_fn=die_with_parent,
+                stderr=None if terminal else subprocess.PIPE,
             )
-            for environment in environments
+            for environment, terminal in zip(environments, direct)
+        ]  # fmt: skip
+        self.relays = [
+            threading.Thread(target=relay, args=(process.stderr, number), daemon=True)
+            for process, number in zip(self.processes, self.numbers)
+            if process.stderr
         ]
+        for thread in self.relays:
+            thread.start()
 
     def codes(self) -> list[int | None]:
         return [process.poll() for process in self.processes]
 
-    def failed(self) -> str | None:
-        """Names the first rank that ended badly."""
-        for number, code in zip(self.numbers, self.codes()):
-            if code:
-                return f"rank {number} " + (f"was killed by {signal_name(-code)}" if code < 0 else f"ended with {code}")
-        return None
+    def failed(self) -> tuple[str, int] | None:
+        """(what happened, exit code) of the rank that ended badly; where several did, of one that followed no other."""
+        bad = [(code == FOLLOWED, code > 0, number, code) for number, code in zip(self.numbers, self.codes()) if code]
+        if not bad:
+            return None
+        *_, number, code = min(bad)
+        if code > 0:
+            return f"rank {number} ended with {code}", code
+        why = " (out of memory?)" if code == -signal.SIGKILL else ""
+        return f"rank {number} was killed by {signal_name(-code)}{why}", 128 - code
 
     def signal(self, number: int) -> None:
         for process in self.processes:
@@ -207,6 +244,19 @@ class Ranks:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+        for thread in self.relays:
+            thread.join(2.0)
+
+
+def relay(stream: IO[bytes], rank: int) -> None:
+    """Passes a rank's messages on line by line, marked with its number unless it is 0."""
+    mark = b"[%d] " % rank if rank else b""
+    for line in stream:
+        # How Horovod tells that another rank is gone, just before the rank ends for that reason.
+        if b"background loop uncaught exception" in line and b"by peer" in line:
+            continue
+        sys.stderr.buffer.write(mark + line)
+        sys.stderr.buffer.flush()
 
 
 def die_with_parent() -> None:
@@ -223,30 +273,46 @@ def signal_name(number: int) -> str:
 
 def supervise(ranks: Ranks, store: Store, args: argparse.Namespace, stopped: Callable[[], bool]) -> int:
     """Waits for the ranks of all machines; the exit code. Machines tell each other their state through the store."""
-    node, nodes, grace = args.node_rank, args.nodes, args.grace
-    silent_seconds = SILENT_ROUNDS * args.poll
+    node, nodes = args.node_rank, args.nodes
     # Machine 0 holds the store: it leaves last, when the others have read how the job ended.
     linger = 3 * args.poll if node == 0 and nodes > 1 else 0
     answered = time.monotonic()
     heard = {i: (time.monotonic(), None) for i in range(nodes)}
-    stopping_since = None
+    stopping_since = followed_since = None
+
+    def end(text: str, code: int) -> int:
+        say(text)
+        ranks.end(min(args.grace, ENDING_SECONDS))
+        time.sleep(linger)
+        return code
+
     while True:
         codes = ranks.codes()
-        problem = ranks.failed()
         done = all(code == 0 for code in codes)
-        if problem and stopping_since is None:
-            # A rank whose peers on another machine have ended fails as well: let that machine say first why.
-            time.sleep(args.poll)
+        problem = ranks.failed() if stopping_since is None else None
+        if problem and problem[1] == FOLLOWED:
+            # The cause is a rank that is still ending here, or is on another machine, which says it or falls silent.
+            followed_since = followed_since or time.monotonic()
+            problem = None
+        saved = problem is not None and problem[1] in (128 + signal.SIGINT, 128 + signal.SIGTERM)
+        if saved:
+            say(problem[0])
+            problem = None
+        if problem:
+            if problem[1] < 128:
+                # Of another program, this may be a consequence as well: let that machine say first why.
+                time.sleep(args.poll)
             earlier = stop = None
             with contextlib.suppress(ConnectionError):
                 earlier, stop = store.get("failure"), store.get("stop") or stopped()
                 if not earlier and not stop:
-                    store.put("failure", f"{problem} on machine {node}")
-            say("stopped" if stop else f"{earlier or problem}; ending the job")
-            # The others may be inside a reduction with the rank that is gone: there is nothing to wait long for.
-            ranks.end(min(grace, 10.0))
-            time.sleep(linger)
-            return STOPPED if stop else next(code if code > 0 else 128 - code for code in codes if code)
+                    store.put("failure", [f"{problem[0]} on machine {node}", problem[1]])
+            if stop:
+                return end("stopped", STOPPED)
+            text, code = earlier or problem
+            return end(f"{text}; ending the job", code)
+        rounds = SILENT_ROUNDS if followed_since is None else SILENT_ROUNDS_AFTER_LOSS
+        silent_seconds = rounds * args.poll
         try:
             # [a counter that moves while this machine lives, whether its ranks are done]
             store.put(f"state{node}", [time.time(), done])
@@ -256,31 +322,30 @@ def supervise(ranks: Ranks, store: Store, args: argparse.Namespace, stopped: Cal
                 store.put("done", True)
             failure = store.get("failure")
             stop = store.get("stop")
-            if stopped() and not stop:
+            if (stopped() or saved) and not stop:
                 store.put("stop", True)
                 stop = True
             answered = time.monotonic()
         except ConnectionError:
-            states, failure, stop, all_done = [], None, stopped(), done
-            if not done and time.monotonic() - answered > silent_seconds / 3:
-                failure = "machine 0 does not answer any more"
+            states, failure, stop, all_done = [], None, stopped() or saved, done
+            if not done and time.monotonic() - answered > min(silent_seconds, SILENT_ROUNDS * args.poll / 3):
+                failure = ["machine 0 does not answer any more", LOST]
         for i, state in enumerate(states):
             if state and state != heard[i][1]:
                 heard[i] = (time.monotonic(), state)
             elif time.monotonic() - heard[i][0] > silent_seconds and not (state and state[1]):
-                failure = f"machine {i} has been silent for {silent_seconds:.0f} s"
+                failure = [f"machine {i} has been silent for {silent_seconds:.0f} s", LOST]
                 with contextlib.suppress(ConnectionError):
                     store.put("failure", failure)
         if failure:
-            say(f"{failure}; ending the ranks here")
-            ranks.end(min(grace, 10.0))
-            time.sleep(linger)
-            return LOST
+            return end(f"{failure[0]}; ending the ranks here", failure[1])
+        if followed_since is not None and time.monotonic() - followed_since > 3 * silent_seconds:
+            return end("ranks here miss another one and no machine says why; ending the ranks here", LOST)
         if stop and stopping_since is None:
             stopping_since = time.monotonic()
-            say(f"stopping: SIGTERM to the ranks, {grace:.0f} s to save")
+            say(f"stopping: SIGTERM to the ranks, {args.grace:.0f} s to save")
             ranks.signal(signal.SIGTERM)
-        if stopping_since is not None and (None not in codes or time.monotonic() - stopping_since > grace):
+        if stopping_since is not None and (None not in codes or time.monotonic() - stopping_since > args.grace):
             ranks.end(0)
             time.sleep(linger)
             return STOPPED
@@ -298,7 +363,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         help="number of this machine, 0 first; default: $" + " or $".join(NODE_RANK_VARIABLES),
     )  # fmt: skip
     parser.add_argument("--master", default="127.0.0.1", metavar="HOST", help="name or address of machine 0")
-    parser.add_argument("--port", type=int, default=23456, help="port of machine 0 (default %(default)s)")
+    parser.add_argument("--port", type=int, help="port of machine 0; default: 23456, or a free one for one machine")
     parser.add_argument("--slots", type=int, default=1, metavar="N", help="ranks on this machine: its number of GPUs")
     parser.add_argument("--interface", metavar="NAME", help="network interface; default: the one that reaches HOST")
     parser.add_argument("--wait", type=float, default=900, metavar="S", help="seconds for all machines to join")
@@ -312,6 +377,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     args.command = args.command[1:] if args.command[:1] == ["--"] else args.command
     if args.node_rank is None:
         args.node_rank = next((int(os.environ[v]) for v in NODE_RANK_VARIABLES if os.environ.get(v, "").isdigit()), 0)
+    if args.port is None:
+        args.port = 0 if args.nodes == 1 else 23456
     if not args.command:
         parser.error("the command to run is missing: put it behind --")
     if args.nodes < 1 or args.slots < 1:
@@ -338,15 +405,17 @@ def main(argv: Sequence[str]) -> int:
     except ImportError:
         raise Failure(f"horovod is missing in {sys.executable}: run `make horovod`", USAGE) from None
     if args.node_rank == 0:
-        serve(args.port)
+        args.port = serve(args.port)
     # Machine 0 may not find itself under the name that the others know it by.
     store = Store("127.0.0.1" if args.node_rank == 0 else args.master, args.port)
-    slots = join(store, args, stop.is_set)
+    slots, addresses = join(store, args, stop.is_set)
+    # Machine 0's own name may lead to a loopback address there, through which no other machine would find it.
+    peer = args.master if args.node_rank else (addresses[1] if args.nodes > 1 else "127.0.0.1")
     try:
-        address = socket.gethostbyname(args.master)
-    except OSError:
-        raise Failure(f"--master {args.master}: no such machine", USAGE) from None
-    interface = args.interface or interface_towards(address, args.port)
+        address = address_of(args.master) if args.node_rank else "127.0.0.1"
+        interface = args.interface or interface_towards(peer)
+    except ConnectionError as e:
+        raise Failure(str(e), USAGE) from None
     # NCCL, too, must take the network that connects the machines.
     os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
     # Ranks that start while others still read their annotations must not give up after Horovod's 30 s.

@@ -83,12 +83,6 @@ show() {
     echo "${line# }"
 }
 
-# Sets `horovodrun` to the one of the environment of `python`.
-find_horovodrun() {
-    horovodrun=$(dirname "$python")/horovodrun
-    [ -x "$horovodrun" ] || horovodrun=horovodrun
-}
-
 need_horovod() {
     "$python" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("horovod") is None)' ||
         die "horovod is missing in $python: run \`make horovod\`"

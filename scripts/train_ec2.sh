@@ -64,14 +64,12 @@ if [ $cpu = 0 ] && { [ "$dry_run" = 0 ] || [ "$gpus" = all ]; }; then
 fi
 [[ $gpus =~ ^[1-9][0-9]*$ ]] || die "GPUS=$gpus must be 1 or more"
 
-find_horovodrun
-command=("$horovodrun" --gloo -np "$gpus" -H "localhost:$gpus" "${train_command[@]}")
+command=("$python" "$repository/scripts/horovod_node.py" --slots "$gpus" --grace "$grace" -- "${train_command[@]}")
 if [ "$dry_run" = 1 ]; then
     show "${command[@]}"
     exit 0
 fi
 need_horovod
-export HOROVOD_GRACEFUL_TERMINATION_TIME_S=$grace
 [ $cpu = 0 ] || export CUDA_VISIBLE_DEVICES=-1
 cd "$repository"
 exec "${command[@]}"

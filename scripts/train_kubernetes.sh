@@ -10,7 +10,7 @@
 #   --image IMAGE    holds the repository in --directory (default /packrcnn) with its environment and Horovod
 #   --name NAME      of the Job and its Service (default packrcnn-RECIPE)
 #   --claim CLAIM    PersistentVolumeClaim (ReadWriteMany) that is mounted at /data
-#   --retries N      how often a failed or preempted pod is started again (default 5)
+#   --retries N      how often a failed pod is started again (default 5); preempted ones always are
 #   KEY=VAL          further settings, which win over the recipe's
 #   --data DIR       DATA.BASEDIR        --weights FILE  BACKBONE.WEIGHTS
 #   --logdir DIR     where checkpoints go (default /data/train_log/RECIPE); put it on the claim: restarts continue there
@@ -94,6 +94,14 @@ spec:
   completions: $pods
   parallelism: $pods
   backoffLimit: $((pods * retries))
+  podFailurePolicy:
+    rules:
+    # A mistake in the command line or the data stays one.
+    - action: FailJob
+      onExitCodes: {containerName: train, operator: In, values: [2]}
+    - action: Ignore
+      onPodConditions:
+      - {type: DisruptionTarget, status: 'True'}
   template:
     spec:
       subdomain: $name

@@ -1,7 +1,6 @@
 """Horovod as it is built here, started by each launcher that can run on one machine: ranks reduce, stop and fail."""
 
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -13,17 +12,10 @@ import pytest
 
 pytest.importorskip("horovod", reason="horovod is not installed: make horovod")
 
-REPOSITORY = Path(__file__).resolve().parent.parent.parent
+from hosts import CLEAN, REPOSITORY, free_port, ssh_to_second_host, two_hosts  # noqa: E402, F401
+
 NODE = str(REPOSITORY / "scripts/horovod_node.py")
 RUN = [str(Path(sys.executable).parent / "horovodrun"), "--gloo"]
-CLEAN = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "JOB_COMPLETION", "HOROVOD_"))}
-CLEAN |= {
-    "CUDA_VISIBLE_DEVICES": "-1",
-    "TF_CPP_MIN_LOG_LEVEL": "3",
-    "PYTHONPATH": str(REPOSITORY),
-    "OMP_NUM_THREADS": "1",
-}
-
 REDUCE = """
 from utils.tf_v1 import tf  # first: it prepares TensorFlow
 import horovod.tensorflow as hvd
@@ -43,12 +35,6 @@ def program(tmp_path):
         return [sys.executable, str(tmp_path / "rank.py")]
 
     return write
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def sums(text):
@@ -102,36 +88,6 @@ def test_sigterm_to_horovodrun_leaves_the_time_it_was_told_to_save(program, tmp_
     assert (tmp_path / "saved0").exists() and (tmp_path / "saved1").exists()
 
 
-def can_make_networks():
-    if os.geteuid() != 0 or not shutil.which("ip"):
-        return False
-    made = subprocess.run(["ip", "netns", "add", "packrcnn-probe"], capture_output=True).returncode == 0
-    if made:
-        subprocess.run(["ip", "netns", "del", "packrcnn-probe"], check=True)
-    return made
-
-
-@pytest.fixture
-def two_hosts():
-    """Two network namespaces with one address each, joined by a cable; yields {name: address}."""
-    if not can_make_networks():
-        pytest.skip("network namespaces need root and iproute2")
-    names = [f"packrcnn{os.getpid() % 10000}{side}" for side in "ab"]
-    hosts = {names[0]: "10.213.7.1", names[1]: "10.213.7.2"}
-    try:
-        for name in names:
-            subprocess.run(["ip", "netns", "add", name], check=True)
-        cable = f"type veth peer name eth0 netns {names[1]}".split()
-        subprocess.run(["ip", "link", "add", "eth0", "netns", names[0], *cable], check=True)
-        for name, address in hosts.items():
-            for words in (f"addr add {address}/24 dev eth0", "link set eth0 up", "link set lo up"):
-                subprocess.run(["ip", "-n", name, *words.split()], check=True)
-        yield hosts
-    finally:
-        for name in names:
-            subprocess.run(["ip", "netns", "del", name], capture_output=True)
-
-
 def test_ranks_on_hosts_with_their_own_addresses_reduce_over_the_network_between_them(two_hosts, program):
     command = program(REDUCE)
     (first, master), _ = two_hosts.items()
@@ -174,42 +130,6 @@ def test_a_cut_cable_between_hosts_ends_the_job_with_a_reason(two_hosts, program
             machine.terminate()
     assert all(machine.returncode not in (0, None) for machine in machines)
     assert "machine 1 has been silent" in outputs[0] and "machine 0 does not answer" in outputs[1], outputs
-
-
-@pytest.fixture
-def ssh_to_second_host(two_hosts, tmp_path):
-    """An ssh server on the second host that admits a new key; yields horovodrun's options and the PATH to use it."""
-    sshd = shutil.which("sshd", path=os.environ["PATH"] + ":/usr/sbin")
-    if not sshd or not shutil.which("ssh"):
-        pytest.skip("openssh-server is not installed")
-    for name in ("host", "user"):
-        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(tmp_path / name)], check=True)
-    (tmp_path / "config").write_text(
-        f"HostKey {tmp_path}/host\nAuthorizedKeysFile {tmp_path}/user.pub\nPermitRootLogin yes\nStrictModes no\n"
-        "UsePAM no\nPasswordAuthentication no\nPidFile none\n"
-    )
-    Path("/run/sshd").mkdir(exist_ok=True)
-    # An ssh that leaves the known hosts of whoever runs the tests alone.
-    ssh = tmp_path / "bin/ssh"
-    ssh.parent.mkdir()
-    ssh.write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} -o UserKnownHostsFile={tmp_path}/known "$@"\n')
-    ssh.chmod(0o755)
-    second, address = list(two_hosts.items())[1]
-    server = subprocess.Popen(
-        ["ip", "netns", "exec", second, sshd, "-D", "-q", "-f", str(tmp_path / "config"), "-p", "2222"]
-    )
-    options = ["-p", "2222", "-i", str(tmp_path / "user")]
-    login = ["ip", "netns", "exec", next(iter(two_hosts)), str(ssh), "-o", "BatchMode=yes"]
-    login += ["-o", "StrictHostKeyChecking=no", *options, address]
-    try:
-        deadline = time.monotonic() + 20
-        while subprocess.run([*login, "true"], capture_output=True).returncode:
-            assert time.monotonic() < deadline, "the ssh server does not answer"
-            time.sleep(0.2)
-        yield options, f"{ssh.parent}:{os.environ['PATH']}"
-    finally:
-        server.terminate()
-        server.wait(10)
 
 
 @pytest.mark.slow
