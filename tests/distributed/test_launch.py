@@ -1,8 +1,6 @@
 """Horovod as it is built here, started by each launcher that can run on one machine: ranks reduce, stop and fail."""
 
-import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,7 +10,7 @@ import pytest
 
 pytest.importorskip("horovod", reason="horovod is not installed: make horovod")
 
-from hosts import CLEAN, REPOSITORY, free_port, ssh_to_second_host, two_hosts  # noqa: E402, F401
+from hosts import CLEAN, REPOSITORY, free_port
 
 NODE = str(REPOSITORY / "scripts/horovod_node.py")
 RUN = [str(Path(sys.executable).parent / "horovodrun"), "--gloo"]
