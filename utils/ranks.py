@@ -6,6 +6,7 @@ Sums over ranks inside the training graph are the trainer's and SyncBN's; here a
 import contextlib
 import logging
 import os
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +15,12 @@ from common import UserError, logger, visible_gpus
 __all__ = [
     "LostRank", "from_first", "gather", "horovod", "lost_rank_in_one_line", "start", "use_own_gpu",
 ]  # fmt: skip
+
+
+# What a reduction fails with when another rank is gone: of Horovod itself, its gloo on CPUs, and NCCL.
+_LOST = re.compile(
+    r"Horovod has been shut down|gloo/transport|remote process exited|(nccl|NCCL).*unhandled system error"
+)
 
 
 class LostRank(Exception):
@@ -74,7 +81,7 @@ def lost_rank_in_one_line(size: int) -> Iterator[None]:
     try:
         yield
     except tf.errors.OpError as e:
-        if "Horovod has been shut down" not in e.message:
+        if not _LOST.search(e.message):
             raise
         raise LostRank("another process of the job has ended, so this one ends too") from None
 

@@ -260,7 +260,7 @@ def test_the_pods_of_the_kubernetes_job_train_and_end_together(start, tmp_path, 
     dns = {f"{name}-0.{pod['subdomain']}": address, f"{name}-1.{pod['subdomain']}": other}
     name_hosts({first: {f"{name}-0": address, **dns}, second: {f"{name}-1": other, **dns}})
     commands = [
-        inside(host, "env", f"JOB_COMPLETION_INDEX={i}", "-C", container["workingDir"], *container["command"])
+        inside(host, "env", "-C", container["workingDir"], f"JOB_COMPLETION_INDEX={i}", *container["command"])
         for i, host in enumerate((first, second))
     ]
     job = start(*commands).trains()
