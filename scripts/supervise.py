@@ -3,6 +3,8 @@
 
     scripts/supervise.py -- horovodrun --gloo -np 8 -H localhost:8 ./train.py --config TRAINER=horovod … --logdir DIR
     scripts/supervise.py -- scripts/train_hosts.sh 10.0.0.1:8,10.0.0.2:8 r50-fpn --data /data/coco --logdir DIR
+    scripts/supervise.py --hosts ./list_hosts.sh --np 8,16,32 -- \\
+        scripts/train_hosts.sh {hosts} r50-fpn TRAIN.TOTAL_BATCH=32 --data /data/coco --logdir DIR
 
 A run of train.py continues from its newest checkpoint when the same command is given again, so a rank, a process of
 the launcher or a machine that dies costs no more than the steps since then. The job is given up when it fails
@@ -10,6 +12,11 @@ the launcher or a machine that dies costs no more than the steps since then. The
 line. Whatever processes a failed job leaves behind are ended before the next start. With --stall a job that is alive
 but writes nothing into its run directory for so long counts as failed. SIGTERM and SIGINT are passed on, and the job
 that saves its checkpoint then is not started again. The exit code is the last job's.
+
+With --hosts the job follows machines that come and go: the program prints those there are, one HOST:SLOTS a line, as
+for horovodrun --host-discovery-script, and {hosts} and {np} in the command become what is used of them. When that
+changes, the job is told to save its checkpoint (SIGTERM) and starts again on the new machines, so that nothing is lost.
+TRAIN.TOTAL_BATCH makes the run the same on any number of them; --np lists the numbers that divide it.
 """
 
 import argparse
@@ -89,6 +96,82 @@ def end_with_parent() -> None:
     _libc.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
+# ------------------------------------------------------------------------------------------------------------ machines
+def discover(program: str) -> dict[str, int] | None:
+    """{host: slots} that the program prints; None when it fails."""
+    try:
+        done = subprocess.run(program, shell=True, capture_output=True, text=True, timeout=60, start_new_session=True)
+    except subprocess.TimeoutExpired:
+        say(f"{program} takes longer than 60 s; the machines stay as they are")
+        return None
+    if done.returncode:
+        said = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        say(f"{program} failed with {done.returncode}: {said}; the machines stay as they are")
+        return None
+    hosts = {}
+    for line in done.stdout.split():
+        name, _, slots = line.rpartition(":")
+        if not name or not slots.isdigit():
+            say(f"{program} printed {line!r}, which is not of the form HOST:SLOTS; the machines stay as they are")
+            return None
+        if int(slots):
+            hosts[name] = int(slots)
+    return hosts
+
+
+def choose(found: dict[str, int], sizes: Sequence[int], running: dict[str, int]) -> dict[str, int]:
+    """Slots to use: the largest of `sizes` there are (empty: all), on machines in use before others; {} if too few."""
+    total = sum(found.values())
+    left = max((n for n in sizes if n <= total), default=0) if sizes else total
+    chosen = {}
+    for name in sorted(found, key=lambda name: name not in running):  # stable: else in the order found
+        if left:
+            chosen[name] = min(found[name], left)
+            left -= chosen[name]
+    return chosen
+
+
+def as_text(hosts: dict[str, int]) -> str:
+    return ",".join(f"{name}:{slots}" for name, slots in hosts.items())
+
+
+class Machines:
+    """Those to run on, asked for every so many seconds; without a program there is nothing to ask."""
+
+    def __init__(self, program: str | None, sizes: Sequence[int], seconds: float):
+        self._program, self._sizes, self._seconds = program, sizes, seconds
+        self._asked = 0.0
+        self._seen: dict[str, int] | None = None
+        self.used: dict[str, int] = {}
+
+    def find(self) -> bool:
+        """Asks and chooses anew; False if there are too few."""
+        if self._program is None:
+            return True
+        chosen = choose(discover(self._program) or {}, self._sizes, self.used)
+        self.used, self._seen = chosen or self.used, None
+        return bool(chosen)
+
+    def changed(self) -> bool:
+        """Whether the job should run on others now; only what was found twice in a row counts."""
+        if self._program is None or time.monotonic() - self._asked < self._seconds:
+            return False
+        self._asked = time.monotonic()
+        found = discover(self._program)
+        if found is None:
+            return False
+        wanted = choose(found, self._sizes, self.used)
+        before, self._seen = self._seen, wanted
+        # With too few left the job goes on while it can, and is not restarted before there are enough.
+        return bool(wanted) and wanted == before and wanted != self.used
+
+    def put_into(self, command: Sequence[str]) -> list[str]:
+        if self._program is None:
+            return list(command)
+        words = {"{hosts}": as_text(self.used), "{np}": str(sum(self.used.values()))}
+        return [re.sub(r"\{(hosts|np)\}", lambda m: words[m[0]], word) for word in command]
+
+
 class Job:
     """One start of the command."""
 
@@ -97,15 +180,23 @@ class Job:
         # A session of its own: Ctrl-C at a terminal comes through this program, once.
         self.process = subprocess.Popen(command, start_new_session=True, preexec_fn=end_with_parent)
         self.stopped = False
+        self.moving = False  # stopped for other machines
 
     def stop(self, number: int) -> None:
         self.stopped = True
         with contextlib.suppress(ProcessLookupError):
             self.process.send_signal(number)
 
-    def wait(self, logdir: Path, stall: float) -> tuple[int, str]:
-        """Until the job ends -> (exit code, how it ended)."""
+    def wait(self, logdir: Path, stall: float, machines: Machines, save: float) -> tuple[int, str]:
+        """Until the job ends, or has had `save` seconds to since machines changed -> (exit code, how it ended)."""
+        deadline = None
         while True:
+            if deadline is None and not self.stopped and machines.changed():
+                say("the machines have changed: the job saves and starts again on those there are now")
+                self.stop(signal.SIGTERM)
+                self.moving, deadline = True, time.monotonic() + save
+            if deadline is not None and time.monotonic() > deadline:
+                return 1, f"has not ended {save:.0f} s after SIGTERM"
             try:
                 code = self.process.wait(1.0)
                 return (code, f"ended with {code}") if code >= 0 else (128 - code, f"was killed by signal {-code}")
@@ -129,6 +220,14 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--grace", type=float, default=10, metavar="S", help="seconds for what a failed job leaves behind"
     )
     parser.add_argument("--logdir", type=Path, metavar="DIR", help="the run; default: the command's --logdir")
+    parser.add_argument("--hosts", metavar="PROGRAM", help="prints the machines there are, one HOST:SLOTS a line")
+    parser.add_argument(
+        "--np", metavar="N,N…", default="", help="numbers of processes that fit; the largest with slots is used"
+    )  # fmt: skip
+    parser.add_argument("--poll", type=float, default=10, metavar="S", help="seconds between looks at the machines")
+    parser.add_argument(
+        "--save", type=float, default=120, metavar="S", help="seconds to save in when they change (default %(default)s)"
+    )
     parser.add_argument("command", nargs=argparse.REMAINDER, help="-- and the command of the job")
     args = parser.parse_args(argv)
     args.command = args.command[1:] if args.command[:1] == ["--"] else args.command
@@ -140,6 +239,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         args.logdir = Path(args.command[args.command.index("--logdir") + 1])
     if args.attempts < 1:
         parser.error("--attempts must be 1 or more")
+    if not re.fullmatch(r"([1-9]\d*(,[1-9]\d*)*)?", args.np):
+        parser.error(f"--np {args.np}: numbers of processes, separated by commas")
+    args.np = [int(n) for n in args.np.split(",") if n]
+    if args.hosts and not any("{hosts}" in word for word in args.command):
+        parser.error("--hosts: put {hosts} where the command names its machines, and {np} for their number")
+    if args.np and not args.hosts:
+        parser.error("--np goes with --hosts")
     return args
 
 
@@ -147,6 +253,8 @@ def main(argv: Sequence[str]) -> int:
     args = parse(argv)
     # Processes whose parent has died become children of this one, where `end_all` finds them.
     _libc.prctl(36, 1)  # PR_SET_CHILD_SUBREAPER
+    # horovodrun's own limit for saving after SIGTERM is 5 s.
+    os.environ.setdefault("HOROVOD_GRACEFUL_TERMINATION_TIME_S", "50")
     job: Job | None = None
     asked = 0
 
@@ -158,34 +266,54 @@ def main(argv: Sequence[str]) -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
+    machines = Machines(args.hosts, args.np, args.poll)
+
+    def pause(seconds: float) -> None:
+        """Ends early when a signal asks to stop."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and not asked:
+            time.sleep(min(0.2, seconds))
+
     failures = 0
     while True:
+        waiting = False
+        while not machines.find():
+            if not waiting:
+                say(f"waiting for machines: {args.hosts} names too few")
+                waiting = True
+            pause(args.poll)
+            if asked:
+                return 128 + asked
         before = newest_step(args.logdir)
+        command = machines.put_into(args.command)
+        if args.hosts:
+            say(f"starting on {as_text(machines.used)}")
         try:
-            job = Job(args.command)
+            job = Job(command)
         except OSError as e:
-            say(f"{args.command[0]} cannot be started: {e.strerror}")
+            say(f"{command[0]} cannot be started: {e.strerror}")
             return USAGE
         if asked and not job.stopped:
             job.stop(asked)
-        code, how = job.wait(args.logdir, args.stall)
+        code, how = job.wait(args.logdir, args.stall, machines, args.save)
         end_all(args.grace)
         if code == 0 or asked:
             return code
         step = newest_step(args.logdir)
-        failures = 0 if step > before else failures + 1
         text = f"the job {how}; its newest checkpoint is of step {step}"
+        if job.moving:
+            say(text)
+            continue
+        failures = 0 if step > before else failures + 1
         if code == USAGE or failures >= args.attempts:
             reason = "its command line is wrong" if code == USAGE else f"{failures} failures in a row"
-            say(f"{text}; {reason}: giving up on {shlex.join(args.command)}")
+            say(f"{text}; {reason}: giving up on {shlex.join(command)}")
             return code
-        pause = min(args.pause * 2 ** max(failures - 1, 0), LONGEST_PAUSE)
-        say(f"{text}; starting it again in {pause:.0f} s")
-        deadline = time.monotonic() + pause
-        while time.monotonic() < deadline:
-            time.sleep(min(0.2, pause))
-            if asked:
-                return 128 + asked
+        seconds = min(args.pause * 2 ** max(failures - 1, 0), LONGEST_PAUSE)
+        say(f"{text}; starting it again in {seconds:.0f} s")
+        pause(seconds)
+        if asked:
+            return 128 + asked
 
 
 if __name__ == "__main__":

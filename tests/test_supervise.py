@@ -1,5 +1,6 @@
 """scripts/supervise.py: a failed job starts again, one that makes no progress is given up, nothing is left behind."""
 
+import importlib.util
 import os
 import signal
 import subprocess
@@ -8,15 +9,22 @@ import time
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 SUPERVISE = Path(__file__).resolve().parent.parent / "scripts/supervise.py"
 
 
-def supervise(folder, job, *flags):
-    """A supervisor of `python -c job` in `folder`, which is its run directory too."""
+spec = importlib.util.spec_from_file_location("supervise", SUPERVISE)
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+
+
+def supervise(folder, job, *flags, words=()):
+    """A supervisor of `python -c job words` in `folder`, which is its run directory too."""
     return subprocess.Popen(
         [sys.executable, str(SUPERVISE), "--pause", "0.2", "--grace", "2", *flags, "--",
-         sys.executable, "-c", job, "--logdir", str(folder)],
+         sys.executable, "-c", job, "--logdir", str(folder), *words],
         cwd=folder, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
@@ -118,11 +126,97 @@ def test_the_job_of_a_supervisor_that_is_killed_saves_and_ends(tmp_path):
 
 @pytest.mark.quick
 @pytest.mark.parametrize(
+    ("found", "sizes", "running", "chosen"),
+    [
+        ({"a": 8, "b": 8}, [], {}, {"a": 8, "b": 8}),
+        ({"a": 8, "b": 8}, [4, 12, 32], {}, {"a": 8, "b": 4}),
+        ({"a": 8, "b": 8}, [8], {"b": 8}, {"b": 8}),  # where the job runs already
+        ({"a": 8}, [16], {"a": 8}, {}),
+        ({}, [], {"a": 1}, {}),
+    ],
+)
+def test_the_largest_number_of_processes_that_there_are_slots_for_is_used(found, sizes, running, chosen):
+    assert module.choose(found, sizes, running) == chosen
+
+
+@pytest.mark.quick
+@given(
+    st.dictionaries(st.sampled_from("abcdef"), st.integers(1, 9)),
+    st.lists(st.integers(1, 40), max_size=4),
+    st.sets(st.sampled_from("abcdef")),
+)
+def test_chosen_slots_exist_add_up_and_keep_machines_in_use(found, sizes, running):
+    running = dict.fromkeys(running, 1)
+    chosen = module.choose(found, sizes, running)
+    total = sum(chosen.values())
+    assert all(0 < n <= found[name] for name, n in chosen.items())
+    assert total == max([n for n in sizes if n <= sum(found.values())] or [0]) if sizes else chosen == found
+    # No machine is new while one in use has slots left.
+    if any(name not in running for name in chosen):
+        assert all(chosen.get(name) == found[name] for name in found if name in running)
+    assert module.choose(found, sizes, chosen) == chosen  # settles
+
+
+# Says where it runs, saves when told to, and ends by itself on three machines.
+FOLLOW = (
+    COUNT
+    + """
+with open("ran", "a") as f: f.write(sys.argv[-1] + "\\n")
+if sys.argv[-1].count(":") == 3: sys.exit(0)
+def save(*_): checkpoint(starts); sys.exit(143)
+signal.signal(signal.SIGTERM, save); open("up" + str(starts), "w").close(); time.sleep(60)
+"""
+)
+
+
+def test_the_job_saves_and_moves_when_machines_come_and_go(tmp_path):
+    hosts = tmp_path / "hosts"
+    hosts.write_text("a:2\nb:2\n")
+    flags = ["--hosts", f"cat {hosts}", "--poll", "0.3"]
+    process = supervise(tmp_path, FOLLOW, *flags, words=["{np} on {hosts}"])
+    wait_for(tmp_path / "up1")
+    hosts.write_text("b:2\n")
+    wait_for(tmp_path / "up2")
+    hosts.write_text("no such line\n")  # a program that fails changes nothing
+    time.sleep(1.5)
+    hosts.write_text("c:1\nb:2\na:2\n")
+    code, said = ends(process)
+    assert code == 0, said
+    assert (tmp_path / "ran").read_text().splitlines() == ["4 on a:2,b:2", "2 on b:2", "5 on b:2,c:1,a:2"]
+    assert module.newest_step(tmp_path) == 2 and said.count("the machines have changed: the job saves") == 2
+    assert "which is not of the form HOST:SLOTS; the machines stay as they are" in said
+
+
+def test_machines_that_do_not_change_the_number_of_processes_leave_the_job_alone(tmp_path):
+    hosts = tmp_path / "hosts"
+    hosts.write_text("")
+    process = supervise(
+        tmp_path, FOLLOW, "--hosts", f"cat {hosts}", "--poll", "0.3", "--np", "2,6", words=["{np} on {hosts}"]
+    )
+    time.sleep(1)
+    assert process.poll() is None and not (tmp_path / "starts").exists()  # too few to start
+    hosts.write_text("a:1 b:4")
+    wait_for(tmp_path / "up1")
+    hosts.write_text("c:2 b:1 a:1")  # still 2, for which a and b are enough
+    time.sleep(1.5)
+    hosts.write_text("a:1")  # too few to start with, so it goes on with what it has
+    time.sleep(1.5)
+    assert (tmp_path / "starts").read_text() == "."
+    process.send_signal(signal.SIGTERM)
+    code, said = ends(process)
+    assert code == 143 and (tmp_path / "ran").read_text() == "2 on a:1,b:1\n" and "waiting for machines" in said
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
     ("words", "named"),
     [
         ([], "the command to run is missing"),
         (["--", "true"], "the command has no --logdir"),
         (["--attempts", "0", "--", "true", "--logdir", "x"], "--attempts must be 1 or more"),
+        (["--np", "8,", "--", "true", "--logdir", "x"], "--np 8,: numbers of processes"),
+        (["--np", "8", "--", "true", "--logdir", "x"], "--np goes with --hosts"),
+        (["--hosts", "ls", "--", "true", "--logdir", "x"], "put {hosts} where the command names its machines"),
         (["--logdir", "x", "--", "/no/such/program"], "/no/such/program cannot be started: No such file"),
     ],
 )
