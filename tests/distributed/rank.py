@@ -2,9 +2,9 @@
 
     rank.py FOLDER ARGUMENTS OF train.py…      "RANK" in an argument becomes the number of the rank
 
-Writes to FOLDER: pid-R as soon as the rank runs; with each checkpoint state-R.npz, all variables of rank R, and
-images-R.json, the ids of the images in each batch that it has read (with DATA.NUM_WORKERS=0); found-R-SET.json, what
-an evaluation on SET found as rank R sees it.
+Writes to FOLDER: pid-R as soon as the rank runs; steps-R, a line for each step it made; with each checkpoint
+state-R.npz, all variables of rank R, and images-R.json, the ids of the images in each batch that it has read (with
+DATA.NUM_WORKERS=0); found-R-SET.json, what an evaluation on SET found as rank R sees it.
 """
 
 import json
@@ -25,7 +25,8 @@ from utils.tf_v1 import tf
 folder, arguments = Path(sys.argv[1]), sys.argv[2:]
 rank = os.environ.get("HOROVOD_RANK", "0")
 batches: list[list] = []
-make_batch, save, evaluate_split = data._BatchMaker.make, training.Checkpoints.save, eval.evaluate_split
+make_batch, evaluate_split = data._BatchMaker.make, eval.evaluate_split
+save, trigger_step = training.Checkpoints.save, training.Checkpoints._trigger_step
 
 
 def recorded_batch(self, batch, *args):
@@ -39,6 +40,12 @@ def recorded_save(self):
     save(self)
 
 
+def recorded_step(self):
+    with open(folder / f"steps-{rank}", "a") as f:
+        f.write(f"{self.global_step}\n")
+    trigger_step(self)
+
+
 def recorded_evaluation(predict, split, *args):
     results = evaluate_split(predict, split, *args)
     eval.write_results(folder / f"found-{rank}-{split.name}.json", results)
@@ -46,6 +53,7 @@ def recorded_evaluation(predict, split, *args):
 
 
 data._BatchMaker.make, training.Checkpoints.save = recorded_batch, recorded_save
+training.Checkpoints._trigger_step = recorded_step
 eval.evaluate_split = recorded_evaluation
 (folder / f".pid-{rank}").write_text(str(os.getpid()))
 (folder / f".pid-{rank}").rename(folder / f"pid-{rank}")

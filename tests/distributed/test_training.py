@@ -32,16 +32,8 @@ def launcher(ranks):
 
 def command(ranks, folder, *settings, flags=()):
     """A job of rank.py; every rank has a run directory of its own, as machines without a common disk would have."""
-    launcher = [
-        str(Path(sys.executable).parent / "horovodrun"),
-        "--gloo",
-        "-np",
-        str(ranks),
-        "-H",
-        f"localhost:{ranks}",
-    ]
     program = [sys.executable, str(TESTS / "distributed/rank.py"), str(folder), "--logdir", f"{folder}/run-RANK"]
-    return [*launcher, *program, *flags, "--config", *TINY_TRAINING, "TRAINER=horovod", *settings]
+    return [*launcher(ranks), *program, *flags, "--config", *TINY_TRAINING, "TRAINER=horovod", *settings]
 
 
 def equality_settings(folder, norm, each):
@@ -166,6 +158,13 @@ def test_a_killed_rank_ends_the_job_and_the_same_command_resumes_until_sigterm_s
     states = [dict(np.load(tmp_path / f"state-{r}.npz")) for r in (0, 1)]
     assert states[0]["global_step"] == saved
     assert_same_weights(*states)
+
+
+def test_a_supervised_job_of_which_processes_are_killed_at_random_ends_with_the_model_of_one_left_alone():
+    """Three kills; `random_kills.py --kills 10` is for doing it by hand."""
+    program = [sys.executable, str(TESTS / "distributed/random_kills.py"), "--kills", "3", "--seed", "2"]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0 and "0 differ between" in done.stdout, done.stdout + done.stderr
 
 
 def test_a_mistake_ends_every_rank_and_is_told_once(tmp_path):
