@@ -103,7 +103,11 @@ class TrainingPlan:
             [
                 ["total batch", "8", f"{parts} = {self.total_batch}"],
                 ["learning rate", f"{train.BASE_LR:.6g}", f"{self.base_lr:.6g}"],
-                ["warm-up", f"from {train.WARMUP_INIT_LR:.6g}", f"{self.warmup_steps} steps from {self.warmup_lr:.6g}"],
+                [
+                    "warm-up",
+                    f"{train.WARMUP} steps from {train.WARMUP_INIT_LR:.6g}",
+                    f"{self.warmup_steps} steps from {self.warmup_lr:.6g}",
+                ],
                 curve,
                 ["length", f"{train.LR_SCHEDULE[-1]} steps", length],
             ],

@@ -68,7 +68,7 @@ def test_the_table_shows_each_setting_and_what_it_becomes():
     ]
     assert ["learning rate", "0.01", "0.0075"] in rows
     assert ["total batch", "8", "3 replicas x 2 images x 1 accumulated = 6"] in rows
-    assert ["warm-up", "from 0.0033", "1000 steps from 0.002475"] in rows
+    assert ["warm-up", "1000 steps from 0.0033", "1000 steps from 0.002475"] in rows
     assert ["rate / 10 at", "[120000, 160000]", "160000 (epoch 1600.0), 213334 (epoch 2133.3)"] in rows
     assert ["length", "180000 steps", "240000 steps = 2400.0 epochs"] in rows
 
