@@ -35,7 +35,7 @@ def recorded_batch(self, batch, *args):
 
 
 def recorded_save(self):
-    np.savez(folder / f"state-{rank}.npz", **{v.op.name: self.trainer.sess.run(v) for v in tf.global_variables()})
+    np.savez(folder / f"state-{rank}.npz", **self.trainer.sess.run({v.op.name: v for v in tf.global_variables()}))
     (folder / f"images-{rank}.json").write_text(json.dumps(batches))
     save(self)
 
