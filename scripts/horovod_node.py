@@ -157,7 +157,7 @@ def rank_environments(node: int, slots: Sequence[int], master: str, port: int, i
 
 
 def join(store: Store, args: argparse.Namespace, stopped: Callable[[], bool]) -> tuple[list[int], list[str]]:
-    """Waits until every machine is there; returns the number of ranks and the address of each ("" for machine 0).
+    """Waits until every machine is there; returns the number of ranks and the address of each, --master for machine 0.
 
     A machine that was restarted may still find the store of the job that is just ending: it registers again and again
     until a plan includes this very process.
@@ -172,7 +172,7 @@ def join(store: Store, args: argparse.Namespace, stopped: Callable[[], bool]) ->
         with contextlib.suppress(ConnectionError):
             plan = store.get("plan")
             if plan is None:
-                address = address_towards(args.master) if node else ""
+                address = address_towards(args.master) if node else args.master
                 store.put(f"node{node}", [me, args.slots, address])
             elif plan["ids"][node] == me:
                 return plan["slots"], plan["addresses"]
@@ -271,9 +271,12 @@ def signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-def supervise(ranks: Ranks, store: Store, args: argparse.Namespace, stopped: Callable[[], bool]) -> int:
+def supervise(
+    ranks: Ranks, store: Store, args: argparse.Namespace, addresses: Sequence[str], stopped: Callable[[], bool]
+) -> int:
     """Waits for the ranks of all machines; the exit code. Machines tell each other their state through the store."""
     node, nodes = args.node_rank, args.nodes
+    machines = [f"machine {i} ({address})" for i, address in enumerate(addresses)]
     # Machine 0 holds the store: it leaves last, when the others have read how the job ended.
     linger = 3 * args.poll if node == 0 and nodes > 1 else 0
     answered = time.monotonic()
@@ -306,7 +309,7 @@ def supervise(ranks: Ranks, store: Store, args: argparse.Namespace, stopped: Cal
             with contextlib.suppress(ConnectionError):
                 earlier, stop = store.get("failure"), store.get("stop") or stopped()
                 if not earlier and not stop:
-                    store.put("failure", [f"{problem[0]} on machine {node}", problem[1]])
+                    store.put("failure", [f"{problem[0]} on {machines[node]}", problem[1]])
             if stop:
                 return end("stopped", STOPPED)
             text, code = earlier or problem
@@ -329,12 +332,12 @@ def supervise(ranks: Ranks, store: Store, args: argparse.Namespace, stopped: Cal
         except ConnectionError:
             states, failure, stop, all_done = [], None, stopped() or saved, done
             if not done and time.monotonic() - answered > min(silent_seconds, SILENT_ROUNDS * args.poll / 3):
-                failure = ["machine 0 does not answer any more", LOST]
+                failure = [f"{machines[0]} does not answer any more", LOST]
         for i, state in enumerate(states):
             if state and state != heard[i][1]:
                 heard[i] = (time.monotonic(), state)
             elif time.monotonic() - heard[i][0] > silent_seconds and not (state and state[1]):
-                failure = [f"machine {i} has been silent for {silent_seconds:.0f} s", LOST]
+                failure = [f"{machines[i]} has been silent for {silent_seconds:.0f} s", LOST]
                 with contextlib.suppress(ConnectionError):
                     store.put("failure", failure)
         if failure:
@@ -424,7 +427,7 @@ def main(argv: Sequence[str]) -> int:
         say(f"{sum(slots)} ranks on {len(slots)} machine(s), interface {interface}")
     ranks = Ranks(args.command, rank_environments(args.node_rank, slots, address, args.port, interface))
     try:
-        return supervise(ranks, store, args, stop.is_set)
+        return supervise(ranks, store, args, addresses, stop.is_set)
     finally:
         ranks.end(0)
 

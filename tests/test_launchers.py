@@ -395,7 +395,7 @@ def test_a_rank_that_dies_ends_all_machines_with_a_reason(machines, last_words):
     reason = "rank 2 was killed by SIGKILL" if "kill" in last_words else "rank 2 ended with 7"
     code = 137 if "kill" in last_words else 7
     assert ends[0][0] == ends[1][0] == code and reason in ends[1][1]
-    assert reason in ends[0][1] and " on machine 1; ending" in ends[0][1]
+    assert reason in ends[0][1] and " on machine 1 (127.0.0.1); ending" in ends[0][1]
 
 
 @horovod_runner
@@ -421,7 +421,7 @@ def test_machines_whose_ranks_follow_a_lost_machine_say_so_soon(machines):
     ends = machines.ends()
     assert time.monotonic() - began < 7  # and not the 8 s after which a machine is silent
     for node in (0, 2):
-        assert ends[node][0] == 75 and "machine 1 has been silent" in ends[node][1]
+        assert ends[node][0] == 75 and "machine 1 (127.0.0.1) has been silent" in ends[node][1]
 
 
 @horovod_runner
@@ -497,7 +497,7 @@ def test_a_machine_that_vanishes_with_its_store_ends_the_others(machines):
     machines.wait_for("up0", "up1")
     machines.launchers[0].kill()
     ends = machines.ends()
-    assert ends[1][0] == 75 and "machine 0 does not answer any more" in ends[1][1]
+    assert ends[1][0] == 75 and "machine 0 (127.0.0.1) does not answer any more" in ends[1][1]
 
 
 @horovod_runner
@@ -524,7 +524,7 @@ def test_a_machine_that_falls_silent_is_named(machines):
         _, err = machines.launchers[0].communicate(timeout=30)
     finally:
         machines.launchers[1].kill()
-    assert machines.launchers[0].returncode == 75 and "machine 1 has been silent for 8 s" in err
+    assert machines.launchers[0].returncode == 75 and "machine 1 (127.0.0.1) has been silent for 8 s" in err
 
 
 @horovod_runner
@@ -606,6 +606,10 @@ def test_slurm_requeues_a_stopped_job_and_not_a_broken_one(tmp_path):
         assert broken.wait(30) == code and not notes.exists()
         for i in (0, 1):
             (tmp_path / f"notes.{i}").unlink()
+    lost = job("exit 75")
+    assert lost.wait(30) == 75 and notes.read_text().startswith("requeue ")
+    for name in ("notes", "notes.0", "notes.1"):
+        (tmp_path / name).unlink()
     stopped = job("trap 'exit 0' TERM; while :; do sleep 0.2; done")
     deadline = time.monotonic() + 30
     while not (tmp_path / "notes.0").exists() or not (tmp_path / "notes.1").exists():

@@ -286,7 +286,9 @@ def test_sigterm_saves_a_checkpoint_and_says_how_to_go_on(tmp_path):
             if "first step" in line:
                 break
         time.sleep(0.5)
-        process.send_signal(signal.SIGTERM)
+        for _ in range(2):  # from the launcher and from the scheduler
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.03)
         rest = process.stderr.read()
         assert process.wait(60) == 128 + signal.SIGTERM
     assert f"./train.py --resume --logdir {logdir}" in rest

@@ -127,7 +127,8 @@ def test_a_cut_cable_between_hosts_ends_the_job_with_a_reason(two_hosts, program
         for machine in machines:
             machine.terminate()
     assert all(machine.returncode not in (0, None) for machine in machines)
-    assert "machine 1 has been silent" in outputs[0] and "machine 0 does not answer" in outputs[1], outputs
+    assert "machine 1 (10.213.7.2) has been silent" in outputs[0], outputs
+    assert "machine 0 (10.213.7.1) does not answer" in outputs[1], outputs
 
 
 @pytest.mark.slow

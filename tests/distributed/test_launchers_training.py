@@ -6,6 +6,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -157,14 +158,17 @@ def test_machines_reached_by_ssh_train_through_a_killed_rank_and_a_cut_cable(
     options, path = ssh_to_second_host
     login = ["--ssh-port", options[1], "--identity", options[3], "--logdir", tmp_path / "run"]
     command = inside(here, SCRIPTS / "train_hosts.sh", f"{first}:1,{second}:1", *WORDS, *login)
+    closed = start([*command, "--ssh-port", "2223"], PATH=path)
+    assert closed.ends("train_hosts.sh, ssh refused") == [2]
+    closed.says_readably(f"^train_hosts.sh: {second} is not ready: ssh: connect to host {second} port 2223: .*refused")
     job = start(command, PATH=path).trains()
     job.rank(1).kill()
     assert job.ends("train_hosts.sh, rank of the second machine killed") == [137]
-    job.says_readably("rank 1 was killed by SIGKILL .* on machine 1; ending the ranks here")
+    job.says_readably("rank 1 was killed by SIGKILL .* on machine 1 .10.213.7.2.; ending the ranks here")
     job = start(command, PATH=path).trains()
     subprocess.run(["ip", "-n", here, "link", "set", "eth0", "down"], check=True)
     assert job.ends("train_hosts.sh, cable cut") == [75]
-    job.says_readably("machine 1 has been silent for 40 s; ending the ranks here")
+    job.says_readably("machine 1 .10.213.7.2. has been silent for 40 s; ending the ranks here")
     subprocess.run(["ip", "-n", here, "link", "set", "eth0", "up"], check=True)
     job = start(command, PATH=path)
     job.finishes()
@@ -239,11 +243,29 @@ def test_sagemaker_containers_train_and_outlive_a_machine_that_is_taken_away(sta
     job = start(*commands, logdir=logdir).trains()
     job.launchers[1].kill()  # its ranks go with it
     assert job.ends("sagemaker_entry.py, a machine killed") == [75, -9]
-    job.says_readably("machine 1 has been silent for 8 s; ending the ranks here")
+    job.says_readably("machine 1 .10.213.7.2. has been silent for 8 s; ending the ranks here")
     job = start(*commands, logdir=logdir)
     job.finishes()
     job.says_readably()
     assert not list((tmp_path / "algo-2").glob("checkpoints/model-*"))
+
+
+def as_kubectl_reads_it(manifest, *command):
+    """The manifest without what kubectl's API types do not know; None without kubectl."""
+    if not shutil.which("kubectl"):
+        return None
+    words = ["kubectl", *command, "--local", "-o", "json", "-f", "-"]
+    done = subprocess.run(words, input=json.dumps(manifest), capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+def holds(known, given):
+    """Whether everything given is known, of the same value."""
+    if isinstance(given, dict):
+        return all(key in known and holds(known[key], value) for key, value in given.items())
+    if isinstance(given, list):
+        return len(known) == len(given) and all(map(holds, known, given))
+    return known == given
 
 
 def test_the_pods_of_the_kubernetes_job_train_and_end_together(start, tmp_path, two_hosts, name_hosts):
@@ -252,7 +274,10 @@ def test_the_pods_of_the_kubernetes_job_train_and_end_together(start, tmp_path, 
         [SCRIPTS / "train_kubernetes.sh", "2", "0", *WORDS, "--image", "i:1", "--directory", REPOSITORY, "--dry-run",
          "--logdir", tmp_path / "run"], env=CLEAN, capture_output=True, text=True, check=True,
     )  # fmt: skip
-    _, job = yaml.safe_load_all(asked.stdout)
+    service, job = yaml.safe_load_all(asked.stdout)
+    for manifest, command in ((service, ["label", "a=b"]), (job, ["set", "image", "train=i:1"])):
+        known = as_kubectl_reads_it(manifest, *command)
+        assert known is None or holds(known, manifest), known
     name, pod = job["metadata"]["name"], job["spec"]["template"]["spec"]
     (container,) = pod["containers"]
     (first, address), (second, other) = two_hosts.items()
@@ -266,7 +291,7 @@ def test_the_pods_of_the_kubernetes_job_train_and_end_together(start, tmp_path, 
     job = start(*commands).trains()
     job.launchers[0].kill()
     assert job.ends("train_kubernetes.sh, pod 0 killed") == [-9, 75]
-    job.says_readably("machine 0 does not answer any more; ending the ranks here")
+    job.says_readably(f"machine 0 .{name}-0.{name}. does not answer any more; ending the ranks here")
     job = start(*commands)
     job.finishes()
     job.says_readably()
