@@ -166,6 +166,33 @@ def test_kubernetes_manifest_names_pod_0_as_the_pods_find_it():
     assert mounts == {v["name"] for v in pod["volumes"]} == {"shm", "data"}
 
 
+@pytest.mark.quick
+@pytest.mark.skipif(not shutil.which("kubectl"), reason="kubectl is not installed")
+@pytest.mark.parametrize("more", [["0"], ["8", "--claim", "coco"]], ids=["cpu", "gpus"])
+def test_kubectl_knows_every_field_of_the_manifest(more):
+    """Without a cluster: `kubectl set --local` reads it into the API's types, which lose what they do not know."""
+    yaml = pytest.importorskip("yaml")
+    result = launch("train_kubernetes.sh", "4", *more, "r50-fpn", "--image", "i:1", "--dry-run", "--python", "PY")
+    service, job = yaml.safe_load_all(result.stdout.partition("\n")[2])
+
+    def read(manifest, *change):
+        words = ["kubectl", "set", *change, "--local", "-o", "json", "-f", "-"]
+        done = subprocess.run(words, input=json.dumps(manifest), capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    def missing(known, given, path):
+        if isinstance(given, dict):
+            return [m for k, v in given.items() for m in missing((known or {}).get(k), v, f"{path}.{k}")]
+        if isinstance(given, list) and isinstance(known, list) and len(known) == len(given):
+            return [m for i, (k, v) in enumerate(zip(known, given)) for m in missing(k, v, f"{path}[{i}]")]
+        return [] if str(known) == str(given) else [path]
+
+    assert missing(read(service, "selector", f"job-name={job['metadata']['name']}"), service, "service") == []
+    changed = read(job, "image", "train=i:2")
+    assert missing(changed, job, "job") == ["job.spec.template.spec.containers[0].image"]
+
+
 @pytest.fixture
 def sagemaker_root(tmp_path):
     """A /opt/ml as the second of two machines sees it."""

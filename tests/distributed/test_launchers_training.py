@@ -6,7 +6,6 @@
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -250,34 +249,13 @@ def test_sagemaker_containers_train_and_outlive_a_machine_that_is_taken_away(sta
     assert not list((tmp_path / "algo-2").glob("checkpoints/model-*"))
 
 
-def as_kubectl_reads_it(manifest, *command):
-    """The manifest without what kubectl's API types do not know; None without kubectl."""
-    if not shutil.which("kubectl"):
-        return None
-    words = ["kubectl", *command, "--local", "-o", "json", "-f", "-"]
-    done = subprocess.run(words, input=json.dumps(manifest), capture_output=True, text=True, check=True)
-    return json.loads(done.stdout)
-
-
-def holds(known, given):
-    """Whether everything given is known, of the same value."""
-    if isinstance(given, dict):
-        return all(key in known and holds(known[key], value) for key, value in given.items())
-    if isinstance(given, list):
-        return len(known) == len(given) and all(map(holds, known, given))
-    return known == given
-
-
 def test_the_pods_of_the_kubernetes_job_train_and_end_together(start, tmp_path, two_hosts, name_hosts):
     yaml = pytest.importorskip("yaml")
     asked = subprocess.run(
         [SCRIPTS / "train_kubernetes.sh", "2", "0", *WORDS, "--image", "i:1", "--directory", REPOSITORY, "--dry-run",
          "--logdir", tmp_path / "run"], env=CLEAN, capture_output=True, text=True, check=True,
     )  # fmt: skip
-    service, job = yaml.safe_load_all(asked.stdout)
-    for manifest, command in ((service, ["label", "a=b"]), (job, ["set", "image", "train=i:1"])):
-        known = as_kubectl_reads_it(manifest, *command)
-        assert known is None or holds(known, manifest), known
+    _, job = yaml.safe_load_all(asked.stdout)
     name, pod = job["metadata"]["name"], job["spec"]["template"]["spec"]
     (container,) = pod["containers"]
     (first, address), (second, other) = two_hosts.items()
