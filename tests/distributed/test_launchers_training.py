@@ -21,7 +21,7 @@ from tiny import COCO_MINI, TINY_TRAINING
 from utils.checkpoint import load_weights, newest_checkpoint
 
 SCRIPTS = REPOSITORY / "scripts"
-RECIPE, STEPS, EVERY = "r50-fpn-box", 60, 5
+RECIPE, STEPS, EVERY = "r50-fpn-box", 40, 5
 SETTINGS = [s for s in TINY_TRAINING if not s.startswith("DATA.BASEDIR=")]
 SETTINGS += [f"TRAIN.MAX_STEPS={STEPS}", f"TRAIN.STEPS_PER_EPOCH={EVERY}"]
 WORDS = [RECIPE, *SETTINGS, "--data", str(COCO_MINI), "--python", sys.executable]
@@ -142,7 +142,7 @@ def test_one_machine_trains_through_killed_ranks_and_sigterm_to_its_end(start, t
     job = start(command).trains()
     job.launchers[0].terminate()
     assert job.ends("train_ec2.sh, SIGTERM") == [143]
-    job.says_readably("SIGTERM: saving a checkpoint after this step", "continue with: ./train.py --resume")
+    job.says_readably("stopped by SIGTERM; continue with: ./train.py --resume")
     assert step_of(tmp_path / "run") > job.begun_at
     job = start(command)
     job.finishes()
@@ -200,7 +200,7 @@ def test_slurm_puts_a_stopped_job_back_and_not_one_with_a_killed_rank(start, tmp
     job = start(command, **slurm).trains()
     job.launchers[0].terminate()
     assert job.ends("train.sbatch, SIGTERM") == [143]
-    job.says_readably("SIGTERM: saving a checkpoint after this step", "back into the queue")
+    job.says_readably("stopped by SIGTERM; continue with: ./train.py --resume", "back into the queue")
     assert (tmp_path / "notes").read_text() == f"requeue {slurm['SLURM_JOB_ID']}\n"
     job = start(command, **slurm).trains()
     job.rank(1).kill()
