@@ -505,9 +505,13 @@ def _train(args: argparse.Namespace, rank: int, size: int, started: float) -> in
             f"TRAIN.TOTAL_BATCH={start.total_batch}, or start a new run with --load {logdir}"
         )
     if start.step >= plan.total_steps:
-        raise UserError(
-            f"{logdir} has finished its {start.step} steps; raise TRAIN.MAX_STEPS or TRAIN.LR_SCHEDULE to train longer"
-        )
+        # Not an error: a job that is killed after its last step, and started again by itself, has nothing left to do.
+        if chief:
+            more = "raise TRAIN.MAX_STEPS or TRAIN.LR_SCHEDULE to train longer"
+            logger.info(f"{logdir} has finished its {start.step} steps; {more}")
+            if validation and not (logdir / "metrics.json").exists():
+                logger.warning(f"its model is not scored yet: ./train.py --evaluate results.json --load {logdir}")
+        return 0
     if start.step:
         logger.info(f"continuing {start.origin}")
     run_meta = make_meta(cfg.to_dict(), cfg.DATA.CLASS_NAMES, start.step)

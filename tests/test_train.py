@@ -76,6 +76,16 @@ def test_a_resumed_run_continues_as_the_uninterrupted_one(trained, tmp_path):
     assert_same_weights(weights_of(trained), weights_of(logdir))
 
 
+def test_a_run_that_has_finished_has_nothing_left_to_do(tmp_path, caplog):
+    """As after a kill between its last checkpoint and its last evaluation."""
+    assert train_tiny(tmp_path / "run", steps=1) == 0
+    before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "run").iterdir()}
+    assert run("--resume", "--logdir", tmp_path / "run", "--config", "TRAIN.EVAL_PERIOD=1") == 0
+    assert "has finished its 1 steps; raise TRAIN.MAX_STEPS" in caplog.text
+    assert f"not scored yet: ./train.py --evaluate results.json --load {tmp_path}/run" in caplog.text
+    assert {p.name: p.stat().st_mtime_ns for p in (tmp_path / "run").iterdir()} == before
+
+
 def test_resume_needs_no_settings_and_takes_changed_ones(tmp_path):
     logdir = tmp_path / "run"
     assert train_tiny(logdir, steps=1) == 0

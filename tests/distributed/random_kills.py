@@ -94,7 +94,7 @@ def kill_one(folder: Path, job: subprocess.Popen, number: int, from_step: float,
     wait_until(lambda: all(find(f"rank {r}", folder, job.pid) for r in (0, 1)), job)
     before = len(made_steps(folder))
     if rng.random() < 0.25:
-        time.sleep(rng.uniform(0, 8))
+        time.sleep(rng.uniform(0, 5))
     else:
         wait_until(lambda: made_steps(folder)[before:] and made_steps(folder)[-1] >= from_step, job)
         time.sleep(rng.uniform(0, 0.5))
@@ -119,7 +119,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args(argv)
-    steps, rng, rows = 12 * args.kills + 30, random.Random(args.seed), []  # 30: the last one must not come too late
+    steps, rng, rows = 12 * args.kills + 60, random.Random(args.seed), []  # 60: the last one must not come too late
     with tempfile.TemporaryDirectory() as parent:
         killed, alone = Path(parent, "killed"), Path(parent, "alone")
         for folder in (killed, alone):
