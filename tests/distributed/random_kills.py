@@ -87,9 +87,10 @@ def wait_until(condition: Any, job: subprocess.Popen, seconds: float = 200) -> A
     return found
 
 
-def kill_one(folder: Path, job: subprocess.Popen, number: int, from_step: float, rng: random.Random) -> list:
+def kill_one(
+    folder: Path, job: subprocess.Popen, number: int, victim: str, from_step: float, rng: random.Random
+) -> list:
     """Kill `number`, at `from_step` or later, or while the job starts -> the row of the table."""
-    victim = rng.choice(VICTIMS)
     # Not before it runs: a process of the start before is none.
     wait_until(lambda: all(find(f"rank {r}", folder, job.pid) for r in (0, 1)), job)
     before = len(made_steps(folder))
@@ -120,14 +121,16 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args(argv)
     steps, rng, rows = 12 * args.kills + 60, random.Random(args.seed), []  # 60: the last one must not come too late
+    # Each comes up as often as any other, in random order.
+    victims = [v for _ in range(args.kills) for v in rng.sample(VICTIMS, len(VICTIMS))][: args.kills]
     with tempfile.TemporaryDirectory() as parent:
         killed, alone = Path(parent, "killed"), Path(parent, "alone")
         for folder in (killed, alone):
             folder.mkdir()
         job = start(killed, steps)
         try:
-            for number in range(args.kills):
-                rows.append(kill_one(killed, job, number, 12 * (number + rng.random()), rng))
+            for number, victim in enumerate(victims):
+                rows.append(kill_one(killed, job, number, victim, 12 * (number + rng.random()), rng))
             code = job.wait(600)
         except RuntimeError as e:
             print(f"{e}\n{(killed / 'output.txt').read_text()[-3000:]}")
