@@ -21,7 +21,7 @@
 # ssh from the first to the others without a question. --logdir is written by the first machine's rank 0 alone. Between
 # the machines any TCP port must be open (EC2: a security group that admits itself). Each machine is asked for all of
 # this before the start. Environment variables such as NCCL_*, FI_*, HOROVOD_* and LD_LIBRARY_PATH of the first machine
-# hold on all of them. Exit code 75: a machine was lost; the same command without it, or with another, continues.
+# hold on all of them. Exit code 75: a machine is lost or not there; the same command without it, or with another, continues.
 
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=launch_common.sh
@@ -130,7 +130,13 @@ fingerprint="cd $(show "$repository") && sha256sum train.py config.py scripts/ho
 [ -z "$weights" ] || fingerprint+=" && ls -d $(show "$weights")"
 here=$(bash -c "$fingerprint" 2>&1) || die "this machine is not ready: $(tail -n 1 <<<"$here")"
 for name in "${names[@]:1}"; do
-    there=$("${login[@]}" -n "$name" "$fingerprint" 2>&1) || die "$name is not ready: $(tail -n 1 <<<"$there")"
+    code=0
+    there=$("${login[@]}" -n "$name" "$fingerprint" 2>&1) || code=$?
+    if [ $code = 255 ]; then # of ssh itself
+        echo "$launcher: $name is not there: $(tail -n 1 <<<"$there")" >&2
+        exit 75
+    fi
+    [ $code = 0 ] || die "$name is not ready: $(tail -n 1 <<<"$there")"
     [ "$there" = "$here" ] ||
         die "$name has another version of the code or of its packages than this machine: bring them in line"
 done

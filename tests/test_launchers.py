@@ -323,14 +323,14 @@ def test_training_on_several_hosts_checks_each_of_them_first(tmp_path):
     ports = {line[line.index("--port") + 1] for line in started}
     assert len(ports) == 1 and int(ports.pop()) > 1000
     assert all(line[line.index("--grace") + 1] == "7" for line in started)
-    for hosts, more, message in (
-        ("127.0.0.1:1,bad:2", [], "bad is not ready: ssh: connect"),
-        ("127.0.0.1:1,old:2", [], "old has another version"),
-        ("127.0.0.1:1,two:2", ["--data", "/no/such/data"], "/no/such/data"),
-        ("192.0.2.1:1,two:2", [], "the first machine, 192.0.2.1, must be this one: it is not an address"),
+    for hosts, more, message, code in (
+        ("127.0.0.1:1,bad:2", [], "bad is not there: ssh: connect", 75),
+        ("127.0.0.1:1,old:2", [], "old has another version", 2),
+        ("127.0.0.1:1,two:2", ["--data", "/no/such/data"], "/no/such/data", 2),
+        ("192.0.2.1:1,two:2", [], "the first machine, 192.0.2.1, must be this one: it is not an address", 2),
     ):
         result = launch("train_hosts.sh", hosts, *words, *more, **common)
-        assert result.returncode == 2 and "ran" not in result.stdout
+        assert result.returncode == code and "ran" not in result.stdout
         assert len(result.stderr.splitlines()) == 1 and message in result.stderr
 
 

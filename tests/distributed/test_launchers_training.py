@@ -158,8 +158,8 @@ def test_machines_reached_by_ssh_train_through_a_killed_rank_and_a_cut_cable(
     login = ["--ssh-port", options[1], "--identity", options[3], "--logdir", tmp_path / "run"]
     command = inside(here, SCRIPTS / "train_hosts.sh", f"{first}:1,{second}:1", *WORDS, *login)
     closed = start([*command, "--ssh-port", "2223"], PATH=path)
-    assert closed.ends("train_hosts.sh, ssh refused") == [2]
-    closed.says_readably(f"^train_hosts.sh: {second} is not ready: ssh: connect to host {second} port 2223: .*refused")
+    assert closed.ends("train_hosts.sh, ssh refused") == [75]
+    closed.says_readably(f"^train_hosts.sh: {second} is not there: ssh: connect to host {second} port 2223: .*refused")
     job = start(command, PATH=path).trains()
     job.rank(1).kill()
     assert job.ends("train_hosts.sh, rank of the second machine killed") == [137]
