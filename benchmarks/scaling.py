@@ -43,6 +43,8 @@ from benchmarks.scaling_model import (  # noqa: E402
     ring_bytes,
     ring_seconds,
     spread_of_batches,
+    sync_bn_bytes,
+    sync_bn_seconds,
 )
 from common import UserError, atomic_write, logger, read_json, write_json  # noqa: E402
 
@@ -271,10 +273,17 @@ def whole_steps(stamps: np.ndarray, turns: Sequence[tuple[float, float]]) -> tup
     return seconds, sent
 
 
-def take_turns(arms: Sequence[Arm], rounds: int, seconds: float, hosts: Sequence[str]) -> dict[str, dict]:
-    """Continues the (stopped) ranks of one arm after the other -> {arm: {ranks, seconds of steps, bytes of steps}}."""
+def take_turns(
+    arms: Sequence[Arm], rounds: int, seconds: float, hosts: Sequence[str]
+) -> tuple[dict[str, dict], list[float]]:
+    """Continues the (stopped) ranks of one arm after the other -> {arm: {ranks, seconds of steps, bytes of steps}}, and
+    how busy other programs keep the machine: a percentage per round, taken while all ranks stand still."""
+    import psutil
+
     turns: dict[str, list] = {arm.name: [] for arm in arms}
+    others = []
     for number in range(rounds):
+        others.append(psutil.cpu_percent(2))
         # Back and forth, so that a machine that slows down gradually treats the arms alike.
         for arm in arms if number % 2 == 0 else arms[::-1]:
             if arm.rate:
@@ -286,7 +295,7 @@ def take_turns(arms: Sequence[Arm], rounds: int, seconds: float, hosts: Sequence
             turns[arm.name].append((begin, time.monotonic()))
             for rank in arm.ranks:
                 rank.signal(signal.SIGSTOP)
-        logger.info(f"round {number + 1} of {rounds}")
+        logger.info(f"round {number + 1} of {rounds}; other programs use {others[-1]:.0f} % of the machine")
     found = {}
     for arm in arms:
         measured = [whole_steps(rank.steps(), turns[arm.name]) for rank in arm.ranks]
@@ -298,7 +307,7 @@ def take_turns(arms: Sequence[Arm], rounds: int, seconds: float, hosts: Sequence
             "seconds": [[round(x, 4) for x in s] for s, _ in measured],
             "sent": float(np.median([b for _, sent in measured for b in sent])),
         }
-    return found
+    return found, others
 
 
 def measure(args: argparse.Namespace) -> None:
@@ -310,7 +319,6 @@ def measure(args: argparse.Namespace) -> None:
     rates = args.rates if os.geteuid() == 0 and shutil.which("tc") else []
     if args.rates and not rates:
         logger.warning("no rates are measured: network namespaces need root and iproute2")
-    load = os.getloadavg()[0]
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         hosts = stack.enter_context(cable()) if rates else []
@@ -342,13 +350,13 @@ def measure(args: argparse.Namespace) -> None:
             finish([start(own_command("devices-process", folder / "devices.json", *options), log)], log)
             devices[count] = read_json(folder / "devices.json", "times")
         reductions = _measure_reductions(folder, log, hosts, rates, args.four)
-        arms = _measure_training(args, folder, log, hosts, rates)
+        arms, others = _measure_training(args, folder, log, hosts, rates)
     found = {
         "machine": {
             "cores": len(cores),
             "python": sys.version.split()[0],
             **{p: importlib.metadata.version(p) for p in ("tensorpack", "horovod")},
-            "load before": round(load, 2),
+            "other programs": f"{np.mean(others):.0f} %",
         },
         "settings": [*MODEL, *SMALL, *args.config],
         "data": args.data.name,
@@ -383,7 +391,7 @@ def _measure_reductions(folder: Path, log: Path, hosts: Sequence[str], rates: Se
 
 def _measure_training(
     args: argparse.Namespace, folder: Path, log: Path, hosts: Sequence[str], rates: Sequence[int]
-) -> dict[str, dict]:
+) -> tuple[dict[str, dict], list[float]]:
     def training(name: str, interface: str, *options: Any, trainer: str = "replicated") -> list[str]:
         config = [*MODEL, *SMALL, *QUIET, *args.config, f"DATA.BASEDIR={args.data.resolve()}", f"TRAINER={trainer}"]
         words = ["train-rank", folder / name, "--interface", interface, *options, "--arguments"]
@@ -623,6 +631,17 @@ def prediction_table(found: dict) -> str:
     return markdown(rows, headers.split("|"))
 
 
+def sync_bn_table() -> str:
+    stages = [(64, 3), (128, 4), (256, 6), (512, 3)]
+    channels = [64] + [c for width, blocks in stages for c in [4 * width, *[width, width, 4 * width] * blocks]]
+    rows = [
+        [str(ranks), f"{sync_bn_bytes(channels, ranks) / 1e6:.2f}",
+         f"{sync_bn_seconds(channels, ranks, gpu_cluster(100), MESSAGE_LATENCY):.2f}"]
+        for ranks in (8, 64, 512)
+    ]  # fmt: skip
+    return markdown(rows, ["GPUs", "MB sent per rank and step", "s/step"])
+
+
 def published_table(found: dict) -> str:
     compute = calibrated(found, FOUR)
     rows = []
@@ -641,6 +660,7 @@ def tables(found: dict) -> dict[str, str]:
         "devices": devices_table(found),
         "published": published_table(found),
         "predictions": prediction_table(found),
+        "syncbn": sync_bn_table(),
     }
 
 
@@ -662,17 +682,14 @@ def plot(found: dict, out: Path) -> None:
     from matplotlib import pyplot
 
     figure, (here, one, four) = pyplot.subplots(1, 3, figsize=(12.5, 3.9))
-    arms = {n: a for n, a in found["arms"].items() if a["megabits"]}
-    if arms:
-        rates = [a["megabits"] for a in arms.values()]
-        here.plot(rates, [predicted_arm(found, n) for n in arms], "o--", color="C0", mfc="none", label="predicted")
-        here.plot(rates, [arm_step(a) for a in arms.values()], "s", color="C1", label="measured, 2 ranks")
-        here.set_xscale("log")
-        here.set_xticks(rates, [f"{r:g}" for r in rates])
-        here.minorticks_off()
+    arms = {n: a for n, a in found["arms"].items() if n in found["reductions"] and a["ranks"] == 2}
+    names = sorted(arms, key=lambda n: arms[n]["megabits"] or np.inf)
+    here.plot([predicted_arm(found, n) for n in names], "o--", color="C0", mfc="none", markersize=9, label="predicted")
+    here.plot([arm_step(arms[n]) for n in names], "s", color="C1", markersize=5, label="measured")
+    here.set_xticks(range(len(names)), [f"{arms[n]['megabits'] or 'unlimited'}" for n in names])
     here.axhline(arm_step(found["arms"]["2 separate processes"]), color="0.5", linewidth=1, label="no communication")
     here.set_ylim(bottom=0)
-    here.set_xlabel("cable between the ranks, Mbit/s")
+    here.set_xlabel("network between the processes, Mbit/s")
     here.set_ylabel("seconds per step")
     here.set_title("Measured here: 2 processes, 1 core each")
     counts = 2 ** np.arange(10)

@@ -13,7 +13,7 @@ import numpy as np
 
 __all__ = [
     "Cluster", "Cost", "Link", "coordination_seconds", "expected_slowest", "fit_link", "hierarchical_seconds",
-    "reduced_step", "ring_bytes", "ring_seconds", "spread_of_batches", "sync_bn_bytes",
+    "reduced_step", "ring_bytes", "ring_seconds", "spread_of_batches", "sync_bn_bytes", "sync_bn_seconds",
 ]  # fmt: skip
 
 # Horovod 0.28.1, operations.cc: bytes fused into one all-reduce, and the shortest time from one to the next.
@@ -89,6 +89,15 @@ def sync_bn_bytes(channels: Sequence[int], ranks: int) -> float:
     """Bytes that each rank sends per step for synchronised batch norms of so many channels: forward the sum, the sum of
     squares and the number of cells (2 C + 1 floats), backward two sums (2 C), each in an all-reduce of its own."""
     return sum(ring_bytes(4 * (2 * c + 1), ranks) + ring_bytes(4 * 2 * c, ranks) for c in channels)
+
+
+def sync_bn_seconds(channels: Sequence[int], ranks: int, cluster: Cluster, message_latency: float) -> float:
+    """Seconds per step that synchronised batch norms add: nothing else can go on during their 2 all-reduces per norm,
+    each of which waits for Horovod's next look (half a period in the mean) and for its agreement."""
+    coordination = coordination_seconds(ranks, message_latency)
+    wait = max(CYCLE_SECONDS, coordination) / 2 + coordination
+    sizes = [4 * n for c in channels for n in (2 * c + 1, 2 * c)]
+    return sum(wait + ring_seconds(size, ranks, cluster) for size in sizes)
 
 
 def fit_link(sizes: Sequence[float], seconds: Sequence[float]) -> Link:

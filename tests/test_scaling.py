@@ -19,6 +19,7 @@ from benchmarks.scaling_model import (
     ring_seconds,
     spread_of_batches,
     sync_bn_bytes,
+    sync_bn_seconds,
 )
 
 pytestmark = pytest.mark.quick
@@ -80,6 +81,16 @@ def test_synchronised_norms_send_two_sums_forward_and_two_backward():
     # 64 channels on 2 ranks: (2 x 64 + 1) and 2 x 64 floats, each through a ring that sends every byte once.
     assert sync_bn_bytes([64], 2) == 4 * 129 + 4 * 128
     assert sync_bn_bytes([64, 8], 4) == pytest.approx(1.5 * (4 * (129 + 128) + 4 * (17 + 16)))
+
+
+def test_synchronised_norms_wait_for_two_agreements_each():
+    # 4 ranks: 6 messages of 1 ms, and half of that until the next look; two all-reduces without cost of their own.
+    assert sync_bn_seconds([64], 4, Cluster(1, FREE, FREE), 1e-3) == pytest.approx(2 * 9e-3)
+
+
+def test_resnet_50_has_26560_normalised_channels():
+    row = scaling.sync_bn_table().splitlines()[2]
+    assert float(row.split("|")[2]) == pytest.approx(ring_bytes(4 * (4 * 26560 + 53), 8) / 1e6, abs=5e-3)
 
 
 @given(st.floats(1e-5, 1e-2), st.floats(1e6, 1e11))
