@@ -3,7 +3,7 @@
   python benchmarks/scaling.py measure --out benchmarks/scaling.json   real train.py runs on this machine, minutes
   python benchmarks/scaling.py simulate                                tables: model against measurement; predictions
   python benchmarks/scaling.py plot --out docs/scaling.png
-  python benchmarks/scaling.py report                                  the tables into docs/SCALING.md
+  python benchmarks/scaling.py report                                  the tables into docs/SCALING.md, RESULTS.md
 
 A rank is pinned to one core, so that 2 ranks have twice the processor of 1. All training processes of `measure` start
 together and are then stopped (SIGSTOP); the arms of the comparison take turns by being continued for some seconds each,
@@ -49,7 +49,13 @@ from benchmarks.scaling_model import (  # noqa: E402
 from common import UserError, atomic_write, logger, read_json, write_json  # noqa: E402
 
 MEASURED = ROOT / "benchmarks" / "scaling.json"
-DOCUMENT = ROOT / "docs" / "SCALING.md"
+# Documents with the tables that they show.
+DOCUMENTS = {
+    ROOT / "docs" / "SCALING.md": [
+        "measured", "reductions", "validation", "published", "predictions", "syncbn", "devices",
+    ],
+    ROOT / "benchmarks" / "RESULTS.md": ["measured"],
+}  # fmt: skip
 # R50-FPN Mask R-CNN as the recipe trains it (FREEZE_AT=2), on small images. The learning rate is almost 0, since frozen
 # norms without weights do not train; that changes no shape and no byte.
 MODEL = ["MODE_FPN=True"]
@@ -250,9 +256,12 @@ class Rank:
         lines = path.read_text().splitlines() if path.exists() else []
         return np.array([line.split() for line in lines], float).reshape(-1, 2)
 
+    def pid(self) -> int:
+        return int(self._path("pid").read_text())
+
     def signal(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError):
-            os.kill(int(self._path("pid").read_text()), number)
+            os.kill(self.pid(), number)
 
 
 class Arm(NamedTuple):
@@ -273,32 +282,55 @@ def whole_steps(stamps: np.ndarray, turns: Sequence[tuple[float, float]]) -> tup
     return seconds, sent
 
 
-def take_turns(
-    arms: Sequence[Arm], rounds: int, seconds: float, hosts: Sequence[str]
-) -> tuple[dict[str, dict], list[float]]:
-    """Continues the (stopped) ranks of one arm after the other -> {arm: {ranks, seconds of steps, bytes of steps}}, and
-    how busy other programs keep the machine: a percentage per round, taken while all ranks stand still."""
+def busy_seconds(ranks: Sequence[Rank]) -> tuple[float, float]:
+    """Processor seconds that everything on the machine has used, and the ranks of them."""
     import psutil
 
+    times = psutil.cpu_times()
+    own = [psutil.Process(rank.pid()).cpu_times() for rank in ranks]
+    return sum(times) - times.idle - times.iowait - times.guest - times.guest_nice, sum(t.user + t.system for t in own)
+
+
+def turn(arm: Arm, seconds: float, hosts: Sequence[str]) -> tuple[tuple[float, float], float]:
+    """Continues the (stopped) ranks of an arm for some seconds -> (begin, end) and the share of the machine's processor
+    time that other programs used meanwhile."""
+    if arm.rate:
+        set_rate(hosts, arm.rate)
+    everything, own = busy_seconds(arm.ranks)
+    for rank in arm.ranks:
+        rank.signal(signal.SIGCONT)
+    begin = time.monotonic()
+    time.sleep(seconds)
+    end = time.monotonic()
+    for rank in arm.ranks:
+        rank.signal(signal.SIGSTOP)
+    everything_then, own_then = busy_seconds(arm.ranks)
+    others = (everything_then - everything) - (own_then - own)
+    return (begin, end), max(0.0, others / (end - begin) / os.cpu_count())
+
+
+def take_turns(
+    arms: Sequence[Arm], rounds: int, seconds: float, hosts: Sequence[str], quiet: float, patience: float
+) -> dict[str, dict]:
+    """-> {arm: {ranks, seconds of steps, bytes of steps, others: share of the machine that other programs used}}.
+
+    A turn in which others used more than `quiet` of the machine is repeated, in all for `patience` seconds; the
+    quietest counts.
+    """
     turns: dict[str, list] = {arm.name: [] for arm in arms}
-    others = []
     for number in range(rounds):
-        others.append(psutil.cpu_percent(2))
         # Back and forth, so that a machine that slows down gradually treats the arms alike.
         for arm in arms if number % 2 == 0 else arms[::-1]:
-            if arm.rate:
-                set_rate(hosts, arm.rate)
-            for rank in arm.ranks:
-                rank.signal(signal.SIGCONT)
-            begin = time.monotonic()
-            time.sleep(seconds)
-            turns[arm.name].append((begin, time.monotonic()))
-            for rank in arm.ranks:
-                rank.signal(signal.SIGSTOP)
-        logger.info(f"round {number + 1} of {rounds}; other programs use {others[-1]:.0f} % of the machine")
+            tried = [turn(arm, seconds, hosts)]
+            while tried[-1][1] > quiet and patience > 0:
+                time.sleep(1)
+                patience -= seconds + 1
+                tried.append(turn(arm, seconds, hosts))
+            turns[arm.name].append(min(tried, key=lambda t: t[1]))
+        logger.info(f"round {number + 1} of {rounds}")
     found = {}
     for arm in arms:
-        measured = [whole_steps(rank.steps(), turns[arm.name]) for rank in arm.ranks]
+        measured = [whole_steps(rank.steps(), [t for t, _ in turns[arm.name]]) for rank in arm.ranks]
         if not all(s for s, _ in measured):
             raise UserError(f"{arm.name}: no whole step in {seconds:.0f} s; lengthen --turn")
         found[arm.name] = {
@@ -306,8 +338,9 @@ def take_turns(
             "megabits": arm.rate,
             "seconds": [[round(x, 4) for x in s] for s, _ in measured],
             "sent": float(np.median([b for _, sent in measured for b in sent])),
+            "others": round(float(np.mean([others for _, others in turns[arm.name]])), 3),
         }
-    return found, others
+    return found
 
 
 def measure(args: argparse.Namespace) -> None:
@@ -328,19 +361,8 @@ def measure(args: argparse.Namespace) -> None:
         for name, (settings, height, width, repeats) in sizes.items():
             logger.info(f"when gradients are ready, short edge {name}")
             out = folder / f"schedule-{name}.json"
-            options = [
-                "--core",
-                0,
-                "--size",
-                height,
-                width,
-                "--repeats",
-                repeats,
-                "--config",
-                *MODEL,
-                *settings,
-                *args.config,
-            ]
+            options = ["--core", 0, "--size", height, width, "--repeats", repeats]
+            options += ["--config", *MODEL, *settings, *args.config]
             finish([start(own_command("schedule-process", out, *options), log)], log)
             schedules[name] = read_json(out, "schedule")
         devices = {}
@@ -350,13 +372,12 @@ def measure(args: argparse.Namespace) -> None:
             finish([start(own_command("devices-process", folder / "devices.json", *options), log)], log)
             devices[count] = read_json(folder / "devices.json", "times")
         reductions = _measure_reductions(folder, log, hosts, rates, args.four)
-        arms, others = _measure_training(args, folder, log, hosts, rates)
+        arms = _measure_training(args, folder, log, hosts, rates)
     found = {
         "machine": {
             "cores": len(cores),
             "python": sys.version.split()[0],
             **{p: importlib.metadata.version(p) for p in ("tensorpack", "horovod")},
-            "other programs": f"{np.mean(others):.0f} %",
         },
         "settings": [*MODEL, *SMALL, *args.config],
         "data": args.data.name,
@@ -391,7 +412,7 @@ def _measure_reductions(folder: Path, log: Path, hosts: Sequence[str], rates: Se
 
 def _measure_training(
     args: argparse.Namespace, folder: Path, log: Path, hosts: Sequence[str], rates: Sequence[int]
-) -> tuple[dict[str, dict], list[float]]:
+) -> dict[str, dict]:
     def training(name: str, interface: str, *options: Any, trainer: str = "replicated") -> list[str]:
         config = [*MODEL, *SMALL, *QUIET, *args.config, f"DATA.BASEDIR={args.data.resolve()}", f"TRAINER={trainer}"]
         words = ["train-rank", folder / name, "--interface", interface, *options, "--arguments"]
@@ -432,7 +453,7 @@ def _measure_training(
             if time.monotonic() > deadline or any(p.poll() is not None for p in processes):
                 raise UserError(f"a training process did not start: {log.read_text()[-500:]}")
             time.sleep(0.3)
-        return take_turns(arms, args.rounds, args.turn, hosts)
+        return take_turns(arms, args.rounds, args.turn, hosts, args.quiet, args.patience)
     finally:
         for rank in everyone:
             with contextlib.suppress(FileNotFoundError):
@@ -500,17 +521,19 @@ def measured_table(found: dict) -> str:
         separate = arms.get(f"{arm['ranks']} separate processes", arms["1 process"])
         shared = arm["ranks"] / min(arm["ranks"], found["machine"]["cores"])
         values = np.concatenate([without_interruptions(s) for s in arm["seconds"]])
+        spread = values.std() / values.mean()
         communicates = "rank" in name
         rows.append(
             [
-                name, str(len(arm["seconds"][0])), f"{step:.3f}", f"{values.std() / values.mean():.0%}",
+                name, str(len(arm["seconds"][0])), f"{arm['others']:.0%}", f"{step:.3f}", f"{spread:.0%}",
                 f"{arm['ranks'] / step:.2f}", f"{one * shared / step:.2f}",
                 f"{arm_step(separate) / step:.2f}" if communicates else "",
                 f"{ring_bytes(counted, arm['ranks']) / 1e6:.1f}" if communicates else "",
                 f"{arm['sent'] / (arm['ranks'] if arm['megabits'] is None else 1) / 1e6:.1f}" if communicates else "",
             ]
         )  # fmt: skip
-    headers = "|steps|s/step|spread|images/s|efficiency|without contention|MB sent per rank and step, counted|measured"
+    headers = "|steps|other programs|s/step|spread|images/s|efficiency|without contention"
+    headers += "|MB sent per rank and step, counted|measured"
     return markdown(rows, headers.split("|"))
 
 
@@ -664,12 +687,14 @@ def tables(found: dict) -> dict[str, str]:
     }
 
 
-def fill_document(text: str, found: dict) -> str:
-    """The document with each table between its marks, `<!-- name -->` and `<!-- end -->`, made anew."""
-    for name, table in tables(found).items():
+def fill_document(text: str, found: dict, names: Sequence[str]) -> str:
+    """The document with each of these tables between its marks, `<!-- name -->` and `<!-- end -->`, made anew."""
+    made = tables(found)
+    for name in names:
+        table = made[name]
         mark = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
         if not mark.search(text):
-            raise UserError(f"docs/SCALING.md has no place for the table '{name}': <!-- {name} --> … <!-- end -->")
+            raise UserError(f"the document has no place for the table '{name}': <!-- {name} --> … <!-- end -->")
         text = mark.sub(lambda m, table=table: f"{m[1]}{table}\n{m[2]}", text)
     return text
 
@@ -770,11 +795,17 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     measure_parser.add_argument("--data", type=Path, default=ROOT / "tests" / "data" / "coco_mini", metavar="DIR")
     measure_parser.add_argument("--rounds", type=int, default=3, help="turns of each arm (default %(default)s)")
     measure_parser.add_argument("--turn", type=float, default=12, metavar="S", help="seconds of a turn (%(default)s)")
+    measure_parser.add_argument(
+        "--quiet", type=float, default=0.1, metavar="SHARE", help="other programs may use so much"
+    )
+    measure_parser.add_argument(
+        "--patience", type=float, default=300, metavar="S", help="to repeat turns of less quiet"
+    )
     measure_parser.add_argument("--rates", type=int, nargs="*", default=[2000, 1000, 500], metavar="MBIT")
     measure_parser.add_argument("--four", action="store_true", help="4 ranks as well, two per core")
     measure_parser.add_argument("--config", nargs="+", default=[], metavar="KEY=VAL", help="settings to change")
     measure_parser.add_argument("--out", type=Path, default=MEASURED)
-    for name, text in (("simulate", "print the tables"), ("report", "write them into docs/SCALING.md")):
+    for name, text in (("simulate", "print the tables"), ("report", "write them into the documents")):
         commands.add_parser(name, help=text).add_argument("--measured", type=Path, default=MEASURED)
     plot_parser = commands.add_parser("plot", help="draw the predictions and what was measured")
     plot_parser.add_argument("--measured", type=Path, default=MEASURED)
@@ -797,14 +828,17 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str]) -> int:
     args = parse(argv)
     if args.command == "measure":
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # not without ending what it started
         measure(args)
     elif args.command == "simulate":
         for name, table in tables(read_json(args.measured, "measurements")).items():
             print(f"{name}\n{table}\n")
     elif args.command == "report":
-        text = fill_document(DOCUMENT.read_text(), read_json(args.measured, "measurements"))
-        with atomic_write(DOCUMENT) as f:
-            f.write(text)
+        found = read_json(args.measured, "measurements")
+        for path, names in DOCUMENTS.items():
+            text = fill_document(path.read_text(), found, names)
+            with atomic_write(path) as f:
+                f.write(text)
     elif args.command == "plot":
         plot(read_json(args.measured, "measurements"), args.out)
     elif args.command == "devices-process":

@@ -166,7 +166,7 @@ def expected_slowest(samples: Sequence[float], ranks: int) -> float:
     return float(ordered @ np.diff(share))
 
 
-def spread_of_batches(samples: Sequence[float], images: int, draws: int = 20000, seed: int = 0) -> np.ndarray:
+def spread_of_batches(samples: Sequence[float], images: int, draws: int = 5000, seed: int = 0) -> np.ndarray:
     """Samples of one image's time, relative to their mean -> of the mean of `images` independent ones."""
     relative = np.asarray(samples, float) / np.mean(samples)
     if images == 1:

@@ -21,6 +21,7 @@ from benchmarks.scaling_model import (
     sync_bn_bytes,
     sync_bn_seconds,
 )
+from common import UserError, read_json
 
 pytestmark = pytest.mark.quick
 
@@ -180,7 +181,7 @@ def recorded(ranks_step, separate=(1.0, 1.0), reduce_seconds=0.0):
     """Measurements as `measure` writes them, of ranks whose all-reduce takes reduce_seconds per MB on the processor."""
     sizes = [10**6, 2 * 10**6, 4 * 10**6]
     times = [max(reduce_seconds, 1e-9) * s / 1e6 for s in sizes]
-    arm = {"ranks": 2, "megabits": None, "sent": 8e6}
+    arm = {"ranks": 2, "megabits": None, "sent": 8e6, "others": 0.02}
     return {
         "machine": {"cores": 2},
         "schedules": {"256": {"names": ["a", "b"], "sizes": [3e6, 1e6], "ready": [0.5, 0.8], "tail": 0.2}},
@@ -206,7 +207,28 @@ def test_a_step_that_something_else_interrupted_does_not_count():
     assert scaling.arm_step(found["arms"]["2 ranks"]) == 1.0
 
 
+def test_a_published_step_is_reproduced_by_the_computation_calibrated_with_it():
+    found = read_json(scaling.MEASURED, "measurements")
+    compute = scaling.calibrated(found, scaling.SINGLE)
+    step, slowest = scaling.gpu_step(found, compute, 1, 8, scaling.gpu_cluster(100))
+    assert step == pytest.approx(scaling.SINGLE.step, rel=0.01) and compute < slowest < step
+
+
+def test_more_gpus_train_faster_and_less_efficiently():
+    found = read_json(scaling.MEASURED, "measurements")
+    steps = [scaling.gpu_step(found, 0.1, 4, ranks, scaling.gpu_cluster(25))[0] for ranks in (1, 8, 64, 512)]
+    assert steps == sorted(steps) and steps[0] == pytest.approx(0.1, rel=0.02) and steps[-1] < 0.8
+
+
+def test_the_documents_have_the_tables_of_the_measurements():
+    found = read_json(scaling.MEASURED, "measurements")
+    for path, names in scaling.DOCUMENTS.items():
+        assert scaling.fill_document(path.read_text(), found, names) == path.read_text(), "benchmarks/scaling.py report"
+    with pytest.raises(UserError, match="<!-- measured -->"):
+        scaling.fill_document("", found, ["measured"])
+
+
 def test_the_tables_show_efficiency_and_bytes_per_rank():
     row = next(r for r in scaling.measured_table(recorded(1.25)).splitlines() if r.startswith("| 2 ranks"))
     cells = [c.strip() for c in row.strip("|").split("|")]
-    assert cells[2:] == ["1.250", "0%", "1.60", "0.72", "0.80", "4.0", "4.0"]
+    assert cells[2:] == ["2%", "1.250", "0%", "1.60", "0.72", "0.80", "4.0", "4.0"]
