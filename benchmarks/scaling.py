@@ -62,6 +62,7 @@ MODEL = ["MODE_FPN=True"]
 SMALL = ["PREPROC.SHORT_EDGE_SIZE=[256,256]", "PREPROC.MAX_SIZE=427", "FRCNN.BATCH_PER_IM=64"]
 QUIET = ["DATA.NUM_WORKERS=0", "TRAIN.EVAL_PERIOD=0", "TRAIN.BASE_LR=1e-8", "TRAIN.WARMUP_INIT_LR=1e-8"]
 MESSAGE_SIZES = [2**n for n in (12, 16, 20, 22, 24, 25, 26, 27)]
+QUIET_SHARE = 0.1  # of the machine: what other programs may use for a time to count as that of the arm
 ADDRESSES = ["10.213.8.1", "10.213.8.2"]
 
 
@@ -282,6 +283,19 @@ def whole_steps(stamps: np.ndarray, turns: Sequence[tuple[float, float]]) -> tup
     return seconds, sent
 
 
+def padded_areas(data: Path) -> np.ndarray:
+    """Pixels of each training image at the default size (800, at most 1333), padded as in a batch, relative to their
+    mean."""
+    from config import default_config, finalize_config
+    from dataset import load_training_split
+
+    cfg = finalize_config(default_config().update_args([*MODEL, f"DATA.BASEDIR={data}"]))
+    sizes = load_training_split(cfg).image_sizes()
+    scale = np.minimum(800 / sizes.min(1), 1333 / sizes.max(1))
+    areas = np.prod(np.ceil(np.round(sizes * scale[:, None]) / 32) * 32, axis=1)
+    return areas / areas.mean()
+
+
 def busy_seconds(ranks: Sequence[Rank]) -> tuple[float, float]:
     """Processor seconds that everything on the machine has used, and the ranks of them."""
     import psutil
@@ -314,17 +328,15 @@ def take_turns(
 ) -> dict[str, dict]:
     """-> {arm: {ranks, seconds of steps, bytes of steps, others: share of the machine that other programs used}}.
 
-    A turn in which others used more than `quiet` of the machine is repeated, in all for `patience` seconds; the
-    quietest counts.
+    A turn in which others used more than `quiet` of the machine is repeated, for an equal share of `patience` seconds;
+    the quietest counts.
     """
     turns: dict[str, list] = {arm.name: [] for arm in arms}
     for number in range(rounds):
         # Back and forth, so that a machine that slows down gradually treats the arms alike.
         for arm in arms if number % 2 == 0 else arms[::-1]:
             tried = [turn(arm, seconds, hosts)]
-            while tried[-1][1] > quiet and patience > 0:
-                time.sleep(1)
-                patience -= seconds + 1
+            while tried[-1][1] > quiet and len(tried) * seconds * rounds * len(arms) <= patience:
                 tried.append(turn(arm, seconds, hosts))
             turns[arm.name].append(min(tried, key=lambda t: t[1]))
         logger.info(f"round {number + 1} of {rounds}")
@@ -381,6 +393,7 @@ def measure(args: argparse.Namespace) -> None:
         },
         "settings": [*MODEL, *SMALL, *args.config],
         "data": args.data.name,
+        "areas": padded_areas(args.data).round(4).tolist(),
         "schedules": schedules,
         "devices": {str(k): v for k, v in devices.items()},
         "reductions": reductions,
@@ -555,8 +568,10 @@ def validation_table(found: dict) -> str:
     for name, arm in found["arms"].items():
         if name in found["reductions"]:
             measured, predicted = arm_step(arm), predicted_arm(found, name)
-            rows.append([name, f"{measured:.3f}", f"{predicted:.3f}", f"{predicted / measured - 1:+.1%}"])
-    return markdown(rows, ["", "measured s/step", "predicted s/step", "difference"])
+            rows.append(
+                [name, f"{arm['others']:.0%}", f"{measured:.3f}", f"{predicted:.3f}", f"{predicted / measured - 1:+.1%}"]
+            )  # fmt: skip
+    return markdown(rows, ["", "other programs", "measured s/step", "predicted s/step", "difference"])
 
 
 def devices_table(found: dict) -> str:
@@ -599,17 +614,12 @@ def gpu_cluster(gigabits: float) -> Cluster:
     return Cluster(8, NVLINK, Link(ROUND_LATENCY, WIRE_SHARE * gigabits * 1e9 / 8))
 
 
-def image_times(found: dict) -> np.ndarray:
-    """Measured steps of one image without communication, relative to their mean: how much images differ."""
-    arms = found["arms"]
-    times = [without_interruptions(s) for name in ("1 process", "2 separate processes") for s in arms[name]["seconds"]]
-    return np.concatenate([t / t.mean() for t in times])
-
-
-def gpu_step(found: dict, compute: float, images: int, ranks: int, cluster: Cluster) -> tuple[float, float]:
+def gpu_step(
+    found: dict, compute: float, images: int, ranks: int, cluster: Cluster, share: float = 1.0
+) -> tuple[float, float]:
     """Seconds per step, and those of them in which the computation of the slowest rank runs; `compute` is the mean
-    computation of a rank."""
-    slowest = compute * expected_slowest(spread_of_batches(image_times(found), images), ranks)
+    computation of a rank, whose images differ in area; `share` of the gradients' bytes are sent."""
+    slowest = compute * expected_slowest(spread_of_batches(found["areas"], images), ranks)
     schedule = found["schedules"]["800"]
     ready, tail = stretched(schedule, slowest)
 
@@ -620,7 +630,7 @@ def gpu_step(found: dict, compute: float, images: int, ranks: int, cluster: Clus
     if ranks == 1:
         return slowest, slowest
     coordination = coordination_seconds(ranks, MESSAGE_LATENCY)
-    return reduced_step(ready, schedule["sizes"], tail, cost, coordination), slowest
+    return reduced_step(ready, share * np.array(schedule["sizes"]), tail, cost, coordination), slowest
 
 
 def calibrated(found: dict, gpu: Gpu) -> float:
@@ -642,15 +652,19 @@ def prediction_table(found: dict) -> str:
         compute = calibrated(found, gpu)
         for ranks in (8, 64, 512):
             for gigabits in GIGABITS if ranks > 8 else GIGABITS[:1]:
-                step, slowest = gpu_step(found, compute, gpu.images, ranks, gpu_cluster(gigabits))
+                cluster = gpu_cluster(gigabits)
+                step, slowest = gpu_step(found, compute, gpu.images, ranks, cluster)
+                halved, _ = gpu_step(found, compute, gpu.images, ranks, cluster, share=0.5)
                 rows.append(
                     [
                         gpu.name, str(ranks), f"{gigabits} Gbit/s" if ranks > 8 else "NVLink", f"{step * 1e3:.0f}",
                         f"{(slowest - compute) * 1e3:.0f}", f"{(step - slowest) * 1e3:.0f}",
                         f"{ranks * gpu.images / step:,.0f}", f"{compute / step:.0%}", str(ranks * gpu.images),
+                        f"{halved * 1e3:.0f}",
                     ]
                 )  # fmt: skip
     headers = "|GPUs|between machines|step ms|slowest rank ms|communication ms|images/s|efficiency|total batch"
+    headers += "|step ms if gradients were sent as float16"
     return markdown(rows, headers.split("|"))
 
 
@@ -710,7 +724,10 @@ def plot(found: dict, out: Path) -> None:
     arms = {n: a for n, a in found["arms"].items() if n in found["reductions"] and a["ranks"] == 2}
     names = sorted(arms, key=lambda n: arms[n]["megabits"] or np.inf)
     here.plot([predicted_arm(found, n) for n in names], "o--", color="C0", mfc="none", markersize=9, label="predicted")
-    here.plot([arm_step(arms[n]) for n in names], "s", color="C1", markersize=5, label="measured")
+    for color, label, wanted in (("C1", "measured", False), ("0.6", "measured, machine busy", True)):
+        at = [i for i, n in enumerate(names) if (arms[n]["others"] > QUIET_SHARE) == wanted]
+        if at:
+            here.plot(at, [arm_step(arms[names[i]]) for i in at], "s", color=color, markersize=5, label=label)
     here.set_xticks(range(len(names)), [f"{arms[n]['megabits'] or 'unlimited'}" for n in names])
     here.axhline(arm_step(found["arms"]["2 separate processes"]), color="0.5", linewidth=1, label="no communication")
     here.set_ylim(bottom=0)
@@ -796,7 +813,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     measure_parser.add_argument("--rounds", type=int, default=3, help="turns of each arm (default %(default)s)")
     measure_parser.add_argument("--turn", type=float, default=12, metavar="S", help="seconds of a turn (%(default)s)")
     measure_parser.add_argument(
-        "--quiet", type=float, default=0.1, metavar="SHARE", help="other programs may use so much"
+        "--quiet", type=float, default=QUIET_SHARE, metavar="SHARE", help="other programs may use so much"
     )
     measure_parser.add_argument(
         "--patience", type=float, default=300, metavar="S", help="to repeat turns of less quiet"

@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 import pytest
-from tiny import TINY_MODEL
+from tiny import COCO_MINI, TINY_MODEL
 
 from benchmarks import scaling
 
@@ -34,7 +34,7 @@ def test_ranks_make_steps_in_the_turns_of_their_arm_alone(tmp_path):
         for rank in ranks:
             rank.signal(scaling.signal.SIGSTOP)
         arms = [scaling.Arm("first", ranks[:1]), scaling.Arm("both", ranks), scaling.Arm("second", ranks[1:])]
-        found = scaling.take_turns(arms, rounds=2, seconds=0.6, hosts=[], quiet=0.0, patience=1.0)
+        found = scaling.take_turns(arms, rounds=2, seconds=0.6, hosts=[], quiet=0.0, patience=3.6)
         stamps = [r.steps()[:, 0] for r in ranks]
     finally:
         for process in started:
@@ -46,6 +46,14 @@ def test_ranks_make_steps_in_the_turns_of_their_arm_alone(tmp_path):
         assert all(s and min(s) > 0.01 and max(s) < 0.6 for s in seconds)
     # Both stood still while the other had its turn: a pause as long as a turn in each one's record.
     assert all(np.diff(s).max() > 0.55 for s in stamps)
+
+
+@pytest.mark.quick
+def test_areas_are_those_of_the_images_as_training_pads_them():
+    # Five photographs of 640x480 or its like become 1067x800 (portrait 640x427: 1199x800), one of 500x346 1156x800.
+    areas = scaling.padded_areas(COCO_MINI)
+    pixels = np.array([1184 * 800, *[1088 * 800] * 3, 1216 * 800, 1088 * 800])
+    assert sorted(areas) == pytest.approx(sorted(pixels / pixels.mean()))
 
 
 def test_a_steps_schedule_holds_every_trained_byte_and_the_heads_gradients_come_first(tmp_path):
