@@ -568,9 +568,8 @@ def validation_table(found: dict) -> str:
     for name, arm in found["arms"].items():
         if name in found["reductions"]:
             measured, predicted = arm_step(arm), predicted_arm(found, name)
-            rows.append(
-                [name, f"{arm['others']:.0%}", f"{measured:.3f}", f"{predicted:.3f}", f"{predicted / measured - 1:+.1%}"]
-            )  # fmt: skip
+            difference = f"{predicted / measured - 1:+.1%}"
+            rows.append([name, f"{arm['others']:.0%}", f"{measured:.3f}", f"{predicted:.3f}", difference])
     return markdown(rows, ["", "other programs", "measured s/step", "predicted s/step", "difference"])
 
 
