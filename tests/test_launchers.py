@@ -381,7 +381,7 @@ class Machines:
             assert time.monotonic() < deadline, [p.name for p in self.tmp_path.iterdir()]
             time.sleep(0.05)
 
-    def ends(self, seconds=30):
+    def ends(self, seconds=90):
         """{machine: (exit code, stderr)}"""
         result = {}
         for node, process in sorted(self.launchers.items()):
