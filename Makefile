@@ -10,6 +10,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 REQUIREMENTS ?= requirements.txt
+# Test processes side by side: two keep two cores busy, and need 10 GB of memory together.
+WORKERS ?= 2
 PY := $(VENV)/bin/python
 # The stamp's name changes with what is to be installed, so an up-to-date environment costs nothing.
 STAMP := $(VENV)/.installed-$(shell cat $(REQUIREMENTS) requirements.txt requirements-dev.txt constraints.txt | cksum | cut -d' ' -f1)
@@ -25,7 +27,7 @@ demo: $(STAMP)
 	@$(PY) -m demo.run
 
 test: $(STAMP)
-	@$(PY) -m pytest
+	@$(PY) -m pytest -n $(WORKERS) --dist loadgroup
 
 quick: $(STAMP)
 	@$(PY) -m pytest -m quick
