@@ -11,6 +11,7 @@ settings.register_profile("explore", deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
 def pytest_collection_modifyitems(items):
     """A file's tests run in one process, as its fixtures ask for; recipes are independent, and jobs of several ranks
     run one after the other."""
