@@ -63,7 +63,7 @@ SMALL = ["PREPROC.SHORT_EDGE_SIZE=[256,256]", "PREPROC.MAX_SIZE=427", "FRCNN.BAT
 QUIET = ["DATA.NUM_WORKERS=0", "TRAIN.EVAL_PERIOD=0", "TRAIN.BASE_LR=1e-8", "TRAIN.WARMUP_INIT_LR=1e-8"]
 MESSAGE_SIZES = [2**n for n in (12, 16, 20, 22, 24, 25, 26, 27)]
 QUIET_SHARE = 0.1  # of the machine: what other programs may use for a time to count as that of the arm
-ADDRESSES = ["10.213.8.1", "10.213.8.2"]
+ADDRESSES = ["10.213.7.1", "10.213.7.2"]
 
 
 # ------------------------------------------------------------------------------------------- what runs in each process
@@ -198,7 +198,7 @@ def node_launcher(name: str, node: int, port: int) -> list[str]:
 @contextlib.contextmanager
 def cable() -> Iterator[list[str]]:
     """Two network namespaces with an address each, joined by a virtual cable; yields their names."""
-    names = [f"scaling{os.getpid()}{side}" for side in "ab"]
+    names = [f"packrcnn{os.getpid()}{side}" for side in "ab"]
     try:
         for name in names:
             subprocess.run(["ip", "netns", "add", name], check=True)

@@ -5,7 +5,6 @@ import os
 import shlex
 import shutil
 import signal
-import socket
 import stat
 import subprocess
 import sys
@@ -13,10 +12,10 @@ import time
 from pathlib import Path
 
 import pytest
+from jobs import CLEAN, REPOSITORY, free_port, slurm_stand_ins
 
 from config import default_config, finalize_config
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 SCRIPTS = REPOSITORY / "scripts"
 SHELL_SCRIPTS = sorted([*SCRIPTS.glob("*.sh"), *SCRIPTS.glob("*.sbatch")])
 PROGRAMS = sorted({*SCRIPTS.glob("train*"), *SCRIPTS.glob("*.py"), SCRIPTS / "install_horovod.sh"})
@@ -25,7 +24,6 @@ RECIPES = {
     for line in (SCRIPTS / "recipes.txt").read_text().splitlines()
     if line and not line.startswith("#")
 }
-CLEAN = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "JOB_COMPLETION", "HOROVOD_"))}
 
 
 def launch(script, *words, **environment):
@@ -50,12 +48,6 @@ def printed(script, *words, **environment):
 def training(recipe, *extra, python="PY", script=str(REPOSITORY / "train.py"), logdir=None):
     settings = [*RECIPES[recipe], *extra]
     return [python, script, "--config", "TRAINER=horovod", *settings, "--logdir", logdir or f"train_log/{recipe}"]
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 # ------------------------------------------------------------------------------------------------ commands
@@ -596,35 +588,20 @@ def test_the_node_launcher_refuses_what_cannot_work(words, names):
 @horovod_runner
 def test_slurm_requeues_a_stopped_job_and_not_a_broken_one(tmp_path):
     """`srun` is a stand-in that runs the launcher once for each machine; `scontrol` notes what it is asked."""
-    (tmp_path / "srun").write_text(
-        "#!/usr/bin/env bash\n"
-        "while [[ $1 == -* ]]; do shift; done\n"
-        "trap 'kill -TERM $a $b' TERM\n"
-        'SLURM_NODEID=0 "$@" & a=$!\n'
-        'SLURM_NODEID=1 "$@" & b=$!\n'
-        "code=0\n"
-        "for p in $a $b; do while kill -0 $p 2>/dev/null; do wait $p || code=$?; done; done\n"
-        "exit $code\n"
-    )
-    (tmp_path / "scontrol").write_text(
-        '#!/bin/sh\ncase $1 in show) echo 127.0.0.1; echo other;; *) echo "$*" >> "$NOTES";; esac\n'
-    )
+    slurm = slurm_stand_ins(tmp_path)
     # The interpreter of the ranks: stands in for `python train.py` and is python for the launcher.
     (tmp_path / "python").write_text(
         "#!/bin/sh\n"
         'case $1 in */train.py) echo "$PWD" > "$NOTES.$HOROVOD_RANK"; exec sh -c "$RANK";; esac\n'
         f'exec {sys.executable} "$@"\n'
     )
-    for name in ("srun", "scontrol", "python"):
-        (tmp_path / name).chmod(0o755)
+    (tmp_path / "python").chmod(0o755)
     notes = tmp_path / "notes"
 
     def job(rank):
         return subprocess.Popen(
             [str(SCRIPTS / "train.sbatch"), "r50-fpn", "--python", str(tmp_path / "python"), "--slots", "1"],
-            env={**CLEAN, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": str(free_port() - 20000),
-                 "SLURM_SUBMIT_DIR": str(REPOSITORY), "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "n[1-2]",
-                 "NOTES": str(notes), "RANK": rank}, stderr=subprocess.PIPE, text=True,
+            env={**CLEAN, **slurm, "NOTES": str(notes), "RANK": rank}, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
 
     # Of one machine: a mistake, a rank that the kernel killed. They would come again.

@@ -45,7 +45,8 @@ def assert_same_weights(a, b, tolerance=0.0, momentum_tolerance=0.0):
     assert any(name.endswith("Momentum") for name in a)
     for name, value in a.items():
         limit = momentum_tolerance if name.endswith("Momentum") else tolerance
-        assert np.linalg.norm(b[name] - value) <= limit * np.linalg.norm(value), name
+        error, norm = np.linalg.norm(b[name] - value), np.linalg.norm(value)
+        assert error <= limit * norm, f"{name}: {error:.3g} of {norm:.3g}"
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +163,7 @@ def joined(tmp_path_factory):
             done[settings] = weights_of(logdir)
         return done[settings]
 
-    data = [*data_of_one_size(tmp_path_factory.mktemp("data")), "TRAIN.EMA_DECAY=0.9"]
+    data = [*data_of_one_size(tmp_path_factory.mktemp("data"), 11), "TRAIN.EMA_DECAY=0.9"]
     return lambda *settings: (train(*data, *settings), [*data, *settings])
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.scaling import ADDRESSES, cable
+
 
 def can_make_networks():
     if os.geteuid() != 0 or not shutil.which("ip"):
@@ -23,20 +25,8 @@ def two_hosts():
     """Two network namespaces with one address each, joined by a cable; yields {name: address}."""
     if not can_make_networks():
         pytest.skip("network namespaces need root and iproute2")
-    names = [f"packrcnn{os.getpid() % 10000}{side}" for side in "ab"]
-    hosts = {names[0]: "10.213.7.1", names[1]: "10.213.7.2"}
-    try:
-        for name in names:
-            subprocess.run(["ip", "netns", "add", name], check=True)
-        cable = f"type veth peer name eth0 netns {names[1]}".split()
-        subprocess.run(["ip", "link", "add", "eth0", "netns", names[0], *cable], check=True)
-        for name, address in hosts.items():
-            for words in (f"addr add {address}/24 dev eth0", "link set eth0 up", "link set lo up"):
-                subprocess.run(["ip", "-n", name, *words.split()], check=True)
-        yield hosts
-    finally:
-        for name in names:
-            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+    with cable() as names:
+        yield dict(zip(names, ADDRESSES))
 
 
 @pytest.fixture

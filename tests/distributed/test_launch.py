@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("horovod", reason="horovod is not installed: make horovod")
 
-from hosts import CLEAN, REPOSITORY, free_port
+from jobs import CLEAN, REPOSITORY, free_port
 
 NODE = str(REPOSITORY / "scripts/horovod_node.py")
 RUN = [str(Path(sys.executable).parent / "horovodrun"), "--gloo"]

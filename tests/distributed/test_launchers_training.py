@@ -4,7 +4,6 @@
 """
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -15,7 +14,7 @@ import pytest
 pytest.importorskip("horovod", reason="horovod is not installed: make horovod")
 
 import psutil
-from hosts import CLEAN, REPOSITORY, free_port
+from jobs import CLEAN, REPOSITORY, slurm_stand_ins
 from tiny import COCO_MINI, TINY_TRAINING
 
 from utils.checkpoint import load_weights, newest_checkpoint
@@ -176,26 +175,7 @@ def test_machines_reached_by_ssh_train_through_a_killed_rank_and_a_cut_cable(
 
 def test_slurm_puts_a_stopped_job_back_and_not_one_with_a_killed_rank(start, tmp_path):
     """`srun` is a stand-in that runs the launcher once for each machine; `scontrol` notes what it is asked."""
-    (tmp_path / "srun").write_text(
-        "#!/usr/bin/env bash\n"
-        "while [[ $1 == -* ]]; do shift; done\n"
-        "trap 'kill -TERM $a $b' TERM\n"
-        'SLURM_NODEID=0 "$@" & a=$!\n'
-        'SLURM_NODEID=1 "$@" & b=$!\n'
-        "highest=0\n"
-        "for p in $a $b; do while kill -0 $p 2>/dev/null; do code=0; wait $p || code=$?; done\n"
-        "  [ $code -le $highest ] || highest=$code; done\n"
-        "exit $highest\n"
-    )
-    (tmp_path / "scontrol").write_text(
-        f'#!/bin/sh\ncase $1 in show) echo 127.0.0.1; echo other;; *) echo "$*" >> {tmp_path}/notes;; esac\n'
-    )
-    for name in ("srun", "scontrol"):
-        (tmp_path / name).chmod(0o755)
-    slurm = {
-        "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": str(free_port() % 20000),
-        "SLURM_JOB_NUM_NODES": "2", "SLURM_SUBMIT_DIR": str(REPOSITORY), "SLURM_JOB_NODELIST": "n[1-2]",
-    }  # fmt: skip
+    slurm = slurm_stand_ins(tmp_path)
     command = [SCRIPTS / "train.sbatch", *WORDS, "--logdir", tmp_path / "run"]
     job = start(command, **slurm).trains()
     job.launchers[0].terminate()

@@ -1,6 +1,5 @@
 """model_syncbn.py under Horovod: ranks together equal one process with the joined batch, forward and backward."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,11 +9,10 @@ import pytest
 
 pytest.importorskip("horovod", reason="horovod is not installed: make horovod")
 
+from jobs import CLEAN, REPOSITORY
 from test_model_syncbn import GRADIENT, PIXELS, VALID, X, assert_close, run
 
-TESTS = Path(__file__).resolve().parent.parent
-CLEAN = {k: v for k, v in os.environ.items() if not k.startswith("HOROVOD_")}
-CLEAN |= {"CUDA_VISIBLE_DEVICES": "-1", "PYTHONPATH": f"{TESTS.parent}:{TESTS}"}
+ENVIRONMENT = {**CLEAN, "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}"}
 
 PROGRAM = """
 import sys
@@ -40,7 +38,7 @@ def test_ranks_with_other_padding_equal_the_joined_batch(tmp_path):
     launcher = [str(Path(sys.executable).parent / "horovodrun"), "--gloo", "-np", "2", "-H", "localhost:2"]
     done = subprocess.run(
         [*launcher, sys.executable, str(tmp_path / "program.py"), str(tmp_path)],
-        env=CLEAN, capture_output=True, text=True, timeout=200,
+        env=ENVIRONMENT, capture_output=True, text=True, timeout=200,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = (dict(np.load(tmp_path / f"{rank}.npz")) for rank in (0, 1))

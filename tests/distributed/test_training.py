@@ -14,14 +14,14 @@ import pytest
 
 pytest.importorskip("horovod", reason="horovod is not installed: make horovod")
 
+from jobs import CLEAN, REPOSITORY
 from test_train import assert_same_weights, data_of_one_size, run, train_tiny, weights_of
 from tiny import TINY_TRAINING
 
 from utils.checkpoint import load_weights, newest_checkpoint
 
-TESTS = Path(__file__).resolve().parent.parent
-CLEAN = {k: v for k, v in os.environ.items() if not k.startswith("HOROVOD_")}
-CLEAN |= {"CUDA_VISIBLE_DEVICES": "-1", "HOROVOD_GRACEFUL_TERMINATION_TIME_S": "60"}
+ENVIRONMENT = {**CLEAN, "HOROVOD_GRACEFUL_TERMINATION_TIME_S": "60"}
+RANK = REPOSITORY / "tests/distributed/rank.py"
 BATCH, STEPS, IMAGES = 4, 5, 11
 pytestmark = pytest.mark.slow
 
@@ -32,7 +32,7 @@ def launcher(ranks):
 
 def command(ranks, folder, *settings, flags=()):
     """A job of rank.py; every rank has a run directory of its own, as machines without a common disk would have."""
-    program = [sys.executable, str(TESTS / "distributed/rank.py"), str(folder), "--logdir", f"{folder}/run-RANK"]
+    program = [sys.executable, str(RANK), str(folder), "--logdir", f"{folder}/run-RANK"]
     return [*launcher(ranks), *program, *flags, "--config", *TINY_TRAINING, "TRAINER=horovod", *settings]
 
 
@@ -51,7 +51,7 @@ def job(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(f"{ranks}-ranks")
     done = subprocess.run(
         command(ranks, folder, *equality_settings(folder, norm, BATCH // ranks)),
-        env=CLEAN, capture_output=True, text=True,
+        env=ENVIRONMENT, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return ranks, norm, folder
@@ -99,7 +99,7 @@ def test_evaluation_shared_by_the_ranks_finds_what_one_process_finds(job, tmp_pa
     assert run("--evaluate", tmp_path / "one.json", *words) == 0
     done = subprocess.run(
         [*launcher(ranks), sys.executable, "train.py", "--evaluate", str(tmp_path / "many.json"), *words],
-        env=CLEAN, capture_output=True, text=True, cwd=TESTS.parent,
+        env=ENVIRONMENT, capture_output=True, text=True, cwd=REPOSITORY,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     for split in ("coco_train2017", "coco_val2017"):
@@ -130,8 +130,9 @@ def test_a_killed_rank_ends_the_job_and_the_same_command_resumes_until_sigterm_s
 
     def start():
         return subprocess.Popen(
-            command(2, tmp_path, *settings), env=CLEAN, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
+            command(2, tmp_path, *settings),
+            env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
 
     resumed_at = 0
     for rank in (1, 0):
@@ -162,13 +163,16 @@ def test_a_killed_rank_ends_the_job_and_the_same_command_resumes_until_sigterm_s
 
 def test_a_supervised_job_of_which_processes_are_killed_at_random_ends_with_the_model_of_one_left_alone():
     """Three kills; `random_kills.py --kills 10` is for doing it by hand."""
-    program = [sys.executable, str(TESTS / "distributed/random_kills.py"), "--kills", "3", "--seed", "2"]
+    program = [sys.executable, str(REPOSITORY / "tests/distributed/random_kills.py"), "--kills", "3", "--seed", "2"]
     done = subprocess.run(program, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0 and "0 differ between" in done.stdout, done.stdout + done.stderr
 
 
 def test_a_job_follows_machines_that_come_and_go_and_ends_with_the_model_of_one_process(tmp_path):
-    """2, 1, then 4 ranks make the same updates of 4 images each; nothing is lost where they change."""
+    """2, 1, then 4 ranks make the same updates of 4 images each; nothing is lost where they change.
+
+    The variables are float32, and 16 steps let their rounding grow: by 2e-7 on one machine, by 1e-6 on another.
+    """
     steps, hosts, folder = 16, tmp_path / "hosts", tmp_path / "many"
     folder.mkdir()
     settings = [
@@ -178,9 +182,9 @@ def test_a_job_follows_machines_that_come_and_go_and_ends_with_the_model_of_one_
     hosts.write_text("localhost:2")
     words = command("{np}", folder, *settings)
     words[words.index("localhost:{np}")] = "{hosts}"
-    supervisor = [sys.executable, str(TESTS.parent / "scripts/supervise.py"), "--logdir", f"{folder}/run-0"]
+    supervisor = [sys.executable, str(REPOSITORY / "scripts/supervise.py"), "--logdir", f"{folder}/run-0"]
     supervisor += ["--hosts", f"cat {hosts}", "--np", "1,2,4", "--poll", "0.2", "--", *words]
-    job = subprocess.Popen(supervisor, env=CLEAN, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    job = subprocess.Popen(supervisor, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         for seen, ranks in ((3, 1), (8, 5)):  # of five, four are used
             wait_for_step(folder, seen, job)
@@ -194,7 +198,7 @@ def test_a_job_follows_machines_that_come_and_go_and_ends_with_the_model_of_one_
     made = [int(line) for line in (folder / "steps-0").read_text().split()]
     assert made == list(range(1, steps + 1))  # none twice
     assert train_tiny(tmp_path / "one", *settings, "TRAINER=replicated") == 0
-    assert_same_weights(weights_of(tmp_path / "one"), weights_of(folder / "run-0"), 1e-6, 1e-6)
+    assert_same_weights(weights_of(tmp_path / "one"), weights_of(folder / "run-0"), 1e-5, 1e-5)
 
 
 def wait_for_step(folder, step, job):
@@ -206,7 +210,7 @@ def wait_for_step(folder, step, job):
 
 def test_a_mistake_ends_every_rank_and_is_told_once(tmp_path):
     done = subprocess.run(
-        command(2, tmp_path, "TRAINER=replicated"), env=CLEAN, capture_output=True, text=True, timeout=200
+        command(2, tmp_path, "TRAINER=replicated"), env=ENVIRONMENT, capture_output=True, text=True, timeout=200
     )
     assert done.returncode != 0
     assert done.stderr.count("2 processes were launched to train together") == 2
