@@ -237,9 +237,25 @@ def start(command: list[str], log: Path) -> subprocess.Popen:
 
 
 def finish(processes: Sequence[subprocess.Popen], log: Path, seconds: float = 600) -> None:
+    try:
+        for process in processes:
+            if process.wait(seconds):
+                raise UserError(f"{' '.join(process.args[:12])} … failed: {log.read_text()[-300:]}")
+    finally:
+        end(processes)
+
+
+def end(processes: Sequence[subprocess.Popen], seconds: float = 20) -> None:
+    """Ends those that still run, with what they have started: SIGTERM, `seconds` to react, SIGKILL."""
     for process in processes:
-        if process.wait(seconds):
-            raise UserError(f"{' '.join(process.args[:12])} … failed: {log.read_text()[-300:]}")
+        if process.poll() is None:
+            process.terminate()
+    for process in processes:
+        try:
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 class Rank:
@@ -471,12 +487,7 @@ def _measure_training(
         for rank in everyone:
             with contextlib.suppress(FileNotFoundError):
                 rank.signal(signal.SIGKILL)
-        for process in processes:
-            try:
-                process.wait(20)
-            except subprocess.TimeoutExpired:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
+        end(processes)
 
 
 # ------------------------------------------------------------------------------------- the model against measurements

@@ -64,3 +64,12 @@ def test_a_steps_schedule_holds_every_trained_byte_and_the_heads_gradients_come_
     assert sizes["conv0/W"] == 4 * 7 * 7 * 3 * 8 and sizes["maskrcnn/deconv/W"] == 4 * 2 * 2 * 16 * 16
     assert len(ready) == len(found["names"]) and min(ready.values()) > 0 and found["tail"] > 0
     assert ready["fastrcnn/outputs/class/W"] < ready["group3/block0/conv3/W"] < ready["conv0/W"]
+
+
+@pytest.mark.quick
+def test_what_a_measurement_has_started_ends_with_it(tmp_path):
+    log = tmp_path / "log.txt"
+    job = scaling.start([sys.executable, "-c", "import time; time.sleep(60)"], log)
+    with pytest.raises(subprocess.TimeoutExpired):
+        scaling.finish([job], log, seconds=0.2)
+    assert job.poll() == -scaling.signal.SIGTERM
