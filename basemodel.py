@@ -1,8 +1,8 @@
 """Layers and the ResNet family (He et al. 2015; ResNeXt, Xie et al. 2016), NHWC, with the variable names of
 tensorpack's public checkpoints.
 
-A layer computes in the type of its input; variables are float32 always. So mixed precision is a cast of the image
-and of the RoI features, nothing else.
+A layer computes in the type of its input; variables are float32, or float64 where the input is. So mixed precision is
+a cast of the image and of the RoI features, nothing else.
 """
 
 import re
@@ -10,7 +10,7 @@ import zlib
 
 import numpy as np
 
-from model_syncbn import batch_norm
+from model_syncbn import batch_norm, wide_type
 from utils.tf_v1 import onednn_enabled, tf
 
 __all__ = [
@@ -56,33 +56,34 @@ def name_seed(name):
     return [graph_seed & 0x7FFFFFFF, zlib.crc32(full_name.encode()) & 0x7FFFFFFF]
 
 
-def _weight(name, shape, rule, fan_in, fan_out, trainable):
-    """A float32 variable whose initial value depends on the graph's seed and the variable's name alone, so that
-    neither the order of construction nor the number of replicas changes it."""
+def _weight(name, shape, rule, fan_in, fan_out, trainable, dtype):
+    """A variable whose initial value depends on the graph's seed and the variable's name alone, so that neither the
+    order of construction nor the number of replicas changes it; float64 starts from float32's values."""
     kind, scale = rule(shape, fan_in, fan_out)
     seed = name_seed(name)
 
     def initial(shape, dtype=tf.float32, partition_info=None):
         if kind == "normal":
-            return tf.random.stateless_normal(shape, seed, stddev=scale, dtype=dtype)
-        return tf.random.stateless_uniform(shape, seed, -scale, scale, dtype=dtype)
+            return tf.cast(tf.random.stateless_normal(shape, seed, stddev=scale), dtype)
+        return tf.cast(tf.random.stateless_uniform(shape, seed, -scale, scale), dtype)
 
-    return tf.get_variable(name, shape, tf.float32, initial, trainable=trainable)
+    return tf.get_variable(name, shape, dtype, initial, trainable=trainable)
 
 
 # ------------------------------------------------------------------------------------------------------------- norms
-def _affine(channels, trainable):
-    gamma = tf.get_variable("gamma", [channels], tf.float32, tf.ones_initializer(), trainable=trainable)
-    beta = tf.get_variable("beta", [channels], tf.float32, tf.zeros_initializer(), trainable=trainable)
+def _affine(channels, trainable, dtype):
+    gamma = tf.get_variable("gamma", [channels], dtype, tf.ones_initializer(), trainable=trainable)
+    beta = tf.get_variable("beta", [channels], dtype, tf.zeros_initializer(), trainable=trainable)
     return gamma, beta
 
 
-def batch_norm_frozen(channels, epsilon, trainable):
-    """Scale and shift [channels] float32 that a frozen batch norm applies: γ/√(σ²+ε) and β − μγ/√(σ²+ε)."""
+def batch_norm_frozen(channels, epsilon, trainable, dtype):
+    """Scale and shift [channels] that a frozen batch norm with variables of dtype applies: γ/√(σ²+ε) and
+    β − μγ/√(σ²+ε)."""
     with tf.variable_scope("bn"):
-        gamma, beta = _affine(channels, trainable)
-        mean = tf.get_variable("mean/EMA", [channels], tf.float32, tf.zeros_initializer(), trainable=False)
-        variance = tf.get_variable("variance/EMA", [channels], tf.float32, tf.ones_initializer(), trainable=False)
+        gamma, beta = _affine(channels, trainable, dtype)
+        mean = tf.get_variable("mean/EMA", [channels], dtype, tf.zeros_initializer(), trainable=False)
+        variance = tf.get_variable("variance/EMA", [channels], dtype, tf.ones_initializer(), trainable=False)
     scale = gamma * tf.rsqrt(variance + epsilon)
     return scale, beta - mean * scale
 
@@ -96,9 +97,9 @@ def group_norm(x, trainable=True):
     shape = tf.shape(x)
     # Per-channel moments first (a reduction over contiguous rows), then over the channels of a group: both reductions
     # stay cheap on CPUs, and x is read twice only.
-    wide = x if x.dtype == tf.float64 else tf.cast(x, tf.float32)
+    wide = tf.cast(x, wide_type(x))
     with tf.variable_scope("gn"):
-        gamma, beta = (tf.cast(v, wide.dtype) for v in _affine(channels, trainable))
+        gamma, beta = _affine(channels, trainable, wide.dtype)
     mean_c = tf.reduce_mean(wide, [1, 2])  # [N, C]
     square_c = tf.reduce_mean(tf.square(wide), [1, 2])
     mean = tf.reduce_mean(tf.reshape(mean_c, [-1, groups, channels // groups]), 2, keepdims=True)
@@ -131,13 +132,13 @@ def conv2d(
     with tf.variable_scope(name):
         shape = [kernel, kernel, in_channels // groups, channels]
         fans = kernel * kernel * in_channels // groups, kernel * kernel * channels // groups
-        weight = _weight("W", shape, init, *fans, trainable)
+        weight = _weight("W", shape, init, *fans, trainable, wide_type(x))
         shift = None
         if norm == "FreezeBN":
-            scale, shift = batch_norm_frozen(channels, epsilon, trainable and affine_trainable)
+            scale, shift = batch_norm_frozen(channels, epsilon, trainable and affine_trainable, weight.dtype)
             weight = weight * scale
         elif norm in (None, "GNLast") and bias:
-            shift = tf.get_variable("b", [channels], tf.float32, tf.zeros_initializer(), trainable=trainable)
+            shift = tf.get_variable("b", [channels], wide_type(x), tf.zeros_initializer(), trainable=trainable)
         if stride == 1 or tf_padding or kernel == 1:
             padding = "SAME"
         else:
@@ -188,7 +189,8 @@ def deconv2d(name, x, channels, kernel=2, stride=2, *, relu=False, bias=True, in
     in_channels = int(x.shape[-1])
     with tf.variable_scope(name):
         fans = kernel * kernel * in_channels, kernel * kernel * channels
-        weight = tf.cast(_weight("W", [kernel, kernel, channels, in_channels], init, *fans, trainable), x.dtype)
+        kernel_shape = [kernel, kernel, channels, in_channels]
+        weight = tf.cast(_weight("W", kernel_shape, init, *fans, trainable, wide_type(x)), x.dtype)
         shape = tf.shape(x)
         if kernel == stride:
             product = tf.nn.conv2d(
@@ -204,7 +206,7 @@ def deconv2d(name, x, channels, kernel=2, stride=2, *, relu=False, bias=True, in
             y = tf.nn.conv2d_transpose(x, weight, out_shape, stride, "SAME")
         y.set_shape([None, None, None, channels])
         if bias:
-            b = tf.get_variable("b", [channels], tf.float32, tf.zeros_initializer(), trainable=trainable)
+            b = tf.get_variable("b", [channels], wide_type(x), tf.zeros_initializer(), trainable=trainable)
             y = tf.nn.bias_add(y, tf.cast(b, y.dtype))
         return tf.nn.relu(y) if relu else y
 
@@ -213,8 +215,8 @@ def fully_connected(name, x, channels, *, relu=False, init=xavier_uniform_fan_in
     """x [N,Ci] -> [N,channels] in x's type."""
     in_channels = int(x.shape[-1])
     with tf.variable_scope(name):
-        weight = _weight("W", [in_channels, channels], init, in_channels, channels, trainable)
-        bias = tf.get_variable("b", [channels], tf.float32, tf.zeros_initializer(), trainable=trainable)
+        weight = _weight("W", [in_channels, channels], init, in_channels, channels, trainable, wide_type(x))
+        bias = tf.get_variable("b", [channels], wide_type(x), tf.zeros_initializer(), trainable=trainable)
         y = tf.nn.bias_add(tf.matmul(x, tf.cast(weight, x.dtype)), tf.cast(bias, x.dtype))
         return tf.nn.relu(y) if relu else y
 

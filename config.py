@@ -218,7 +218,8 @@ def default_config() -> Config:
                 # Losses of RoIs: mean of the images' means, so that spreading a batch over devices changes nothing;
                 # False: one mean over the RoIs of a device's batch (detectron2).
                 "LOSS_PER_IMAGE": True,
-                # Compute type of convolutions and products: float32 | bfloat16 | float16; float64 for comparisons.
+                # Compute type of convolutions and products: float32 | bfloat16 | float16; for comparisons float64, then
+                # the type of variables too.
                 "PRECISION": "float32",
                 "SEED": 42,  # None: a new one each run
                 "GRADIENT_CLIP": None,  # global norm to clip at

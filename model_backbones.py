@@ -22,7 +22,7 @@ import numpy as np
 from basemodel import grouped_conv, name_seed, normalize_image, preprocess_image, resnet_stages
 from common import UserError
 from config import Config
-from model_syncbn import normalize_batch
+from model_syncbn import normalize_batch, wide_type
 from utils.checkpoint import load_weights
 from utils.tf_v1 import tf
 
@@ -308,7 +308,8 @@ def _keras_stages(x, cfg):
         of_norm = f"{name.rpartition('/')[0]}/moving_mean" in network.variables
         trained = network.variables[name].trainable and not (of_norm and backbone.FREEZE_AFFINE)
         trained = trained and stage > backbone.FREEZE_AT
-        variables[name] = tf.get_variable(_own_name(name), initializer=initial[name], trainable=trained)
+        value = tf.cast(initial[name], wide_type(x))
+        variables[name] = tf.get_variable(_own_name(name), initializer=value, trainable=trained)
     read = {name: tf.cast(v, network.read_types[name]) for name, v in variables.items()}
     names = {tensor.ref(): name for name, tensor in read.items()}
 

@@ -16,13 +16,18 @@ from typing import Any
 
 from utils.tf_v1 import tf
 
-__all__ = ["batch_norm", "batch_statistics", "collective_sum", "normalize_batch", "valid_area"]
+__all__ = ["batch_norm", "batch_statistics", "collective_sum", "normalize_batch", "valid_area", "wide_type"]
 
 _DECAY = 0.9  # of the moving averages, per step
 # None: use the moving averages. Otherwise sum_over_replicas(tensor) -> tensor.
 _SUM: contextvars.ContextVar[Callable[[Any], Any] | None] = contextvars.ContextVar("sum_over_replicas", default=None)
 # (image_shape [N,2], padded height and width [2]); None: everything counts.
 _AREA: contextvars.ContextVar[tuple[Any, Any] | None] = contextvars.ContextVar("valid_area", default=None)
+
+
+def wide_type(x: Any) -> Any:
+    """The type of a layer's variables and statistics whose input is x: float32, or float64 if x is."""
+    return tf.float64 if x.dtype == tf.float64 else tf.float32
 
 
 @contextlib.contextmanager
@@ -69,16 +74,17 @@ def batch_norm(x, epsilon, trainable):
     Frozen layers (not trainable) always use the moving averages.
     """
     channels = int(x.shape[-1])
+    dtype = wide_type(x)
     with tf.variable_scope("bn"):
-        gamma = tf.get_variable("gamma", [channels], tf.float32, tf.ones_initializer(), trainable=trainable)
-        beta = tf.get_variable("beta", [channels], tf.float32, tf.zeros_initializer(), trainable=trainable)
-        mean_ema = tf.get_variable("mean/EMA", [channels], tf.float32, tf.zeros_initializer(), trainable=False)
-        var_ema = tf.get_variable("variance/EMA", [channels], tf.float32, tf.ones_initializer(), trainable=False)
+        gamma = tf.get_variable("gamma", [channels], dtype, tf.ones_initializer(), trainable=trainable)
+        beta = tf.get_variable("beta", [channels], dtype, tf.zeros_initializer(), trainable=trainable)
+        mean_ema = tf.get_variable("mean/EMA", [channels], dtype, tf.zeros_initializer(), trainable=False)
+        var_ema = tf.get_variable("variance/EMA", [channels], dtype, tf.ones_initializer(), trainable=False)
     return normalize_batch(x, gamma, beta, mean_ema, var_ema, epsilon, trainable)
 
 
 def normalize_batch(x, gamma, beta, mean_ema, var_ema, epsilon, trainable):
-    """`batch_norm` with given variables [C] float32; gamma and beta may be any tensors."""
+    """`batch_norm` with given variables [C] of `wide_type(x)`; gamma and beta may be any tensors."""
     total = _SUM.get()
     if total is None or not trainable:
         scale = gamma * tf.rsqrt(var_ema + epsilon)
@@ -108,12 +114,12 @@ def _normalise(x, gamma, beta, epsilon, total, counted):
     and 1 where a cell counts (0 elsewhere),
     dx = γ/σ · (dy − 1·(Σdy/M + x^ · Σ(dy·x^)/M)); γ's and β's gradients are this replica's share."""
     channels = int(x.shape[-1])
-    wide_type = tf.float64 if x.dtype == tf.float64 else tf.float32
+    dtype = wide_type(x)
 
     @tf.custom_gradient
     def normalise(x, gamma, beta):
-        wide = tf.cast(x, wide_type)
-        weight = tf.cast(counted, wide_type)
+        wide = tf.cast(x, dtype)
+        weight = tf.cast(counted, dtype)
         flat = tf.reshape(weight, [1, -1])
 
         def weighted_sum(values):
@@ -125,11 +131,11 @@ def _normalise(x, gamma, beta, epsilon, total, counted):
         mean = sums[:channels] / cells
         variance = tf.maximum(sums[channels:-1] / cells - tf.square(mean), 0.0)
         inverse = tf.rsqrt(variance + epsilon)
-        scale = tf.cast(gamma, wide_type) * inverse
-        y = x * tf.cast(scale, x.dtype) + tf.cast(tf.cast(beta, wide_type) - mean * scale, x.dtype)
+        scale = tf.cast(gamma, dtype) * inverse
+        y = x * tf.cast(scale, x.dtype) + tf.cast(tf.cast(beta, dtype) - mean * scale, x.dtype)
 
         def gradient(dy, *_):
-            dy_wide = tf.cast(dy, wide_type)
+            dy_wide = tf.cast(dy, dtype)
             normalised = (wide - mean) * inverse
             d_beta = tf.reduce_sum(dy_wide, [0, 1, 2])
             d_gamma = tf.reduce_sum(dy_wide * normalised, [0, 1, 2])
@@ -138,6 +144,6 @@ def _normalise(x, gamma, beta, epsilon, total, counted):
             dx = scale * (dy_wide - weight[..., None] * shared)
             return tf.cast(dx, x.dtype), tf.cast(d_gamma, gamma.dtype), tf.cast(d_beta, beta.dtype)
 
-        return (y, tf.cast(mean, tf.float32), tf.cast(variance, tf.float32)), gradient
+        return (y, mean, variance), gradient
 
     return normalise(x, gamma, beta)

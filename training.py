@@ -350,8 +350,8 @@ class _Accumulation:
             for gradient, variable in pairs:
                 # Not by get_variable, which inside a replica would take it for a copy of one of the first replica's.
                 total = tf.Variable(
-                    tf.zeros(variable.shape), trainable=False, collections=[tf.GraphKeys.LOCAL_VARIABLES],
-                    name="accumulated",
+                    tf.zeros(variable.shape, variable.dtype.base_dtype), trainable=False,
+                    collections=[tf.GraphKeys.LOCAL_VARIABLES], name="accumulated",
                 )  # fmt: skip
                 self._accumulators.append(total)
                 self._accumulate_ops.append(total.assign_add(gradient))
@@ -365,7 +365,7 @@ class _Accumulation:
         if self.accumulation > 1:
             self._accumulate = tf.group(*self._accumulate_ops)
             with tf.control_dependencies([self.train_op]):
-                self.train_op = tf.group(*[a.assign(tf.zeros(a.shape)) for a in self._accumulators])
+                self.train_op = tf.group(*[a.assign(tf.zeros_like(a)) for a in self._accumulators])
         return callbacks
 
     def setup_callbacks(self, callbacks, monitors):

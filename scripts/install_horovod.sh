@@ -17,8 +17,9 @@
 # passed the check: two processes that reduce in a TensorFlow graph over gloo.
 #
 # Why a build of our own: Horovod's last release does not compile against TensorFlow's current headers because of its
-# optional operators inside XLA programs; without that one source file it does. Three more lines are amended, for newer
-# Python, for checkpoints on SIGTERM, and for hosts whose name resolves to a loopback address (see `build` below).
+# optional operators inside XLA programs; without that one source file it does. Four more places are amended, for
+# newer Python, for checkpoints on SIGTERM and the exit code after it, and for hosts whose name resolves to a loopback
+# address (see `build` below).
 # PyTorch, MXNet and MPI are left out.
 
 set -euo pipefail
@@ -89,8 +90,8 @@ PY
 
 tensorflow=$(installed tensorflow tensorflow-cpu)
 [ -n "$tensorflow" ] || die "TensorFlow is missing in $python: install the project's requirements first"
-# r4: the version of the recipe in `build`; raise it when a change must replace what is cached and installed.
-local_version=tf$tensorflow${gpu:+.nccl}.r4
+# r5: the version of the recipe in `build`; raise it when a change must replace what is cached and installed.
+local_version=tf$tensorflow${gpu:+.nccl}.r5
 wanted=$VERSION+$local_version
 
 # Checks what `$python` imports as horovod (PYTHONPATH may point it elsewhere); prints why it fails.
@@ -220,6 +221,20 @@ build() {
     # horovodrun lets a stopped process live for 5 s, which no checkpoint is written in: let the environment say more.
     amend horovod/runner/common/util/safe_shell_exec.py \
         's/^\(GRACEFUL_TERMINATION_TIME_S\) = 5$/\1 = int(os.environ.get("HOROVOD_\1", "5"))/'
+    # The exit code of a stopped job must be no accident. The shell of a process is frozen before it is ended, although
+    # its process has ended and it is about to: then it lives until it is killed. And psutil's wait() for the shell
+    # races with the wait() that reports how it ended: where it wins, the job seems to have finished, with 0 not 143.
+    amend horovod/runner/common/util/safe_shell_exec.py \
+        's/^        p\.send_signal(signal\.SIGSTOP)$/        if alive:\n    &/'
+    amend horovod/runner/common/util/safe_shell_exec.py \
+        '/^        p\.wait(timeout=GRACEFUL_TERMINATION_TIME_S)$/c\
+        deadline = time.monotonic() + GRACEFUL_TERMINATION_TIME_S\
+        while p.is_running() and p.status() != psutil.STATUS_ZOMBIE:\
+            if time.monotonic() > deadline:\
+                raise psutil.TimeoutExpired(GRACEFUL_TERMINATION_TIME_S, pid)\
+            time.sleep(0.1)\
+    except psutil.NoSuchProcess:\
+        pass'
     # The interface chosen for gloo is forgotten for process sets, the one of all ranks included. They then take the
     # address of the host's name, which on many machines is 127.0.0.1 or 127.0.1.1: no two hosts would find each other.
     amend horovod/common/gloo/gloo_context.cc \

@@ -297,11 +297,11 @@ def main(argv: Sequence[str]) -> int:
             job.stop(asked)
         code, how = job.wait(args.logdir, args.stall, machines, args.save)
         end_all(args.grace)
-        if code == 0 or asked:
+        if asked or (code == 0 and not job.moving):
             return code
         step = newest_step(args.logdir)
         text = f"the job {how}; its newest checkpoint is of step {step}"
-        if job.moving:
+        if job.moving:  # after a 0 too: launchers may answer SIGTERM with it, and a finished run ends at once again
             say(text)
             continue
         failures = 0 if step > before else failures + 1

@@ -106,7 +106,8 @@ def run_stages(cfg, image, image_shape=None):
     def fetch():
         stages = backbone_stages(tf.constant(image[None]), tf.constant([image_shape], tf.int32), cfg)
         assert all(s.dtype == tf.as_dtype(cfg.TRAIN.PRECISION) for s in stages)
-        assert all(v.dtype.base_dtype == tf.float32 for v in tf.global_variables())
+        of_variables = tf.float64 if cfg.TRAIN.PRECISION == "float64" else tf.float32
+        assert all(v.dtype.base_dtype == of_variables for v in tf.global_variables())
         return [tf.cast(s, tf.float32) for s in stages]
 
     return evaluate(fetch, cfg)
@@ -140,7 +141,9 @@ def test_synchronised_norms_normalise_like_keras_in_training(keras):
 
 
 @pytest.mark.parametrize("precision, unit", [("bfloat16", 2**-8), ("float16", 2**-11), ("float64", 2**-17)])
-def test_other_precisions_compute_the_same_but_for_rounding_with_float32_variables(keras, precision, unit):
+def test_other_precisions_compute_the_same_but_for_rounding_and_variables_are_no_narrower_than_float32(
+    keras, precision, unit
+):
     cfg = keras_settings(keras, "MobileNetV2", f"TRAIN.PRECISION={precision}")
     with np.load(keras / "MobileNetV2.npz") as want:
         for level, stage in enumerate(run_stages(cfg, seeded_image(*SIZE)), 2):

@@ -157,13 +157,13 @@ def test_chosen_slots_exist_add_up_and_keep_machines_in_use(found, sizes, runnin
     assert module.choose(found, sizes, chosen) == chosen  # settles
 
 
-# Says where it runs, saves when told to, and ends by itself on three machines.
+# Says where it runs, saves when told to, and ends by itself on three machines. Some launchers answer SIGTERM with 0.
 FOLLOW = (
     COUNT
     + """
 with open("ran", "a") as f: f.write(sys.argv[-1] + "\\n")
 if sys.argv[-1].count(":") == 3: sys.exit(0)
-def save(*_): checkpoint(starts); sys.exit(143)
+def save(*_): checkpoint(starts); sys.exit(143 if starts == 1 else 0)
 signal.signal(signal.SIGTERM, save); open("up" + str(starts), "w").close(); time.sleep(60)
 """
 )

@@ -172,29 +172,28 @@ def joined(tmp_path_factory):
     [("2 replicas", "FreezeBN"), ("2 replicas, 2 accumulated", "FreezeBN"), ("4 replicas", "SyncBN")],
 )
 def test_replicas_and_accumulation_equal_one_device_with_the_joined_batch(spread, norm, joined, tmp_path):
-    """In float64, where rounding does not hide a difference; an untrained model's batch norm amplifies that of float32
-    variables."""
-    tolerance = 1e-6 if norm == "FreezeBN" else 1e-5
+    """In float64: the order of a sum must not decide on which side of a threshold a float32 value falls."""
     want, settings = joined("TRAIN.PRECISION=float64", f"BACKBONE.NORM={norm}")
     assert train_tiny(tmp_path / "run", *settings, *SPREAD[spread], steps=5) == 0
     got = weights_of(tmp_path / "run")
-    assert_same_weights(want, got, tolerance, tolerance)
+    assert_same_weights(want, got, 1e-7, 1e-7)
     assert np.array_equal(got["conv0/bn/mean/EMA"], np.zeros(8)) == (norm == "FreezeBN")
 
 
 def test_replicas_in_float32_equal_the_joined_batch_up_to_rounding(joined, tmp_path):
-    """1e-5 of all weights and of all momentum; a single tensor, small where gradients cancel, may differ by more."""
+    """Rounding may put a value on the other side of a ReLU or an IoU threshold, which moves gradients by percents."""
     want, settings = joined()
     assert train_tiny(tmp_path / "run", *settings, *SPREAD["4 replicas"], steps=5) == 0
     got = weights_of(tmp_path / "run")
     for momentum in (False, True):
         names = [n for n in want if n.endswith("Momentum") == momentum and want[n].ndim]
         all_want, all_got = (np.concatenate([w[n].ravel() for n in names]) for w in (want, got))
-        assert np.linalg.norm(all_got - all_want) < 1e-5 * np.linalg.norm(all_want)
+        tolerance = 0.05 if momentum else 1e-5
+        assert np.linalg.norm(all_got - all_want) < tolerance * np.linalg.norm(all_want)
 
 
 def test_the_gradient_of_accumulated_micro_batches_is_that_of_the_batch(tmp_path):
-    """After the first update the momentum is the gradient: with frozen norms they agree to 1e-6."""
+    """After the first update the momentum is the gradient. Losses are float32, where a third is rounded."""
     data = [*data_of_one_size(tmp_path), "TRAIN.PRECISION=float64"]
     assert train_tiny(tmp_path / "joined", "TRAIN.BATCH_SIZE_PER_GPU=3", *data, steps=1) == 0
     assert train_tiny(tmp_path / "accumulated", "TRAIN.ACCUMULATION=3", *data, steps=1) == 0
@@ -209,7 +208,7 @@ def test_a_run_of_a_fixed_total_batch_goes_on_with_other_numbers_of_replicas(joi
     for replicas, steps in ((2, 3), (4, 5)):
         changed = [f"TRAIN.CPU_REPLICAS={replicas}", f"TRAIN.MAX_STEPS={steps}"]
         assert run("--resume", "--logdir", logdir, "--config", *changed) == 0
-    assert_same_weights(want, weights_of(logdir), 1e-6, 1e-6)
+    assert_same_weights(want, weights_of(logdir), 1e-7, 1e-7)
 
 
 def test_a_run_does_not_go_on_with_another_total_batch(trained, capsys):

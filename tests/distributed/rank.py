@@ -5,11 +5,14 @@
 Writes to FOLDER: pid-R as soon as the rank runs; steps-R, a line for each step it made; with each checkpoint
 state-R.npz, all variables of rank R, and images-R.json, the ids of the images in each batch that it has read (with
 DATA.NUM_WORKERS=0); found-R-SET.json, what an evaluation on SET found as rank R sees it.
+
+After the steps that FOLDER/hold lists, if it is there, rank 0 waits to be asked to stop.
 """
 
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
@@ -24,6 +27,7 @@ from utils.tf_v1 import tf
 
 folder, arguments = Path(sys.argv[1]), sys.argv[2:]
 rank = os.environ.get("HOROVOD_RANK", "0")
+held = (folder / "hold").read_text().split() if (folder / "hold").exists() else []
 batches: list[list] = []
 make_batch, evaluate_split = data._BatchMaker.make, eval.evaluate_split
 save, trigger_step = training.Checkpoints.save, training.Checkpoints._trigger_step
@@ -43,6 +47,9 @@ def recorded_save(self):
 def recorded_step(self):
     with open(folder / f"steps-{rank}", "a") as f:
         f.write(f"{self.global_step}\n")
+    if rank == "0" and str(self.global_step) in held:
+        while self.stop_signal is None:
+            time.sleep(0.05)
     trigger_step(self)
 
 
