@@ -135,7 +135,7 @@ def conv2d(
         weight = _weight("W", shape, init, *fans, trainable, wide_type(x))
         shift = None
         if norm == "FreezeBN":
-            scale, shift = batch_norm_frozen(channels, epsilon, trainable and affine_trainable, weight.dtype)
+            scale, shift = batch_norm_frozen(channels, epsilon, trainable and affine_trainable, wide_type(x))
             weight = weight * scale
         elif norm in (None, "GNLast") and bias:
             shift = tf.get_variable("b", [channels], wide_type(x), tf.zeros_initializer(), trainable=trainable)

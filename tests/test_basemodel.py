@@ -146,7 +146,8 @@ def test_folded_frozen_norm_equals_the_norm_after_the_convolution_gradients_too(
             with tf.variable_scope("c"):
                 w = tf.get_variable("W", [3, 3, 3, 4], initializer=tf.zeros_initializer())
                 with tf.variable_scope("bn"):
-                    gamma, beta = basemodel._affine(4, True)
+                    gamma = tf.get_variable("gamma", [4], initializer=tf.ones_initializer())
+                    beta = tf.get_variable("beta", [4], initializer=tf.zeros_initializer())
                     mean = tf.get_variable("mean/EMA", [4], initializer=tf.zeros_initializer(), trainable=False)
                     var = tf.get_variable("variance/EMA", [4], initializer=tf.ones_initializer(), trainable=False)
                 y = tf.nn.conv2d(source, w, 1, "SAME")
