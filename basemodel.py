@@ -10,6 +10,8 @@ import zlib
 
 import numpy as np
 
+from common import visible_gpus
+from config import Config
 from model_syncbn import batch_norm, wide_type
 from utils.tf_v1 import onednn_enabled, tf
 
@@ -112,7 +114,7 @@ def group_norm(x, trainable=True):
     return x * tf.cast(scale, x.dtype) + tf.cast(shift, x.dtype)
 
 
-def detector_group_norm(cfg):
+def detector_group_norm(cfg: Config):
     """The `norm` of `conv2d` for group norms outside the backbone."""
     return "GNLast" if cfg.FPN.GN_AFTER_RELU else "GN"
 
@@ -157,7 +159,7 @@ def conv2d(
 
 def grouped_conv(x, weight, stride, padding, groups):
     """Convolution of x [N,H,W,Ci] with a kernel [k,k,Ci/groups,Co], with a gradient on every device."""
-    if groups == 1 or _on_gpu() or (onednn_enabled() and x.dtype in (tf.float32, tf.bfloat16)):
+    if groups == 1 or visible_gpus() > 0 or (onednn_enabled() and x.dtype in (tf.float32, tf.bfloat16)):
         return tf.nn.conv2d(x, weight, strides=stride, padding=padding)  # the group count follows from the shapes
     # TensorFlow's own CPU kernels have no gradient for grouped convolutions. Narrow groups are joined, their kernels
     # on the diagonal, until a part has 32 channels: fewer, fuller convolutions.
@@ -172,12 +174,6 @@ def grouped_conv(x, weight, stride, padding, groups):
     return tf.concat(
         [tf.nn.conv2d(a, w, strides=stride, padding=padding) for a, w in zip(tf.split(x, parts, -1), kernels)], -1
     )
-
-
-def _on_gpu():
-    from common import visible_gpus
-
-    return visible_gpus() > 0
 
 
 def deconv2d(name, x, channels, kernel=2, stride=2, *, relu=False, bias=True, init=he_fan_out, trainable=True):
@@ -222,7 +218,7 @@ def fully_connected(name, x, channels, *, relu=False, init=xavier_uniform_fan_in
 
 
 # ------------------------------------------------------------------------------------------------------------ ResNet
-def preprocess_image(image, image_shape, cfg):
+def preprocess_image(image, image_shape, cfg: Config):
     """uint8 BGR image [N,H,W,3], valid sizes [N,2] -> normalised [N,H,W,3] in the compute type, padding exactly 0."""
     preproc = cfg.PREPROC
     return normalize_image(image, image_shape, preproc.PIXEL_MEAN, preproc.PIXEL_STD, tf.as_dtype(cfg.TRAIN.PRECISION))
@@ -240,12 +236,12 @@ def normalize_image(image, image_shape, mean, std, dtype):
     return tf.cast(tf.where_v2(inside, x, tf.zeros([], tf.float32)), dtype)
 
 
-def _stage_channels(stage, cfg):
+def _stage_channels(stage, cfg: Config):
     """Output channels of a stage."""
     return cfg.BACKBONE.STEM_CHANNELS * 2**stage * (1 if cfg.BACKBONE.BLOCK == "basic" else 4)
 
 
-def _conv_norm(cfg, trainable):
+def _conv_norm(cfg: Config, trainable):
     """The arguments of `conv2d` that all convolutions of the backbone share."""
     backbone = cfg.BACKBONE
     return {
@@ -258,13 +254,13 @@ def _conv_norm(cfg, trainable):
     }
 
 
-def _basic_block(x, channels, stage, stride, cfg, norm):
+def _basic_block(x, channels, stage, stride, cfg: Config, norm):
     """Two 3x3 convolutions (He et al. 2015, fig. 5 left) before the sum: ResNet-18 and 34."""
     y = conv2d("conv1", x, channels, 3, stride, relu=True, **norm)
     return conv2d("conv2", y, channels, 3, **norm)
 
 
-def _bottleneck(x, channels, stage, stride, cfg, norm):
+def _bottleneck(x, channels, stage, stride, cfg: Config, norm):
     """1x1, 3x3 and 1x1 convolutions (fig. 5 right) before the sum."""
     backbone = cfg.BACKBONE
     # The width of a plain ResNet's bottleneck follows the stem; ResNeXt states it as groups x width per group.
@@ -277,7 +273,7 @@ def _bottleneck(x, channels, stage, stride, cfg, norm):
     return conv2d("conv3", y, channels, 1, **norm)
 
 
-def _block(x, stage, index, cfg, trainable):
+def _block(x, stage, index, cfg: Config, trainable):
     """x [N,H,W,C] -> [N,H/s,W/s,channels of the stage]; s = 2 in the first block of stages 1 to 3."""
     channels = _stage_channels(stage, cfg)
     stride = 2 if index == 0 and stage > 0 else 1
@@ -289,7 +285,7 @@ def _block(x, stage, index, cfg, trainable):
     return tf.nn.relu(residual(x, channels, stage, stride, cfg, norm) + shortcut)
 
 
-def _stage(x, stage, cfg, trainable):
+def _stage(x, stage, cfg: Config, trainable):
     with tf.variable_scope(f"group{stage}"):
         for index in range(cfg.BACKBONE.RESNET_NUM_BLOCK[stage]):
             with tf.variable_scope(f"block{index}"):
@@ -297,7 +293,7 @@ def _stage(x, stage, cfg, trainable):
     return x
 
 
-def resnet_stages(image, cfg, num_stages):
+def resnet_stages(image, cfg: Config, num_stages):
     """Normalised image [N,H,W,3] -> [C2, C3, …] of `num_stages` stages, of strides 4, 8, 16, 32.
 
     BACKBONE.FREEZE_AT = f freezes the stem (f >= 1) and the first f - 1 stages.
@@ -319,12 +315,12 @@ def resnet_stages(image, cfg, num_stages):
     return features
 
 
-def c4_backbone(image, cfg):
+def c4_backbone(image, cfg: Config):
     """Normalised image [N,H,W,3] -> C4 [N,H/16,W/16,1024], 256 channels with basic blocks."""
     return resnet_stages(image, cfg, 3)[-1]
 
 
-def c5_on_rois(rois, cfg):
+def c5_on_rois(rois, cfg: Config):
     """Stage 5 as a head on RoI features [R,14,14,1024] -> [R,7,7,2048] (He et al. 2015, appendix A); with basic blocks
     256 -> 512 channels."""
     return _stage(rois, 3, cfg, cfg.BACKBONE.FREEZE_AT < 5)

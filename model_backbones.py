@@ -59,7 +59,7 @@ _LEAVES = {"kernel": "W", "depthwise_kernel": "depthwise/W", "pointwise_kernel":
 
 
 # ----------------------------------------------------------------------------------------------------------- interface
-def backbone_stages(image, image_shape, cfg):
+def backbone_stages(image, image_shape, cfg: Config):
     """uint8 BGR image [N,H,W,3], H and W multiples of 32, valid sizes [N,2] -> [C2, C3, C4, C5] of strides 4 to 32."""
     kind, _, name = cfg.BACKBONE.NAME.partition(":")
     if kind == "resnet":
@@ -91,7 +91,7 @@ def load_backbone_weights(cfg: Config) -> dict[str, np.ndarray]:
 
 
 # ---------------------------------------------------------------------------------------------- a function of one's own
-def _own_function(cfg):
+def _own_function(cfg: Config):
     module, _, function = cfg.BACKBONE.NAME.partition(":")
     try:
         return getattr(importlib.import_module(module), function)
@@ -102,7 +102,7 @@ def _own_function(cfg):
         ) from None
 
 
-def _check_own_function(cfg):
+def _check_own_function(cfg: Config):
     """Builds it on an image of known size and looks at what comes out."""
     side = 256
     with tf.Graph().as_default(), tf.variable_scope(_SCOPE):
@@ -297,7 +297,7 @@ def _own_name(keras_name: str) -> str:
     return f"{layer}/{_LEAVES.get(leaf, leaf)}"
 
 
-def _keras_stages(x, cfg):
+def _keras_stages(x, cfg: Config):
     """Normalised image [N,H,W,3] of the compute type, channels in the network's order -> [C2, C3, C4, C5]."""
     backbone = cfg.BACKBONE
     application, given = backbone.NAME.partition(":")[2], tuple(backbone.FEATURE_LAYERS)

@@ -1,5 +1,6 @@
 """Cascade R-CNN's box branch (Cai & Vasconcelos 2018): three heads, each trained and run on the boxes of the last."""
 
+from config import Config
 from model_box import clip_boxes, decode_boxes
 from model_frcnn import SampledRois, covered_by_crowd, fastrcnn_head, fastrcnn_losses, fastrcnn_outputs, label_rois
 from utils.tf_v1 import tf
@@ -13,7 +14,7 @@ def _scale_gradient_by_stages(x):
     return x, lambda dy: dy * (1.0 / 3)
 
 
-def _run_stage(stage, pool, boxes, cfg, training):
+def _run_stage(stage, pool, boxes, cfg: Config, training):
     """boxes [N,R,4] -> logits [N·R,C+1], deltas [N·R,1,4] of the head numbered `stage` (from 0)."""
     features = pool(boxes)
     if training:
@@ -31,7 +32,7 @@ def _refine(boxes, deltas, image_shape, reg_weights):
     return tf.stop_gradient(clip_boxes(decode_boxes(deltas, boxes, reg_weights), image_shape))
 
 
-def cascade_losses(pool, rois, batch, cfg):
+def cascade_losses(pool, rois, batch, cfg: Config):
     """pool: boxes [N,R,4] -> RoI features [N·R,7,7,C]; rois: SampledRois of the first stage -> losses, stats.
 
     Later stages relabel the refined boxes at their own IoU, without sampling anew; boxes that became empty drop out.
@@ -56,7 +57,7 @@ def cascade_losses(pool, rois, batch, cfg):
     return losses, stats
 
 
-def cascade_inference(pool, boxes, image_shape, cfg):
+def cascade_inference(pool, boxes, image_shape, cfg: Config):
     """Proposals [N,R,4] -> boxes [N,R,1,4] of the last stage, scores [N,R,C]: the mean of the stages' probabilities."""
     total = 0.0
     for stage, reg_weights in enumerate(cfg.CASCADE.BBOX_REG_WEIGHTS):

@@ -1,6 +1,7 @@
 """Feature pyramid (Lin et al. 2017, Feature Pyramid Networks), NHWC."""
 
 from basemodel import conv2d, detector_group_norm, xavier_uniform_fan_in
+from config import Config
 from utils.tf_v1 import tf
 
 __all__ = ["fpn"]
@@ -12,7 +13,7 @@ def upsample_nearest_2x(x):
     return tf.image.resize_nearest_neighbor(x, [shape[1] * 2, shape[2] * 2])
 
 
-def fpn(stages, cfg):
+def fpn(stages, cfg: Config):
     """[C2, C3, C4, C5] with strides 4..32, even but for C5 -> [P2, P3, P4, P5, P6] of FPN.NUM_CHANNEL channels.
 
     P6 subsamples P5 by 2 and serves the RPN only.

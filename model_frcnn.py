@@ -6,13 +6,14 @@ RoIs are kept dense per image, [N,R,4] with a validity mask; the heads see them 
 import numpy as np
 
 from basemodel import conv2d, detector_group_norm, fully_connected, he_fan_out, normal_init
+from config import Config
 from model_box import clip_boxes, decode_boxes, greedy_nms, pairwise_ioa, pairwise_iou
-from model_rpn import box_losses, sample_per_image
+from model_losses import box_losses, loss_weights, sample_per_image, usable_gt
 from utils.tf_v1 import tf
 
 __all__ = [
     "SampledRois", "covered_by_crowd", "decode_detections", "fastrcnn_head", "fastrcnn_losses", "fastrcnn_outputs",
-    "label_rois", "list_candidates", "loss_weights", "sample_rois", "select_detections",
+    "label_rois", "list_candidates", "sample_rois", "select_detections",
 ]  # fmt: skip
 
 _SALT_ROI = (21, 22)  # for foreground and background
@@ -21,11 +22,6 @@ _SALT_ROI = (21, 22)  # for foreground and background
 class SampledRois(dict):
     """boxes [N,R,4], valid bool [N,R], labels int32 [N,R] (0 = background), match int32 [N,R]: index of the ground
     truth a foreground RoI belongs to. Foreground RoIs come first, at most `fg_limit` (an int) of them."""
-
-
-def usable_gt(batch):
-    """bool [N,G]: real boxes that are not crowd regions."""
-    return tf.logical_and(batch["gt_labels"] > 0, tf.logical_not(batch["gt_is_crowd"]))
 
 
 def label_rois(boxes, valid, batch, fg_thresh):
@@ -39,14 +35,14 @@ def label_rois(boxes, valid, batch, fg_thresh):
     return labels, match, iou
 
 
-def covered_by_crowd(boxes, batch, cfg):
+def covered_by_crowd(boxes, batch, cfg: Config):
     """boxes [N,R,4] -> bool [N,R]: more than CROWD_OVERLAP_THRESH of the box lies in a crowd region."""
     crowd = tf.logical_and(batch["gt_is_crowd"], batch["gt_labels"] > 0)
     crowd_boxes = tf.where_v2(crowd[..., None], batch["gt_boxes"], 0.0)
     return tf.reduce_max(pairwise_ioa(boxes, crowd_boxes), 2) > cfg.FRCNN.CROWD_OVERLAP_THRESH
 
 
-def sample_rois(proposals, valid, batch, cfg):
+def sample_rois(proposals, valid, batch, cfg: Config):
     """Adds the ground truth to the proposals and samples BATCH_PER_IM of them, FG_RATIO of which foreground at most,
     the rest background of BG_THRESH_LO <= IoU < BG_THRESH_HI.
 
@@ -102,7 +98,7 @@ def sample_rois(proposals, valid, batch, cfg):
 
 
 # --------------------------------------------------------------------------------------------------------------- heads
-def fastrcnn_head(features, cfg):
+def fastrcnn_head(features, cfg: Config):
     """RoI features [R,7,7,C] -> [R,FRCNN_FC_HEAD_DIM] by the head that FPN.FRCNN_HEAD_FUNC names."""
     name = cfg.FPN.FRCNN_HEAD_FUNC
     dim = cfg.FPN.FRCNN_FC_HEAD_DIM
@@ -131,19 +127,6 @@ def fastrcnn_outputs(feature, num_classes, class_agnostic):
 
 
 # -------------------------------------------------------------------------------------------------------------- losses
-def loss_weights(members, per_image):
-    """Weights [N,R] that make a sum over RoIs the mean over `members` (bool [N,R]).
-
-    per_image: the mean of the images' means, which does not depend on how images are spread over devices; otherwise
-    one mean over the whole batch. Images without members weigh nothing.
-    """
-    weights = tf.cast(members, tf.float32)
-    if per_image:
-        count = tf.reduce_sum(weights, 1, keepdims=True)
-        return weights / (tf.maximum(count, 1.0) * tf.cast(tf.shape(members)[0], tf.float32))
-    return weights / tf.maximum(tf.reduce_sum(weights), 1.0)
-
-
 def labels_of_rois(rois, batch, num_classes):
     """bool [N,R,C+1]: the classes of each RoI. A foreground RoI has those of all boxes equal to the one it matches."""
     one_hot = tf.one_hot(batch["gt_labels"], num_classes + 1)  # [N, G, C+1]
@@ -168,7 +151,7 @@ def federated_class_losses(logits, own, verified):
     return tf.reduce_sum(losses, -1) / tf.reduce_sum(tf.cast(own, logits.dtype), -1)
 
 
-def fastrcnn_losses(logits, deltas, rois, batch, reg_weights, cfg, prefix="frcnn"):
+def fastrcnn_losses(logits, deltas, rois, batch, reg_weights, cfg: Config, prefix="frcnn"):
     """Cross entropy over the valid RoIs and FRCNN.BBOX_LOSS over the foreground ones, both per valid RoI.
 
     logits [N·R,C+1], deltas [N·R,B,4] -> losses {prefix/class_loss, prefix/box_loss}, stats.
@@ -221,7 +204,7 @@ def fastrcnn_losses(logits, deltas, rois, batch, reg_weights, cfg, prefix="frcnn
 
 
 # ----------------------------------------------------------------------------------------------------------- inference
-def decode_detections(boxes, scores, valid, image_shape, cfg):
+def decode_detections(boxes, scores, valid, image_shape, cfg: Config):
     """Score threshold, NMS (TEST.NMS, TEST.NMS_CLASS_AGNOSTIC) and the best RESULTS_PER_IM of each image.
 
     boxes [N,R,B,4], B = 1 (shared by the classes) or C; scores [N,R,C] probabilities without background; valid [N,R]
@@ -249,7 +232,7 @@ def _usable(boxes, scores, valid, image_shape):
     return tf.where_v2(good[..., None, None], boxes, 0.0), scores
 
 
-def list_candidates(boxes, scores, valid, image_shape, cfg):
+def list_candidates(boxes, scores, valid, image_shape, cfg: Config):
     """Every box of every class with a score above RESULT_SCORE_THRESH, before any NMS.
 
     Takes what `decode_detections` takes -> boxes [N,K,4], scores [N,K] decreasing, labels int32 [N,K] (1..C, 0 where
@@ -267,7 +250,7 @@ def list_candidates(boxes, scores, valid, image_shape, cfg):
     return tf.where_v2(present[..., None], boxes, 0.0), tf.where_v2(present, scores, 0.0), labels
 
 
-def select_detections(boxes, scores, labels, cfg):
+def select_detections(boxes, scores, labels, cfg: Config):
     """NMS of candidates and the best RESULTS_PER_IM of each image.
 
     boxes [N,K,4], scores [N,K], labels int32 [N,K], 0 where absent -> as `decode_detections`. Soft-NMS (Bodla et al.

@@ -1,6 +1,7 @@
 """Keypoint branch (He et al. 2017, Mask R-CNN, section 5): one softmax over the cells of a 56 x 56 map per keypoint."""
 
 from basemodel import conv2d, deconv2d, he_fan_out, normal_init
+from config import Config
 from utils.tf_v1 import tf
 
 __all__ = ["KEYPOINT_RESOLUTION", "decode_keypoints", "keypoint_head", "keypoint_losses", "keypoint_targets"]
@@ -9,7 +10,7 @@ KEYPOINT_RESOLUTION = 56
 _NUM_CONVS = 8
 
 
-def keypoint_head(features, cfg):
+def keypoint_head(features, cfg: Config):
     """RoI features [F,14,14,C] -> logits [F,56,56,K] float32: eight convolutions, a transposed one, a bilinear x2."""
     x = features
     for index in range(_NUM_CONVS):
@@ -34,7 +35,7 @@ def keypoint_targets(boxes, keypoints, resolution=KEYPOINT_RESOLUTION):
     return tf.stop_gradient(cell[..., 1] * resolution + cell[..., 0]), valid
 
 
-def keypoint_losses(logits, cells, valid, image_index, num_images, cfg):
+def keypoint_losses(logits, cells, valid, image_index, num_images, cfg: Config):
     """Cross entropy over the cells, per valid keypoint.
 
     logits [F,56,56,K], cells int32 [F,K], valid bool [F,K], image_index int32 [F] -> losses {krcnn/keypoint_loss},

@@ -1,14 +1,15 @@
 """Mask branch (He et al. 2017, Mask R-CNN)."""
 
 from basemodel import conv2d, deconv2d, detector_group_norm, he_fan_out
+from config import Config
 from model_box import rasterize_edges
-from model_frcnn import loss_weights
+from model_losses import loss_weights
 from utils.tf_v1 import tf
 
 __all__ = ["mask_head", "mask_losses", "mask_probabilities", "mask_targets"]
 
 
-def mask_head(features, num_classes, cfg):
+def mask_head(features, num_classes, cfg: Config):
     """RoI features [F,M/2,M/2,C] -> mask logits [F,M,M,num_classes] float32. With FPN four convolutions precede the
     upsampling (MRCNN_HEAD_FUNC); in C4 the features come from stage 5."""
     x = features
@@ -26,7 +27,7 @@ def mask_targets(boxes, edges, resolution):
     return tf.stop_gradient(rasterize_edges(edges, boxes, resolution))
 
 
-def mask_losses(logits, labels, targets, members, cfg):
+def mask_losses(logits, labels, targets, members, cfg: Config):
     """Mean binary cross entropy on the ground-truth class's mask.
 
     logits [F,M,M,C], labels int32 [F] (1..C), targets [F,M,M]; members bool [N,R]: which RoIs of which image the F

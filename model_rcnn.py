@@ -6,6 +6,7 @@ Both functions are pure: they see their tensors, the settings, and the variables
 import functools
 
 from basemodel import c4_backbone, c5_on_rois, preprocess_image
+from config import Config
 from model_backbones import backbone_stages
 from model_box import clip_boxes, pad_for_roi_align, pool_from_levels, roi_align, roi_crop_and_resize, roi_pool
 from model_cascade import cascade_inference, cascade_losses
@@ -29,7 +30,7 @@ __all__ = [
 ]  # fmt: skip
 
 
-def backbone_features(image, image_shape, cfg):
+def backbone_features(image, image_shape, cfg: Config):
     """uint8 image [N,H,W,3] -> the maps the RPN works on, finest first: [P2..P6], or [C4]."""
     with valid_area(image_shape, tf.shape(image)[1:3]):
         if cfg.MODE_FPN:
@@ -37,7 +38,7 @@ def backbone_features(image, image_shape, cfg):
         return [c4_backbone(preprocess_image(image, image_shape, cfg), cfg)]
 
 
-def make_roi_pooler(features, cfg, training=False):
+def make_roi_pooler(features, cfg: Config, training=False):
     """-> pool(boxes [R,4], image_index [R], resolution) -> [R,resolution,resolution,C] by FRCNN.ROI_OP.
     RoIAlign pads each level only once; its adaptive sampling has no gradient: training takes two samples instead."""
     frcnn = cfg.FRCNN
@@ -73,7 +74,7 @@ def _mean_over_pixels(x):
     return tf.reduce_mean(x, [1, 2])
 
 
-def _box_branch(pool, boxes, cfg):
+def _box_branch(pool, boxes, cfg: Config):
     """RoIs [N,R,4] -> class logits [N·R,C+1], deltas [N·R,B,4], and in C4 stage 5's features [N·R,7,7,C5], which the
     mask branch shares (None with FPN)."""
     flat, index = tf.reshape(boxes, [-1, 4]), _image_index(boxes)
@@ -88,13 +89,13 @@ def _box_branch(pool, boxes, cfg):
     return *outputs, features
 
 
-def _mask_branch(features, cfg):
+def _mask_branch(features, cfg: Config):
     """RoI features [F,14,14,C] of FPN, or [F,7,7,C5] of C4 -> mask logits [F,M,M,C]; M = 28 with FPN, 14 in C4."""
     with tf.variable_scope("maskrcnn"):
         return mask_head(features, cfg.DATA.NUM_CATEGORY, cfg)
 
 
-def _keypoint_branch(features, cfg):
+def _keypoint_branch(features, cfg: Config):
     """RoI features [F,14,14,C] -> logits [F,56,56,K]."""
     with tf.variable_scope("keypointrcnn"):
         return keypoint_head(features, cfg)
@@ -109,11 +110,11 @@ def _never_empty(branch, *inputs):
     return branch(*padded)[:count]
 
 
-def mask_resolution(cfg):
+def mask_resolution(cfg: Config):
     return 28 if cfg.MODE_FPN else 14
 
 
-def build_training(batch, cfg):
+def build_training(batch, cfg: Config):
     """Losses of a padded batch (the tensors of data.training_keys, N static) -> losses {name: scalar}, stats."""
     features = backbone_features(batch["image"], batch["image_shape"], cfg)
     anchors = rpn_anchors(features, cfg)
@@ -170,14 +171,14 @@ def build_training(batch, cfg):
     return losses, stats
 
 
-def propose(features, image_shape, cfg):
+def propose(features, image_shape, cfg: Config):
     """features of `backbone_features` -> boxes [N,P,4], scores [N,P] (logits), valid bool [N,P] of `rpn_proposals`."""
     anchors = rpn_anchors(features, cfg)
     logits, deltas = rpn_head(features, cfg)
     return rpn_proposals(logits, deltas, anchors, image_shape, cfg, training=False)
 
 
-def detect_boxes(features, pool, image_shape, cfg):
+def detect_boxes(features, pool, image_shape, cfg: Config):
     """RPN and box branch, before any score threshold or NMS of detections.
 
     features: those of `backbone_features`, pool: its `make_roi_pooler`; image_shape int32 [N,2] -> boxes [N,R,B,4] of
@@ -202,7 +203,7 @@ def detect_boxes(features, pool, image_shape, cfg):
     return boxes, scores, valid
 
 
-def describe_boxes(pool, boxes, labels, cfg, decode=True):
+def describe_boxes(pool, boxes, labels, cfg: Config, decode=True):
     """Masks and keypoints of boxes, by the branches that the model has.
 
     pool: `make_roi_pooler`; boxes [N,D,4], labels int32 [N,D], 0 where absent -> {masks: probabilities [N,D,M,M],
@@ -238,7 +239,7 @@ def describe_boxes(pool, boxes, labels, cfg, decode=True):
     return outputs
 
 
-def build_inference(image, image_shape, cfg):
+def build_inference(image, image_shape, cfg: Config):
     """uint8 image [N,H,W,3], image_shape int32 [N,2] -> {boxes [N,D,4], scores [N,D], labels [N,D], count [N]}, plus
     masks [N,D,M,M] in MODE_MASK and keypoints [N,D,K,3] in MODE_KEYPOINT, all in the frame of `image`; rows beyond
     count are zero. With MODE_RPN_ONLY these are the proposals: scores are objectness probabilities, labels 1."""

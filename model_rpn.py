@@ -5,27 +5,25 @@ cell's row and column outermost.
 """
 
 from basemodel import conv2d, normal_init
+from config import Config
 from model_box import (
     anchors_of_level,
     batched_nms,
     cell_anchors,
     clip_boxes,
     decode_boxes,
-    encode_boxes,
-    generalized_iou,
     pairwise_ioa,
     pairwise_iou,
 )  # fmt: skip
+from model_losses import box_losses, sample_per_image, usable_gt
 from utils.tf_v1 import tf
 
-__all__ = [
-    "box_losses", "rpn_anchors", "rpn_head", "rpn_losses", "rpn_proposals", "sample_per_image", "smooth_l1",
-]  # fmt: skip
+__all__ = ["match_anchors", "rpn_anchors", "rpn_head", "rpn_losses", "rpn_proposals"]
 
 _SALT_RPN = (11, 12)  # for foreground and background
 
 
-def rpn_head(features, cfg):
+def rpn_head(features, cfg: Config):
     """[[N,H,W,C] per level] -> logits [[N,H·W·a]], deltas [[N,H·W·a,4]] float32, a anchors per cell, shared weights."""
     fpn_mode = cfg.MODE_FPN
     ratios = len(cfg.RPN.ANCHOR_RATIOS)
@@ -44,7 +42,7 @@ def rpn_head(features, cfg):
     return logits, deltas
 
 
-def rpn_anchors(features, cfg):
+def rpn_anchors(features, cfg: Config):
     """[[N,H,W,C] per level] -> anchors [[H·W·a,4]] float32 of each level."""
     rpn = cfg.RPN
     if cfg.MODE_FPN:
@@ -59,7 +57,7 @@ def rpn_anchors(features, cfg):
     return [anchors_of_level(shape, stride, level) for shape, stride, level in zip(shapes, strides, cells)]
 
 
-def rpn_proposals(logits, deltas, anchors, image_shape, cfg, training):
+def rpn_proposals(logits, deltas, anchors, image_shape, cfg: Config, training):
     """Per level top-k, decoding, clipping to the valid area, NMS; then the best of all levels of an image.
     With FPN.PROPOSAL_MODE=Joint all levels are one, as in C4.
 
@@ -103,22 +101,7 @@ def rpn_proposals(logits, deltas, anchors, image_shape, cfg, training):
 
 
 # ------------------------------------------------------------------------------------------------ matching, sampling
-def sample_per_image(candidates, count, image_seed, salt):
-    """Indices of up to `count` random true entries in each row, in random order.
-
-    candidates bool [N,A], N static; count int; image_seed int32 [N]: the choice depends on an image's own seed and
-    `salt` alone, not on its place in a batch or among replicas -> index int32 [N,k], valid bool [N,k], k <= count.
-    """
-    total = tf.shape(candidates)[1]
-    rows = [
-        tf.random.stateless_uniform([total], tf.stack([image_seed[i], salt])) for i in range(int(candidates.shape[0]))
-    ]
-    priority = tf.where_v2(candidates, tf.stack(rows), -1.0)  # [N, A]
-    best, index = tf.nn.top_k(priority, tf.minimum(count, total))
-    return index, best >= 0
-
-
-def match_anchors(anchors, gt_boxes, gt_usable, cfg):
+def match_anchors(anchors, gt_boxes, gt_usable, cfg: Config):
     """Which anchors are foreground, which background, and the ground truth each matches best.
 
     anchors [A,4], gt_boxes [N,G,4], gt_usable bool [N,G] -> foreground, background bool [N,A], match int32 [N,A].
@@ -137,26 +120,7 @@ def match_anchors(anchors, gt_boxes, gt_usable, cfg):
     return foreground, background, match
 
 
-def smooth_l1(error, beta):
-    """0.5 x²/β where |x| < β, |x| − β/2 beyond (Girshick 2015, eq. 3); β = 0 is L1. Same shape."""
-    absolute = tf.abs(error)
-    if beta < 1e-5:
-        return absolute
-    return tf.where_v2(absolute < beta, 0.5 / beta * tf.square(error), absolute - 0.5 * beta)
-
-
-def box_losses(deltas, references, targets, kind, beta, weights=(1.0, 1.0, 1.0, 1.0)):
-    """How far the boxes that `deltas` make of `references` are from `targets`: [..., 4] each, see `decode_boxes`.
-
-    kind "smooth_l1": of each delta, [..., 4]; "giou": 1 - generalised IoU of the decoded box, not clipped to the
-    image, [..., 1]. A box's loss is the sum over the last axis.
-    """
-    if kind == "giou":
-        return 1.0 - generalized_iou(decode_boxes(deltas, references, weights), targets)[..., None]
-    return smooth_l1(deltas - encode_boxes(targets, references, weights), beta)
-
-
-def rpn_losses(logits, deltas, anchors, batch, cfg):
+def rpn_losses(logits, deltas, anchors, batch, cfg: Config):
     """Losses over the sampled anchors alone.
 
     logits [N,A], deltas [N,A,4], anchors [A,4]; batch: image_shape, gt_boxes, gt_labels, gt_is_crowd, image_seed.
@@ -165,8 +129,7 @@ def rpn_losses(logits, deltas, anchors, batch, cfg):
     """
     rpn = cfg.RPN
     crowd = tf.logical_and(batch["gt_is_crowd"], batch["gt_labels"] > 0)
-    usable = tf.logical_and(batch["gt_labels"] > 0, tf.logical_not(crowd))
-    foreground, background, match = match_anchors(anchors, batch["gt_boxes"], usable, cfg)
+    foreground, background, match = match_anchors(anchors, batch["gt_boxes"], usable_gt(batch), cfg)
     if not rpn.TRAIN_ON_PADDING:
         center = 0.5 * (anchors[:, :2] + anchors[:, 2:])[None]  # [1, A, 2] as x, y
         limit = tf.cast(batch["image_shape"], tf.float32)[:, None, ::-1]  # [N, 1, 2]

@@ -530,7 +530,8 @@ def _keypoint_rows(ours: np.ndarray, theirs: np.ndarray, where: str, detail: str
 # ------------------------------------------------------------------------------------------------------------ training
 def training_graph(cfg: Config, size: int) -> tuple[dict, dict]:
     import model_rcnn
-    from model_frcnn import sample_rois, usable_gt
+    from model_frcnn import sample_rois
+    from model_losses import usable_gt
     from model_rpn import match_anchors, rpn_anchors, rpn_head, rpn_proposals
     from utils.tf_v1 import tf
 
