@@ -1,8 +1,9 @@
-"""How long a data-parallel training step takes on R ranks: ring all-reduces, costed as messages of latency alpha and
-inverse bandwidth beta (Hockney 1994; Thakur et al. 2005), that run beside the rest of the backward pass and are fused
-as Horovod does (Sergeev & Del Balso 2018), and the slowest of R ranks.
+"""How long a data-parallel training step takes on R ranks, predicted from what benchmarks/scaling.py measured here and
+from published times of GPUs.
 
-Seconds and bytes throughout. A rank is one GPU, or one process on a CPU core.
+Ring all-reduces, costed as messages of latency alpha and inverse bandwidth beta (Hockney 1994; Thakur et al. 2005), run
+beside the rest of the backward pass and are fused as Horovod does (Sergeev & Del Balso 2018); a step waits for the
+slowest of R ranks. Seconds and bytes throughout. A rank is one GPU, or one process on a CPU core.
 """
 
 import math
@@ -10,10 +11,11 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from tabulate import tabulate
 
 __all__ = [
-    "Cluster", "Cost", "Link", "coordination_seconds", "expected_slowest", "fit_link", "hierarchical_seconds",
-    "reduced_step", "ring_bytes", "ring_seconds", "spread_of_batches", "sync_bn_bytes", "sync_bn_seconds",
+    "Cluster", "Cost", "Link", "arm_step", "coordination_seconds", "expected_slowest", "fit_link", "gpu_step",
+    "predicted_arm", "reduced_step", "ring_bytes", "ring_seconds", "spread_of_batches", "tables",
 ]  # fmt: skip
 
 # Horovod 0.28.1, operations.cc: bytes fused into one all-reduce, and the shortest time from one to the next.
@@ -43,6 +45,7 @@ class Cost(NamedTuple):
     busy: float
 
 
+# ---------------------------------------------------------------------------------------------------------- the model
 def ring_bytes(size: float, ranks: int) -> float:
     """Bytes that each rank sends (and receives) in a ring all-reduce of `size` bytes: 2 (R-1)/R n, the least that is
     possible (Patarasuk & Yuan 2009)."""
@@ -59,24 +62,10 @@ def ring_seconds(size: float, ranks: int, cluster: Cluster) -> float:
         return 0.0
     nodes = math.ceil(ranks / cluster.per_node)
     rounds = 2 * (ranks - 1)
-    outer_rounds = 2 * nodes if nodes > 1 else 0
-    outer_rounds = min(outer_rounds, rounds)
+    outer_rounds = min(2 * nodes, rounds) if nodes > 1 else 0
     latency = (rounds - outer_rounds) * cluster.inner.latency + outer_rounds * cluster.outer.latency
-    links = [
-        link.bandwidth for link, used in ((cluster.inner, cluster.per_node > 1), (cluster.outer, nodes > 1)) if used
-    ]
-    return latency + ring_bytes(size, ranks) / min(links)
-
-
-def hierarchical_seconds(size: float, ranks: int, cluster: Cluster) -> float:
-    """Reduce-scatter inside each machine, rings across machines for the parts, all-gather inside (Thakur et al. 2005,
-    section 4.5, on two levels). The parts of a machine's ranks share its network card."""
-    nodes = math.ceil(ranks / cluster.per_node)
-    if nodes == 1 or cluster.per_node == 1:
-        return ring_seconds(size, ranks, cluster)
-    inside = ring_seconds(size, cluster.per_node, cluster)
-    across = 2 * (nodes - 1) * cluster.outer.latency + ring_bytes(size, nodes) / cluster.outer.bandwidth
-    return inside + across
+    used = [cluster.inner] * (cluster.per_node > 1) + [cluster.outer] * (nodes > 1)
+    return latency + ring_bytes(size, ranks) / min(link.bandwidth for link in used)
 
 
 def coordination_seconds(ranks: int, message_latency: float) -> float:
@@ -85,30 +74,15 @@ def coordination_seconds(ranks: int, message_latency: float) -> float:
     return 2 * (ranks - 1) * message_latency
 
 
-def sync_bn_bytes(channels: Sequence[int], ranks: int) -> float:
-    """Bytes that each rank sends per step for synchronised batch norms of so many channels: forward the sum, the sum of
-    squares and the number of cells (2 C + 1 floats), backward two sums (2 C), each in an all-reduce of its own."""
-    return sum(ring_bytes(4 * (2 * c + 1), ranks) + ring_bytes(4 * 2 * c, ranks) for c in channels)
-
-
-def sync_bn_seconds(channels: Sequence[int], ranks: int, cluster: Cluster, message_latency: float) -> float:
-    """Seconds per step that synchronised batch norms add: nothing else can go on during their 2 all-reduces per norm,
-    each of which waits for Horovod's next look (half a period in the mean) and for its agreement."""
-    coordination = coordination_seconds(ranks, message_latency)
-    wait = max(CYCLE_SECONDS, coordination) / 2 + coordination
-    sizes = [4 * n for c in channels for n in (2 * c + 1, 2 * c)]
-    return sum(wait + ring_seconds(size, ranks, cluster) for size in sizes)
-
-
 def fit_link(sizes: Sequence[float], seconds: Sequence[float]) -> Link:
     """The latency and bandwidth, neither negative, that fit measured times best in relative terms."""
     sizes, seconds = np.asarray(sizes, float), np.asarray(seconds, float)
     design = np.stack([np.ones_like(sizes), sizes], 1) / seconds[:, None]
     latency, slope = np.linalg.lstsq(design, np.ones_like(sizes), rcond=None)[0]
     if latency < 0:
-        latency, slope = 0.0, float((design[:, 1] @ np.ones_like(sizes)) / (design[:, 1] @ design[:, 1]))
+        latency, slope = 0.0, design[:, 1].sum() / (design[:, 1] @ design[:, 1])
     if slope <= 0:
-        latency, slope = float((design[:, 0] @ np.ones_like(sizes)) / (design[:, 0] @ design[:, 0])), 0.0
+        latency, slope = design[:, 0].sum() / (design[:, 0] @ design[:, 0]), 0.0
     return Link(float(latency), float(1 / slope) if slope else math.inf)
 
 
@@ -169,6 +143,160 @@ def expected_slowest(samples: Sequence[float], ranks: int) -> float:
 def spread_of_batches(samples: Sequence[float], images: int, draws: int = 5000, seed: int = 0) -> np.ndarray:
     """Samples of one image's time, relative to their mean -> of the mean of `images` independent ones."""
     relative = np.asarray(samples, float) / np.mean(samples)
-    if images == 1:
-        return relative
-    return np.random.default_rng(seed).choice(relative, (draws, images)).mean(1)
+    return np.random.default_rng(seed).choice(relative, (draws, images)).mean(1) if images > 1 else relative
+
+
+# ----------------------------------------------------------------------------------------------- ranks on this machine
+def arm_step(arm: dict) -> float:
+    """Mean seconds per step of an arm; its ranks take steps together, or are separate processes of equal weight."""
+    return float(np.mean([_uninterrupted(s).mean() for s in arm["seconds"]]))
+
+
+def _uninterrupted(seconds: Sequence[float]) -> np.ndarray:
+    """Step times but for those over twice the median, in which something else had the processor."""
+    times = np.asarray(seconds, float)
+    return times[times <= 2 * np.median(times)]
+
+
+def _stretched(schedule: dict, seconds: float) -> tuple[np.ndarray, float]:
+    """The schedule's ready times and tail for a step of so many seconds."""
+    factor = seconds / (max(schedule["ready"]) + schedule["tail"])
+    return np.array(schedule["ready"]) * factor, schedule["tail"] * factor
+
+
+def predicted_arm(found: dict, name: str) -> float:
+    """Seconds per step of ranks that communicate, from the all-reduce's times and from the steps of as many separate
+    processes."""
+    ranks, reduction, schedule = found["arms"][name]["ranks"], found["reductions"][name], found["schedules"]["256"]
+    separate = found["arms"][f"{ranks} separate processes"]
+    compute = expected_slowest(np.concatenate([_uninterrupted(s) for s in separate["seconds"]]), ranks)
+    wall, cpu = (fit_link(reduction["sizes"], reduction[k]) for k in ("seconds", "cpu"))
+
+    def cost(size: float) -> Cost:
+        seconds = wall.latency + size / wall.bandwidth
+        return Cost(seconds, min(seconds, cpu.latency + size / cpu.bandwidth))
+
+    ready, tail = _stretched(schedule, compute / (1 - reduction["idle"]))
+    return reduced_step(ready, schedule["sizes"], tail, cost)
+
+
+# ------------------------------------------------------------------------------------------------- many GPUs, predicted
+# Assumptions, with their origin; docs/SCALING.md repeats them.
+NVLINK = Link(3.4e-6, 120e9)  # latency of a round: NCCL's tuner; all-reduce bandwidth: 8 V100 of a DGX-1
+ROUND_LATENCY = 14e-6  # of a ring through the network: NCCL's tuner
+WIRE_SHARE = 0.8  # of a network's nominal bandwidth that all-reduces reach
+MESSAGE_LATENCY = 25e-6  # from process to process over TCP, for Horovod's coordination
+BUSY = 0.1  # share of an all-reduce's time that it takes from the computation (its kernels use the same GPU)
+GIGABITS = (25, 100, 400)
+
+
+class Gpu(NamedTuple):
+    """A published time per step, of 8 GPUs of one machine with `images` each."""
+
+    name: str
+    images: int
+    step: float
+
+
+# 50 images/s: github.com/tensorpack/benchmarks/tree/master/MaskRCNN (TRAINER=horovod).
+SINGLE = Gpu("V100, float32, 1 image", 1, 8 / 50)
+# Training times of 12 and 24 epochs: github.com/aws-samples/mask-rcnn-tensorflow; their differences know no start-up.
+# 117,266 images; machines of 8 V100 with 100 Gbit/s.
+AWS_STEPS = {n: hours * 3600 / (12 * 117266 / (4 * n)) for n, hours in ((8, 4.69), (16, 2.49), (32, 1.39))}
+FOUR = Gpu("V100, float16, 4 images", 4, AWS_STEPS[8])
+
+
+def gpu_cluster(gigabits: float) -> Cluster:
+    return Cluster(8, NVLINK, Link(ROUND_LATENCY, WIRE_SHARE * gigabits * 1e9 / 8))
+
+
+def gpu_step(found: dict, compute: float, images: int, ranks: int, cluster: Cluster) -> tuple[float, float]:
+    """Seconds per step, and those of them in which the computation of the slowest rank runs; `compute` is the mean
+    computation of a rank, whose images differ in area."""
+    slowest = compute * expected_slowest(spread_of_batches(found["areas"], images), ranks)
+    if ranks == 1:
+        return slowest, slowest
+    ready, tail = _stretched(found["schedules"]["800"], slowest)
+
+    def cost(size: float) -> Cost:
+        seconds = ring_seconds(size, ranks, cluster)
+        return Cost(seconds, BUSY * seconds)
+
+    coordination = coordination_seconds(ranks, MESSAGE_LATENCY)
+    return reduced_step(ready, found["schedules"]["800"]["sizes"], tail, cost, coordination), slowest
+
+
+def calibrated(found: dict, gpu: Gpu) -> float:
+    """The mean computation of a rank with which the model gives the published step."""
+    low, high = 0.0, gpu.step
+    cluster = gpu_cluster(GIGABITS[0])  # of one machine: its network is not used
+    for _ in range(50):
+        middle = (low + high) / 2
+        if gpu_step(found, middle, gpu.images, 8, cluster)[0] < gpu.step:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+# ---------------------------------------------------------------------------------------------------------- the tables
+def tables(found: dict) -> dict[str, str]:
+    """{name in the document: table} from the measurements in benchmarks/scaling.json."""
+    return {
+        "measured": _measured_table(found),
+        "validation": _validation_table(found),
+        "published": _published_table(found),
+        "predictions": _prediction_table(found),
+    }
+
+
+def _markdown(rows: Sequence[Sequence], headers: str) -> str:
+    return tabulate(rows, headers=headers.split("|"), tablefmt="pipe", disable_numparse=True)
+
+
+def _measured_table(found: dict) -> str:
+    arms = found["arms"]
+    one = arm_step(arms["1 process"])
+    rows = []
+    for name, arm in arms.items():
+        step = arm_step(arm)
+        rows.append([name, f"{step:.2f}", f"{arm['ranks'] / step:.2f}", f"{one / step:.2f}"])
+    return _markdown(rows, "|s/step|images/s|efficiency")
+
+
+def _validation_table(found: dict) -> str:
+    rows = []
+    for name, reduction in found["reductions"].items():
+        wall = fit_link(reduction["sizes"], reduction["seconds"])
+        bandwidth = ring_bytes(1, reduction["ranks"]) * wall.bandwidth
+        measured, predicted = arm_step(found["arms"][name]), predicted_arm(found, name)
+        rows.append(
+            [name, f"{wall.latency * 1e3:.1f}", f"{bandwidth / 1e6:.0f}", f"{measured:.2f}", f"{predicted:.2f}",
+             f"{predicted / measured - 1:+.0%}"]
+        )  # fmt: skip
+    return _markdown(rows, "|all-reduce: latency ms|MB/s sent per rank|measured s/step|predicted s/step|difference")
+
+
+def _published_table(found: dict) -> str:
+    compute = calibrated(found, FOUR)
+    rows = []
+    for ranks, published in AWS_STEPS.items():
+        step, _ = gpu_step(found, compute, 4, ranks, gpu_cluster(100))
+        note = "calibrated" if ranks == 8 else f"{step / published - 1:+.0%}"
+        rows.append([str(ranks), f"{published * 1e3:.0f}", f"{step * 1e3:.0f}", note])
+    return _markdown(rows, "GPUs|published step ms|predicted step ms|difference")
+
+
+def _prediction_table(found: dict) -> str:
+    rows = []
+    for gpu in (SINGLE, FOUR):
+        compute = calibrated(found, gpu)
+        for ranks in (8, 64, 512):
+            for gigabits in GIGABITS if ranks > 8 else GIGABITS[:1]:
+                step, slowest = gpu_step(found, compute, gpu.images, ranks, gpu_cluster(gigabits))
+                rows.append(
+                    [gpu.name, str(ranks), f"{gigabits} Gbit/s" if ranks > 8 else "NVLink", f"{step * 1e3:.0f}",
+                     f"{(slowest - compute) * 1e3:.0f}", f"{(step - slowest) * 1e3:.0f}",
+                     f"{ranks * gpu.images / step:,.0f}", f"{compute / step:.0%}"]
+                )  # fmt: skip
+    return _markdown(rows, "|GPUs|between machines|step ms|slowest rank ms|communication ms|images/s|efficiency")

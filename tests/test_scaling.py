@@ -1,29 +1,38 @@
-"""The model of training over several ranks (benchmarks/scaling_model.py) and the bookkeeping of its measurement."""
+"""The model of training over several ranks (benchmarks/scaling_model.py) and its measurement (scaling.py beside it)."""
+
+import os
+import sys
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import COCO_MINI, TINY_MODEL
 
-from benchmarks import scaling
+from benchmarks import scaling, scaling_model
 from benchmarks.scaling_model import (
     Cluster,
     Cost,
     Link,
+    arm_step,
+    calibrated,
     coordination_seconds,
     expected_slowest,
     fit_link,
-    hierarchical_seconds,
+    gpu_cluster,
+    gpu_step,
+    predicted_arm,
     reduced_step,
     ring_bytes,
     ring_seconds,
     spread_of_batches,
-    sync_bn_bytes,
-    sync_bn_seconds,
+    tables,
 )
 from common import UserError, read_json
 
 pytestmark = pytest.mark.quick
+
+MEASURED = read_json(scaling.MEASURED, "measurements")
 
 FREE = Link(0.0, np.inf)
 ONE_BY_ONE = Cluster(1, FREE, Link(1e-3, 100e6))
@@ -54,44 +63,19 @@ def test_a_ring_over_machines_waits_for_the_network_once_per_machine_and_round_t
     assert ring_seconds(1e9, 8, EIGHTS) == pytest.approx(14 * 1e-6 + 2 * 7 / 8 * 1e9 / 100e9)
 
 
-def test_rings_on_two_levels_add_up_and_have_less_latency_than_a_flat_one_of_single_ranks():
-    inside = 14 * 1e-6 + 2 * 7 / 8 * 1e9 / 100e9
-    across = 2 * 3 * 1e-3 + 2 * 3 / 4 * 1e9 / 10e9
-    assert hierarchical_seconds(1e9, 32, EIGHTS) == pytest.approx(inside + across)
-    assert hierarchical_seconds(1e9, 8, EIGHTS) == ring_seconds(1e9, 8, EIGHTS)
-    flat = Cluster(1, FREE, EIGHTS.outer)
-    assert hierarchical_seconds(0.0, 512, EIGHTS) < ring_seconds(0.0, 512, flat) / 7
-
-
 @given(st.integers(2, 600), st.floats(1, 1e9))
 def test_with_infinite_bandwidth_only_the_latency_of_2_r_minus_2_rounds_is_left(ranks, size):
     assert ring_seconds(size, ranks, Cluster(1, FREE, Link(1e-5, np.inf))) == pytest.approx(2 * (ranks - 1) * 1e-5)
 
 
-@given(st.integers(1, 600), st.floats(1, 1e9), st.sampled_from([ring_seconds, hierarchical_seconds]))
-def test_more_ranks_never_reduce_faster(ranks, size, seconds):
-    assert seconds(size, ranks + 1, EIGHTS) >= seconds(size, ranks, EIGHTS) * (1 - 1e-12)
+@given(st.integers(1, 600), st.floats(1, 1e9))
+def test_more_ranks_never_reduce_faster(ranks, size):
+    assert ring_seconds(size, ranks + 1, EIGHTS) >= ring_seconds(size, ranks, EIGHTS) * (1 - 1e-12)
 
 
 def test_agreeing_on_what_is_ready_passes_every_rank_twice():
     assert coordination_seconds(1, 1e-5) == 0
     assert coordination_seconds(512, 1e-5) == pytest.approx(1022e-5)
-
-
-def test_synchronised_norms_send_two_sums_forward_and_two_backward():
-    # 64 channels on 2 ranks: (2 x 64 + 1) and 2 x 64 floats, each through a ring that sends every byte once.
-    assert sync_bn_bytes([64], 2) == 4 * 129 + 4 * 128
-    assert sync_bn_bytes([64, 8], 4) == pytest.approx(1.5 * (4 * (129 + 128) + 4 * (17 + 16)))
-
-
-def test_synchronised_norms_wait_for_two_agreements_each():
-    # 4 ranks: 6 messages of 1 ms, and half of that until the next look; two all-reduces without cost of their own.
-    assert sync_bn_seconds([64], 4, Cluster(1, FREE, FREE), 1e-3) == pytest.approx(2 * 9e-3)
-
-
-def test_resnet_50_has_26560_normalised_channels():
-    row = scaling.sync_bn_table().splitlines()[2]
-    assert float(row.split("|")[2]) == pytest.approx(ring_bytes(4 * (4 * 26560 + 53), 8) / 1e6, abs=5e-3)
 
 
 @given(st.floats(1e-5, 1e-2), st.floats(1e6, 1e11))
@@ -171,64 +155,77 @@ def test_batches_of_more_images_spread_less():
 
 
 # --------------------------------------------------------------------------------------------------------- measurements
-def test_steps_cut_by_a_turns_begin_or_end_are_not_counted():
-    stamps = np.array([[t, 100.0 * i] for i, t in enumerate([1.0, 2.0, 3.5, 8.0, 9.0, 9.5])])
-    seconds, sent = scaling.whole_steps(stamps, [(0.5, 4.0), (7.0, 9.2)])
-    assert seconds == pytest.approx([1.0, 1.5, 1.0]) and sent == [100.0] * 3
-
-
 def recorded(ranks_step, separate=(1.0, 1.0), reduce_seconds=0.0):
     """Measurements as `measure` writes them, of ranks whose all-reduce takes reduce_seconds per MB on the processor."""
     sizes = [10**6, 2 * 10**6, 4 * 10**6]
     times = [max(reduce_seconds, 1e-9) * s / 1e6 for s in sizes]
-    arm = {"ranks": 2, "megabits": None, "sent": 8e6, "others": 0.02}
     return {
-        "machine": {"cores": 2},
         "schedules": {"256": {"names": ["a", "b"], "sizes": [3e6, 1e6], "ready": [0.5, 0.8], "tail": 0.2}},
         "reductions": {"2 ranks": {"ranks": 2, "sizes": sizes, "seconds": times, "cpu": times, "idle": 0.0}},
         "arms": {
-            "1 process": {**arm, "ranks": 1, "seconds": [[0.9, 0.9]]},
-            "2 separate processes": {**arm, "seconds": [list(separate), list(separate)]},
-            "2 ranks": {**arm, "seconds": [[ranks_step] * 3] * 2},
+            "1 process": {"ranks": 1, "seconds": [[0.9, 0.9]]},
+            "2 separate processes": {"ranks": 2, "seconds": [list(separate), list(separate)]},
+            "2 ranks": {"ranks": 2, "seconds": [[ranks_step] * 3] * 2},
         },
     }
 
 
 def test_the_prediction_reproduces_what_it_was_calibrated_with():
-    assert scaling.predicted_arm(recorded(1.0), "2 ranks") == pytest.approx(1.0, abs=3e-3)
-    assert scaling.predicted_arm(recorded(1.0, separate=(0.8, 1.2)), "2 ranks") == pytest.approx(1.1, abs=3e-3)
+    assert predicted_arm(recorded(1.0), "2 ranks") == pytest.approx(1.0, abs=3e-3)
+    assert predicted_arm(recorded(1.0, separate=(0.8, 1.2)), "2 ranks") == pytest.approx(1.1, abs=3e-3)
     # On the processor: 4 MB at 50 ms/MB.
-    assert scaling.predicted_arm(recorded(1.2, reduce_seconds=0.05), "2 ranks") == pytest.approx(1.2, abs=3e-3)
+    assert predicted_arm(recorded(1.2, reduce_seconds=0.05), "2 ranks") == pytest.approx(1.2, abs=3e-3)
 
 
-def test_a_step_that_something_else_interrupted_does_not_count():
-    found = recorded(1.0)
-    found["arms"]["2 ranks"]["seconds"] = [[1.0] * 9 + [7.0]] * 2
-    assert scaling.arm_step(found["arms"]["2 ranks"]) == 1.0
+def test_a_step_that_something_else_interrupted_is_left_out():
+    assert arm_step({"ranks": 2, "seconds": [[1.0] * 9 + [7.0]] * 2}) == 1.0
 
 
 def test_a_published_step_is_reproduced_by_the_computation_calibrated_with_it():
-    found = read_json(scaling.MEASURED, "measurements")
-    compute = scaling.calibrated(found, scaling.SINGLE)
-    step, slowest = scaling.gpu_step(found, compute, 1, 8, scaling.gpu_cluster(100))
-    assert step == pytest.approx(scaling.SINGLE.step, rel=0.01) and compute < slowest < step
+    compute = calibrated(MEASURED, scaling_model.SINGLE)
+    step, slowest = gpu_step(MEASURED, compute, 1, 8, gpu_cluster(100))
+    assert step == pytest.approx(scaling_model.SINGLE.step, rel=0.01) and compute < slowest < step
 
 
 def test_more_gpus_train_faster_and_less_efficiently():
-    found = read_json(scaling.MEASURED, "measurements")
-    steps = [scaling.gpu_step(found, 0.1, 4, ranks, scaling.gpu_cluster(25))[0] for ranks in (1, 8, 64, 512)]
+    steps = [gpu_step(MEASURED, 0.1, 4, ranks, gpu_cluster(25))[0] for ranks in (1, 8, 64, 512)]
     assert steps == sorted(steps) and steps[0] == pytest.approx(0.1, rel=0.02) and steps[-1] < 0.8
 
 
-def test_the_documents_have_the_tables_of_the_measurements():
-    found = read_json(scaling.MEASURED, "measurements")
-    for path, names in scaling.DOCUMENTS.items():
-        assert scaling.fill_document(path.read_text(), found, names) == path.read_text(), "benchmarks/scaling.py report"
-    with pytest.raises(UserError, match="<!-- measured -->"):
-        scaling.fill_document("", found, ["measured"])
+def test_the_document_has_the_tables_of_the_measurements():
+    document = (scaling.ROOT / "docs" / "SCALING.md").read_text()
+    missing = [name for name, table in tables(MEASURED).items() if table not in document]
+    assert not missing, "copy the tables that `benchmarks/scaling.py tables` prints into docs/SCALING.md"
 
 
-def test_the_tables_show_efficiency_and_bytes_per_rank():
-    row = next(r for r in scaling.measured_table(recorded(1.25)).splitlines() if r.startswith("| 2 ranks"))
-    cells = [c.strip() for c in row.strip("|").split("|")]
-    assert cells[2:] == ["2%", "1.250", "0%", "1.60", "0.72", "0.80", "4.0", "4.0"]
+def test_the_first_steps_of_a_record_are_left_out(tmp_path):
+    (tmp_path / "record").write_text("0.0\n9.0\n12.0\n13.0\n14.5\n15.5\n")
+    assert scaling.steps_of(tmp_path / "record") == [1.5, 1.0]
+
+
+def test_areas_are_those_of_the_images_as_training_pads_them():
+    # Five photographs of 640x480 or its like become 1067x800 (portrait 640x427: 1199x800), one of 500x346 1156x800.
+    areas = scaling.padded_areas(COCO_MINI)
+    pixels = np.array([1184 * 800, *[1088 * 800] * 3, 1216 * 800, 1088 * 800])
+    assert sorted(areas) == pytest.approx(sorted(pixels / pixels.mean()))
+
+
+def test_what_a_measurement_has_started_ends_with_it(tmp_path):
+    waits = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    fails = (
+        f"import os, sys, time\nwhile not os.path.getsize({str(tmp_path / 'pid')!r}): time.sleep(0.01)\nsys.exit('why')"
+    )
+    (tmp_path / "pid").touch()
+    with pytest.raises(UserError, match="why"):
+        scaling.run_together([[sys.executable, "-c", fails], [sys.executable, "-c", waits]], tmp_path / "log.txt")
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
+def test_a_steps_schedule_holds_every_trained_byte_and_the_heads_gradients_come_first():
+    found = scaling.gradient_schedule(TINY_MODEL, 96, 128, repeats=1)
+    ready = dict(zip(found["names"], found["ready"]))
+    sizes = dict(zip(found["names"], found["sizes"]))
+    assert sizes["conv0/W"] == 4 * 7 * 7 * 3 * 8 and sizes["maskrcnn/deconv/W"] == 4 * 2 * 2 * 16 * 16
+    assert len(ready) == len(found["names"]) and min(ready.values()) > 0 and found["tail"] > 0
+    assert ready["fastrcnn/outputs/class/W"] < ready["group3/block0/conv3/W"] < ready["conv0/W"]
