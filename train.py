@@ -19,7 +19,7 @@ try:
     from common import UserError, logger, read_json, without_nan, write_json
 except ModuleNotFoundError as e:
     sys.exit(f"train.py: the Python package {e.name} is missing here; run `make venv`, then `. .venv/bin/activate`")
-from config import Config, default_config, finalize_config
+from config import Config, default_config, explain, finalize_config
 from utils import ranks
 
 # Settings that shape the network: taken from the file given to --load also when training.
@@ -84,7 +84,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         "--output", default="predictions", metavar="DIR", help="where --predict writes (default: %(default)s)"
     )
     parser.add_argument("--no-window", action="store_true", help="--predict: never open a window")
-    parser.add_argument("--print-config", action="store_true", help="print the settings in force and stop")
+    parser.add_argument(
+        "--print-config", action="store_true", help="print the settings in effect with explanations and stop"
+    )
     parser.add_argument("--verbose-tf", action="store_true", help="show TensorFlow's start-up messages")
     args = parser.parse_args(argv)
     if args.predict and args.evaluate:
@@ -104,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(sys.argv[1:] if argv is None else argv)
     try:
         if args.print_config:
-            print(_settings(args, *_load(args))[0])
+            print(explain(_settings(args, *_load(args))[0]))
         elif args.predict:
             predict(args)
         elif args.evaluate:
@@ -150,7 +152,7 @@ def _settings(args: argparse.Namespace, weights: dict | None, meta: dict | None)
         if not training and meta.get("class_names"):
             cfg.DATA.CLASS_NAMES = list(meta["class_names"])
             cfg.DATA.NUM_CATEGORY = len(meta["class_names"])
-    finalize_config(cfg.update_args(args.config))
+    cfg = finalize_config(cfg.update_args(args.config))
     if cfg.BACKBONE.NAME != "resnet":
         from model_backbones import check_backbone
 

@@ -1,11 +1,13 @@
 """config.py: keys, types, literals, aliases, schedules."""
 
 import json
+import re
 
 import pytest
 
 from common import UserError
-from config import default_config, finalize_config
+from config import ALIASES, RELATIONS, SETTINGS, default_config, explain, finalize_config
+from tools import settings_doc
 
 pytestmark = pytest.mark.quick
 
@@ -100,6 +102,45 @@ def test_settings_survive_json_unchanged():
     assert again.BACKBONE.NORM is None
 
 
+def test_finalising_leaves_the_callers_settings_as_they_are():
+    cfg = default_config().update_args(["MODE_RPN_ONLY=True", "DATA.TRAIN=mine"])
+    before = cfg.to_dict()
+    final = finalize_config(cfg)
+    assert cfg.to_dict() == before and cfg.MODE_MASK and not final.MODE_MASK
+    cfg.RPN.ANCHOR_SIZES.append(1024.0)
+    cfg.TRAIN.BASE_LR = 1.0
+    assert final.RPN.ANCHOR_SIZES[-1] == 512.0 and final.TRAIN.BASE_LR == 0.01
+
+
+def test_every_default_is_a_value_that_its_setting_takes():
+    for key, setting in SETTINGS.items():
+        read = setting.allowed.read(setting.default)
+        assert read == setting.default or key == "TRAIN.LR_SCHEDULE"
+        assert setting.allowed.read(read) == read  # a value that was read once can be stored and read again
+
+
+def test_relations_and_explanations_name_settings_that_exist():
+    texts = [sentence for _, _, sentence in RELATIONS] + [s.about for s in SETTINGS.values()]
+    named = {k for t in texts for k in re.findall(r"\b[A-Z]+\.[A-Z][A-Z_0-9]*\b", t)} | {k for k, _, _ in RELATIONS}
+    assert len(named) > 20 and named <= set(SETTINGS)
+    assert set(ALIASES.values()) <= set(SETTINGS)
+
+
+def test_the_explained_settings_are_those_of_the_command_line_again():
+    cfg = make("MODE_FPN=True", "DATA.DATASETS={'a':['x.json','imgs']}", "BACKBONE.NORM=None", "DATA.BASEDIR=a b#c")
+    lines = explain(cfg).splitlines()
+    assert make(*(line for line in lines if line and not line.startswith("#"))).to_dict() == cfg.to_dict()
+    assert max(map(len, lines)) <= 120
+    above = lines[lines.index("MODE_FPN=True") - 1]
+    assert "Feature pyramid" in above and "Default: False" in above
+
+
+def test_the_document_of_settings_is_current():
+    assert settings_doc.DOCUMENT.read_text() == settings_doc.document(), "run: python tools/settings_doc.py"
+    for key in SETTINGS:
+        assert f"| `{key}` |" in settings_doc.document()
+
+
 def test_a_finalised_config_cannot_be_changed_but_its_copy_can():
     cfg = make()
     with pytest.raises(AttributeError):
@@ -119,5 +160,5 @@ def test_a_finalised_config_cannot_be_changed_but_its_copy_can():
     ],
 )
 def test_cell_anchors_of_a_wrong_form_are_refused_with_the_form_wanted(settings):
-    with pytest.raises(UserError, match=r"RPN.CELL_ANCHORS.* of \d+ \[x1,y1,x2,y2\]"):
+    with pytest.raises(UserError, match=r"RPN.CELL_ANCHORS.*\[x1,y1,x2,y2\]"):
         make(*settings)

@@ -1,0 +1,70 @@
+#!/usr/bin/env python3
+"""Writes docs/SETTINGS.md, the table of all settings, from config.py.
+
+python tools/settings_doc.py
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from common import atomic_write
+from config import ALIASES, RELATIONS, SETTINGS
+
+__all__ = ["DOCUMENT", "document"]
+
+DOCUMENT = Path(__file__).resolve().parent.parent / "docs/SETTINGS.md"
+
+_TITLES = {
+    "": "Mode",
+    "DATA": "Data",
+    "PREPROC": "Image sizes and augmentation",
+    "BACKBONE": "Backbone",
+    "TRAIN": "Training",
+    "RPN": "Region proposals and anchors",
+    "FRCNN": "Boxes and classes",
+    "FPN": "Feature pyramid",
+    "MRCNN": "Masks",
+    "KRCNN": "Keypoints",
+    "CASCADE": "Cascade",
+    "TEST": "Evaluation and prediction",
+}
+
+_INTRODUCTION = """\
+# Settings
+
+Written by `python tools/settings_doc.py` from config.py; change it there.
+
+Give settings as `--config KEY=VALUE …`. A value is a Python literal (`0.01`, `[640,800]`, `True`, `None`), otherwise a
+text. Quote a value with spaces or quotes of its own: `"DATA.TRAIN=['mine','yours']"`. An unknown key or a value that is
+not allowed stops the program in one line, before anything is loaded. `./train.py --print-config` prints the settings
+that a command would use. A run stores its settings beside its checkpoints; `--resume`, `--load`, `--predict` and
+`--evaluate` read them from there, and `--config` wins.
+"""
+
+
+def document() -> str:
+    """The text of docs/SETTINGS.md."""
+    parts = [_INTRODUCTION]
+    for group, title in _TITLES.items():
+        parts.append(f"\n## {title}\n\n| setting | default | values | meaning |\n|---|---|---|---|\n")
+        for key, setting in SETTINGS.items():
+            if key.rpartition(".")[0] != group:
+                continue
+            needs = [f"`{k}` {sentence}." for k, _, sentence in RELATIONS if k == key]
+            meaning = _cell(" ".join([setting.about, *needs]))
+            parts.append(f"| `{key}` | `{_cell(setting.default)}` | {_cell(setting.allowed.says)} | {meaning} |\n")
+    parts.append("\n## Other spellings\n\n")
+    parts += [f"- `{alias}` is `{key}`.\n" for alias, key in ALIASES.items()]
+    return "".join(parts)
+
+
+def _cell(content: object) -> str:
+    return ('""' if content == "" else str(content)).replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    with atomic_write(DOCUMENT) as f:
+        f.write(document())
+    print(f"wrote {DOCUMENT}")
