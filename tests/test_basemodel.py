@@ -248,12 +248,12 @@ def test_basic_blocks_as_c4_heads(mask):
 
 @pytest.mark.parametrize("setting", ["NUM_GROUPS=2", "WIDTH_PER_GROUP=4", "STRIDE_1X1=True"])
 def test_settings_of_bottlenecks_are_refused_with_basic_blocks(setting):
-    with pytest.raises(UserError, match=rf"BACKBONE\.{setting}: BACKBONE.BLOCK=basic"):
+    with pytest.raises(UserError, match=rf"BACKBONE\.{setting} must .* BACKBONE.BLOCK=basic"):
         tiny_config("BACKBONE.BLOCK=basic", f"BACKBONE.{setting}")
 
 
 def test_group_norm_of_a_narrow_stem_is_refused():
-    with pytest.raises(UserError, match=r"BACKBONE\.STEM_CHANNELS=48: .*multiple of 32"):
+    with pytest.raises(UserError, match=r"BACKBONE\.STEM_CHANNELS=48 .*multiple of 32"):
         tiny_config("BACKBONE.NORM=GN", "BACKBONE.STEM_CHANNELS=48")
 
 
