@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 
-from dataset import MIN_SIDE, Objects
+from dataset_split import MIN_SIDE, Objects
 from utils import np_box_ops, polygons
 
 __all__ = [

@@ -1,30 +1,14 @@
-"""Images on their way into the graph: reading, augmenting, batching, and the processes that do it.
+"""Images on their way into the graph: reading, augmenting and batching.
 
 Only uint8 images and compact annotations leave this file; everything that is computed from them is computed in the
 graph. The content of a training step depends on (TRAIN.SEED, step, total batch) alone: not on the number of workers,
 not on how the batch is spread over devices and processes, not on whether the run was interrupted.
-
-A worker is a fresh Python interpreter, not a fork: the training process has TensorFlow's threads (and NCCL's, MPI's,
-gRPC's), and a child forked from it can wait for ever for a lock that one of them held; multiprocessing's own spawn and
-forkserver would import the main script, hence TensorFlow, into every worker. The annotations are mapped read-only from
-one anonymous file, so a worker costs what Python, NumPy and OpenCV cost; images come back through shared memory.
 """
 
-import contextlib
-import math
-import mmap
 import os
-import pickle
-import signal
-import socket
-import struct
-import subprocess
-import sys
-import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,18 +27,27 @@ from augment import (
     resized_shape,
 )
 from common import UserError
-from dataset import DatasetSplit
+from data_sampling import StepPlan, training_images
+from dataset_split import DatasetSplit
 from utils import polygons
 
 __all__ = [
-    "StepPlan", "TrainingFlow", "batch_image_ids", "inference_batches", "list_images", "make_batch", "read_image",
-    "read_split_image", "resized_shape", "stack_images", "training_dataflow", "training_keys",
-]  # fmt: skip
+    "BatchMaker",
+    "batch_image_ids",
+    "inference_batches",
+    "list_images",
+    "make_batch",
+    "padded_size",
+    "read_image",
+    "read_split_image",
+    "stack_images",
+    "training_keys",
+]
 
+# ------------------------------------------------------------------------------------------------ images
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 
 
-# ------------------------------------------------------------------------------------------------ images
 def _decode(file: str, flags: int, what: str) -> np.ndarray:
     try:
         content = np.fromfile(file, np.uint8)
@@ -112,7 +105,7 @@ def list_images(paths: Sequence[str | os.PathLike]) -> list[str]:
     return files
 
 
-# ------------------------------------------------------------------------------------------------ batches
+# ------------------------------------------------------------------------------------------------ training batches
 def training_keys(cfg: Any) -> list[str]:
     """Names of a training batch's components, in order."""
     keys = ["image", "image_shape", "image_seed", "gt_boxes", "gt_labels", "gt_is_crowd"]
@@ -120,7 +113,7 @@ def training_keys(cfg: Any) -> list[str]:
     return keys + ["class_verified"] * bool(cfg.FRCNN.FEDERATED_LOSS)
 
 
-def _padded_size(sizes: Sequence[tuple[int, int]], cfg: Any) -> tuple[int, int]:
+def padded_size(sizes: Sequence[tuple[int, int]], cfg: Any) -> tuple[int, int]:
     """Height and width that hold all sizes; with FPN multiples of the stride at which its coarsest features meet."""
     stride = cfg.FPN.ANCHOR_STRIDES[3] if cfg.MODE_FPN else 1
     return tuple(-(-max(s[axis] for s in sizes) // stride) * stride for axis in (0, 1))
@@ -131,7 +124,7 @@ def _short_edge(cfg: Any, rng: np.random.Generator) -> int:
     return int(rng.integers(edges[0], edges[1], endpoint=True) if len(edges) == 2 else rng.choice(edges))
 
 
-def _new_image(shape: tuple[int, ...]) -> np.ndarray:
+def new_image_memory(shape: tuple[int, ...]) -> np.ndarray:
     return np.empty(shape, np.uint8)
 
 
@@ -140,7 +133,7 @@ def make_batch(
     images: Sequence[int],
     seeds: Sequence[Sequence[int]],
     cfg: Any,
-    new_image: Callable[[tuple[int, ...]], np.ndarray] = _new_image,
+    new_image: Callable[[tuple[int, ...]], np.ndarray] = new_image_memory,
     partners: Sequence[int] = (),
 ) -> list[np.ndarray]:
     """A training batch of these images of the split, in the order of `training_keys`.
@@ -158,9 +151,9 @@ def make_batch(
     pictures = []
     for i, seed in zip(images, seeds):
         picture = _draw_picture(split, i, np.random.default_rng(seed), cfg)
-        partner, rng = _paste_partner(seed, partners, cfg)
+        partner, rng = paste_partner(seed, partners, cfg)
         pictures.append(picture if partner is None else _paste(picture, split, partner, rng, cfg))
-    batch = new_image((len(images), *_padded_size([p.canvas for p in pictures], cfg), 3))
+    batch = new_image((len(images), *padded_size([p.canvas for p in pictures], cfg), 3))
     for target, picture in zip(batch, pictures):
         height, width = picture.canvas
         _paint(target[:height, :width], picture, cfg)
@@ -207,7 +200,7 @@ def _draw_picture(
     return _Picture(image, view, scene, seed, view.size, None)
 
 
-def _paste_partner(
+def paste_partner(
     seed: Sequence[int], partners: Sequence[int], cfg: Any
 ) -> tuple[int | None, np.random.Generator | None]:
     """The image of which objects are pasted into that of a seed, if any, and the generator for all else about it."""
@@ -265,76 +258,7 @@ def _stack_padded(arrays: Sequence[np.ndarray]) -> np.ndarray:
     return stacked
 
 
-class StepPlan:
-    """Which images make up each training step, for ever, from a seed.
-
-    Each epoch is a permutation of all images, dealt into steps of `batch` images of one orientation (landscape or
-    portrait), which wastes little on padding. What is left of both orientations at its end makes mixed steps, and the
-    last few images go first into the first step of the next epoch: every image is used exactly once an epoch.
-    Any step is found without going through those before it.
-    """
-
-    def __init__(self, portrait: np.ndarray, batch: int, seed: int):
-        """portrait: bool [n], the images in a fixed order."""
-        self.batch = batch
-        self._portrait = portrait
-        self._seed = seed
-        # A round is one epoch, or as many as fill a step when there are fewer images than that.
-        self._repeats = max(1, math.ceil(batch / len(portrait)))
-        self._round = self._repeats * len(portrait)
-        self._cached: dict[int, np.ndarray] = {}
-
-    def images(self, step: int) -> np.ndarray:
-        """int64 [batch], numbers of the images of step 0, 1, …"""
-        number = ((step + 1) * self.batch - 1) // self._round
-        if number not in self._cached:
-            self._cached = {number: self._steps(number)}
-        return self._cached[number][step - number * self._round // self.batch]
-
-    def _deal(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The first images of a round, which complete the step it begins with; its full steps; what is left over."""
-        rng = np.random.default_rng([self._seed, 0, number])
-        order = np.concatenate([rng.permutation(len(self._portrait)) for _ in range(self._repeats)])
-        first = -number * self._round % self.batch
-        rest = order[first:]
-        portrait = self._portrait[rest]
-        groups = [self._split_full(np.flatnonzero(portrait == wanted)) for wanted in (False, True)]
-        grouped = np.concatenate([full for full, _ in groups])
-        grouped = grouped[np.argsort(grouped[:, -1])]  # a step comes when its last image does
-        mixed, left_over = self._split_full(np.sort(np.concatenate([some for _, some in groups])))
-        return order[:first], rest[np.concatenate([grouped, mixed])], rest[left_over]
-
-    def _split_full(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """As many full steps as the places give [steps, batch], and the places left over."""
-        full = len(places) // self.batch * self.batch
-        return places[:full].reshape(-1, self.batch), places[full:]
-
-    def _steps(self, number: int) -> np.ndarray:
-        first, steps, _ = self._deal(number)
-        if len(first) == 0:
-            return steps
-        left_over = self._deal(number - 1)[2]
-        return np.concatenate([np.concatenate([left_over, first])[None], steps])
-
-
-def _training_images(split: DatasetSplit, cfg: Any) -> np.ndarray:
-    """Indices of the images of an epoch; with DATA.SAMPLING some come up several times."""
-    images = split.nonempty_images() if cfg.DATA.FILTER_EMPTY else np.arange(len(split))
-    if len(images) == 0:
-        raise UserError(f"{split.name} has no image to train on")
-    if cfg.DATA.SAMPLING == "uniform":
-        return images
-    from dataset_formats import class_aware_images, repeat_factors
-
-    if cfg.DATA.SAMPLING == "class_aware":
-        return class_aware_images(split, len(images), cfg.TRAIN.SEED)
-    factors = repeat_factors(split, cfg.DATA.REPEAT_THRESHOLD)[images]
-    # The fraction of a factor is a probability, drawn once for the run.
-    extra = np.random.default_rng([cfg.TRAIN.SEED, 2]).random(len(images)) < factors % 1
-    return np.repeat(images, factors.astype(np.int64) + extra)
-
-
-class _BatchMaker:
+class BatchMaker:
     """Makes any batch of one process's sequence: the same in a worker and in the training process."""
 
     def __init__(self, split: DatasetSplit, cfg: Any, shard: tuple[int, int], batches_per_step: int):
@@ -343,7 +267,7 @@ class _BatchMaker:
         self.split, self.cfg = split, cfg
         self.rank, self.size = shard
         self.batches_per_step = batches_per_step
-        self.images = _training_images(split, cfg)
+        self.images = training_images(split, cfg)
         self.partners = self.images[np.isin(self.images, split.outlined_images())] if cfg.PREPROC.COPY_PASTE else ()
         if cfg.PREPROC.COPY_PASTE and len(self.partners) == 0:
             raise UserError(
@@ -361,13 +285,15 @@ class _BatchMaker:
         places = np.arange(part * each, (part + 1) * each) * self.size + self.rank
         return self.images[self.plan.images(step)[places]], [[self.cfg.TRAIN.SEED, 1, step, p] for p in places.tolist()]
 
-    def make(self, batch: int, new_image: Callable[[tuple[int, ...]], np.ndarray] = _new_image) -> list[np.ndarray]:
+    def make(
+        self, batch: int, new_image: Callable[[tuple[int, ...]], np.ndarray] = new_image_memory
+    ) -> list[np.ndarray]:
         return make_batch(self.split, *self.members(batch), self.cfg, new_image, self.partners)
 
     def ids(self, batch: int) -> list[int | str]:
         """Ids of the images of a batch, those that objects are pasted from included."""
         images, seeds = self.members(batch)
-        pasted = [_paste_partner(seed, self.partners, self.cfg)[0] for seed in seeds]
+        pasted = [paste_partner(seed, self.partners, self.cfg)[0] for seed in seeds]
         return [self.split.image_id(i) for i in [*images, *(p for p in pasted if p is not None)]]
 
 
@@ -375,260 +301,15 @@ def batch_image_ids(
     split: DatasetSplit, cfg: Any, first_batch: int, batches_per_step: int, shard: tuple[int, int] = (0, 1)
 ) -> list[int | str]:
     """Ids of the images in the step that begins with `first_batch`, as far as this process reads them."""
-    maker = _BatchMaker(split, cfg, shard, batches_per_step)
+    maker = BatchMaker(split, cfg, shard, batches_per_step)
     return [i for batch in range(first_batch, first_batch + batches_per_step) for i in maker.ids(batch)]
-
-
-# ------------------------------------------------------------------------------------------------ training
-def training_dataflow(
-    split: DatasetSplit, cfg: Any, start_batch: int = 0, shard: tuple[int, int] = (0, 1), batches_per_step: int = 1
-) -> "TrainingFlow":
-    """The endless sequence of this process's training batches, each a list in the order of `training_keys`.
-
-    Args:
-        start_batch: number of the first batch, counted from the beginning of the run.
-        shard: (rank, number of processes) that train together; all must be given the same split and settings.
-        batches_per_step: batches of this process that make one update (its devices times accumulation). The images of
-            an update are those of one big batch, wherever its parts are computed: process r takes every size-th.
-    """
-    flow = TrainingFlow(split, cfg, start_batch, shard, batches_per_step)
-    tensorpack = sys.modules.get("tensorpack.dataflow")
-    if tensorpack is not None:  # importing it imports TensorFlow, so only where that has happened anyway
-        tensorpack.DataFlow.register(TrainingFlow)
-    return flow
-
-
-class TrainingFlow:
-    """A tensorpack DataFlow (by its methods) of training batches, made by DATA.NUM_WORKERS processes in turn.
-
-    Worker w makes batches w, w + W, …; an error in a worker is raised here with its message, and a worker that dies is
-    an error too. Iterating again starts over at the first batch.
-    """
-
-    def __init__(self, split: DatasetSplit, cfg: Any, start_batch: int, shard: tuple[int, int], batches_per_step: int):
-        self._maker = _BatchMaker(split, cfg, shard, batches_per_step)
-        self._start = start_batch
-        self._workers: list[_Worker] = []
-        self._fresh = False
-        self.images_per_epoch = len(self._maker.images)
-
-    def __len__(self) -> int:
-        """Batches an epoch, rounded up."""
-        return math.ceil(self.images_per_epoch / (self._maker.plan.batch / self._maker.batches_per_step))
-
-    def reset_state(self) -> None:
-        """Starts the workers, so that they read ahead while the graph is built."""
-        self.stop()
-        cfg, maker = self._maker.cfg, self._maker
-        if cfg.DATA.NUM_WORKERS == 0:
-            return
-        shared = _share((maker, self._start, cfg.DATA.NUM_WORKERS))
-        try:
-            maker.split.move_columns(_load_shared(shared)[0].split)
-            largest = _padded_size(
-                [cfg.PREPROC.CROP_SIZE if cfg.PREPROC.SCALE_JITTER else (cfg.PREPROC.MAX_SIZE,) * 2], cfg
-            )
-            slot_bytes = cfg.TRAIN.BATCH_SIZE_PER_GPU * largest[0] * largest[1] * 3
-            slots = min(max(cfg.DATA.PREFETCH, 1), 255)
-            self._workers = [_Worker(w, shared, slot_bytes, slots) for w in range(cfg.DATA.NUM_WORKERS)]
-        finally:
-            os.close(shared)
-        self._fresh = True
-
-    def __iter__(self) -> Iterator[list[np.ndarray]]:
-        batch = self._start
-        if self._maker.cfg.DATA.NUM_WORKERS == 0:
-            while True:
-                yield self._maker.make(batch)
-                batch += 1
-        if not self._fresh:
-            self.reset_state()
-        self._fresh = False
-        workers = self._workers
-        try:
-            while True:
-                yield workers[(batch - self._start) % len(workers)].receive(batch)
-                batch += 1
-        finally:
-            if workers is self._workers:
-                self.stop()
-
-    def stop(self) -> None:
-        """Ends the worker processes."""
-        for worker in self._workers:
-            worker.stop()
-        self._workers, self._fresh = [], False
-
-    @property
-    def worker_pids(self) -> list[int]:
-        return [w.process.pid for w in self._workers]
-
-
-# ------------------------------------------------------------------------------------------------ worker processes
-# A message is a length and a pickled tuple (kind, content...). From a worker: ("batch", slot, image shape, other
-# arrays) or ("error", is the user's, text). To a worker: the number of a slot that may be written again, as one byte.
-_LENGTH = struct.Struct("<Q")
-_WORKER_CODE = (
-    "import sys; sys.path[:] = {path!r}; import data; data._work({memory}, {shared}, {socket}, {slots}, {w}, {parent})"
-)
-_PARENT_CHECK_SECONDS = 5.0
-
-
-def _share(content: Any) -> int:
-    """File descriptor of anonymous memory that holds the content, its arrays such that they can be mapped."""
-    buffers: list[pickle.PickleBuffer] = []
-    head = pickle.dumps(content, 5, buffer_callback=buffers.append)
-    views = [b.raw() for b in buffers]
-    places, end = [], 0
-    for view in views:
-        places.append((end, view.nbytes))
-        end += -(-view.nbytes // 64) * 64
-    head = pickle.dumps((head, places))
-    start = -(-(_LENGTH.size + len(head)) // 64) * 64
-    descriptor = os.memfd_create("packrcnn-annotations")
-    os.truncate(descriptor, start + end + 1)
-    with mmap.mmap(descriptor, start + end + 1) as memory:
-        memory[: _LENGTH.size + len(head)] = _LENGTH.pack(len(head)) + head
-        for view, (place, size) in zip(views, places):
-            memory[start + place : start + place + size] = view
-    return descriptor
-
-
-def _load_shared(descriptor: int) -> Any:
-    """The content, its arrays being read-only views of the shared memory."""
-    memory = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
-    length = _LENGTH.unpack_from(memory)[0]
-    head, places = pickle.loads(memory[_LENGTH.size : _LENGTH.size + length])
-    start = -(-(_LENGTH.size + length) // 64) * 64
-    view = memoryview(memory)
-    return pickle.loads(head, buffers=[view[start + p : start + p + size] for p, size in places])
-
-
-class _Worker:
-    """A worker process as its parent sees it."""
-
-    def __init__(self, number: int, shared: int, slot_bytes: int, slots: int):
-        """shared: descriptor of what `_work` needs; slots: batches it may be ahead, slot_bytes: of a largest image."""
-        self.number = number
-        self._slot_bytes = -(-slot_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
-        memory = os.memfd_create(f"packrcnn-batches-{number}")
-        self._socket, theirs = socket.socketpair()
-        try:
-            os.truncate(memory, self._slot_bytes * slots)  # sparse: a page takes memory once it is written
-            self._memory = mmap.mmap(memory, 0)
-            code = _WORKER_CODE.format(
-                path=[str(Path(__file__).parent), *sys.path], memory=memory, shared=shared, socket=theirs.fileno(),
-                slots=slots, w=number, parent=os.getpid(),
-            )  # fmt: skip
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", code],
-                stdin=subprocess.DEVNULL,
-                pass_fds=(memory, shared, theirs.fileno()),
-                env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
-                start_new_session=True,  # Ctrl-C in the terminal is the training process's business
-            )
-        finally:
-            theirs.close()
-            os.close(memory)
-        self._input = self._socket.makefile("rb")
-
-    def receive(self, batch: int) -> list[np.ndarray]:
-        """The worker's next batch, which should have this number."""
-        try:
-            head = self._input.read(_LENGTH.size)
-            message = self._input.read(_LENGTH.unpack(head)[0]) if len(head) == _LENGTH.size else b""
-        except ConnectionError:
-            message = b""
-        try:
-            kind, *content = pickle.loads(message)
-        except (EOFError, pickle.UnpicklingError):
-            raise RuntimeError(self._last_words(batch)) from None
-        if kind == "error":
-            is_users, text = content
-            raise UserError(text) if is_users else RuntimeError(f"data worker {self.number} failed:\n{text}")
-        slot, shape, others = content
-        image = _array_in(self._memory, slot * self._slot_bytes, shape).copy()
-        with contextlib.suppress(ConnectionError):  # it has died since: its next batch will say so
-            self._socket.sendall(bytes([slot]))
-        return [image, *others]
-
-    def _last_words(self, batch: int) -> str:
-        try:
-            code = self.process.wait(timeout=5)
-        except subprocess.TimeoutExpired:
-            return f"data worker {self.number} closed its connection"
-        who = f"data worker {self.number} (process {self.process.pid})"
-        if code >= 0:
-            return f"{who} ended with code {code} before batch {batch}"
-        hint = ""
-        if code == -signal.SIGKILL:
-            hint = "; if the machine is out of memory, fewer DATA.NUM_WORKERS or DATA.PREFETCH need less"
-        return f"{who} was killed by {signal.Signals(-code).name} before batch {batch}{hint}"
-
-    def stop(self) -> None:
-        # In this order: a thread that waits in `receive` holds the input until the process is gone.
-        self.process.kill()
-        self.process.wait()
-        self._input.close()
-        self._socket.close()
-
-
-def _array_in(memory: mmap.mmap, offset: int, shape: tuple[int, ...]) -> np.ndarray:
-    return np.frombuffer(memory, np.uint8, math.prod(shape), offset).reshape(shape)
-
-
-def _work(memory: int, shared: int, connection: int, slots: int, number: int, parent: int) -> None:
-    """The life of a worker: batch after batch into free slots, until its parent is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    cv2.setNumThreads(0)
-    pipe = socket.socket(fileno=connection)
-    pipe.settimeout(_PARENT_CHECK_SECONDS)
-
-    def patiently(action: Callable[..., Any], *args: Any) -> Any:
-        """Repeats a socket action until it is done; the worker ends when its parent has."""
-        while True:
-            try:
-                return action(*args)
-            except TimeoutError:
-                # A forked child of the parent may hold the socket open, so its end is not enough of a sign.
-                if os.getppid() != parent:
-                    os._exit(0)
-            except ConnectionError:
-                os._exit(0)
-
-    def send(message: tuple) -> None:
-        content = pickle.dumps(message, 5)
-        rest = memoryview(_LENGTH.pack(len(content)) + content)
-        while rest:
-            rest = rest[patiently(pipe.send, rest) :]
-
-    try:
-        slot_memory = mmap.mmap(memory, 0)
-        slot_bytes = len(slot_memory) // slots
-        maker, batch, step = _load_shared(shared)
-        batch += number
-        free = deque(range(slots))
-        while True:
-            if not free:
-                freed = patiently(pipe.recv, slots)
-                if not freed:
-                    os._exit(0)
-                free.extend(freed)
-            slot = free.popleft()
-            image, *others = maker.make(batch, partial(_array_in, slot_memory, slot * slot_bytes))
-            send(("batch", slot, image.shape, others))
-            batch += step
-    except UserError as e:
-        send(("error", True, str(e)))
-    except BaseException:
-        send(("error", False, traceback.format_exc()))
 
 
 # ------------------------------------------------------------------------------------------------ inference
 def stack_images(images: Sequence[np.ndarray], cfg: Any) -> tuple[np.ndarray, np.ndarray]:
     """N images uint8 [h, w, 3] -> image [N, H, W, 3] zero-padded at the bottom and right, image_shape int32 [N, 2]."""
     shapes = [image.shape[:2] for image in images]
-    batch = np.zeros((len(images), *_padded_size(shapes, cfg), 3), np.uint8)
+    batch = np.zeros((len(images), *padded_size(shapes, cfg), 3), np.uint8)
     for target, image in zip(batch, images):
         target[: image.shape[0], : image.shape[1]] = image
     return batch, np.array(shapes, np.int32)

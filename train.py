@@ -234,14 +234,14 @@ def build_predictor(cfg: Config, load: Callable[[Any], None], meta: dict | None 
 
 def _keypoint_flip(cfg: Config, meta: dict | None) -> list[int]:
     """The keypoint that each of the model's becomes in a mirrored image; [] where that is not known nor needed."""
-    import dataset
+    from dataset_build import COCO_KEYPOINTS, mirrored_keypoints
 
     count = cfg.KRCNN.NUM_KEYPOINT
     if not (cfg.MODE_KEYPOINT and cfg.TEST.AUG_FLIP):
         return []
     known = (meta or {}).get("keypoint_flip") or []
-    if len(known) != count and count == len(dataset.COCO_KEYPOINTS):
-        known = dataset._keypoint_flip([], count).tolist()
+    if len(known) != count and count == len(COCO_KEYPOINTS):
+        known = mirrored_keypoints([], count).tolist()
     if len(known) != count:
         raise UserError(
             f"TEST.AUG_FLIP=True: the weights do not say which of their {count} keypoints are left and right; set "
@@ -270,7 +270,7 @@ def _class_count_from_weights(cfg: Config, weights: dict) -> int:
 
 def predict(args: argparse.Namespace) -> None:
     from data import inference_batches, list_images
-    from eval import to_original_frame
+    from detections import to_original_frame
     from viz import prediction_entry, show_window, write_prediction
 
     files = list_images(args.predict)
@@ -321,7 +321,8 @@ def _with_classes(cfg: Config, weights: dict | None, splits: list) -> Config:
 
 def evaluate(args: argparse.Namespace) -> None:
     from dataset import load_validation_splits
-    from eval import evaluate_split, write_results
+    from eval import write_results
+    from predict import evaluate_split
 
     cfg, weights, meta = _load_model(args)
     splits = load_validation_splits(cfg)
@@ -475,9 +476,10 @@ def _train(args: argparse.Namespace, rank: int, size: int, started: float) -> in
     if size > 1 and cfg.TRAINER != "horovod":
         raise UserError(f"{size} processes were launched to train together, which needs --config TRAINER=horovod")
 
-    from data import batch_image_ids, training_dataflow, training_keys
+    from data import batch_image_ids, training_keys
+    from data_check import quick_check
+    from data_workers import training_dataflow
     from dataset import class_count_table, load_training_split, load_validation_splits
-    from tools.check_data import quick_check
 
     split = load_training_split(cfg)
     cfg = _training_classes(cfg, split)
@@ -573,8 +575,8 @@ def _evaluation_builder(
     cfg: Config, splits: list, devices: list[str], trainer: Any, rank: int, size: int
 ) -> Callable[[], Callable[[Any], dict[str, float]]]:
     """build() adds one inference graph per replica, sharing its variables -> evaluate(sess) -> metrics."""
-    from eval import evaluate_split
     from inference import inference_callable
+    from predict import evaluate_split
 
     if cfg.TEST.AUG_SHORT_EDGES:
         if rank == 0:

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 
+from augment import resized_shape
 from config import Config
-from data import resized_shape, stack_images
+from data import stack_images
 from inference import start_session
 from model_frcnn import list_candidates, select_detections
 from model_keypoint import decode_keypoints

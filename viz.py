@@ -20,7 +20,7 @@ import cv2
 import numpy as np
 
 from common import UserError, atomic_write
-from eval import Detections, decode_mask
+from detections import Detections, decode_mask
 
 __all__ = [
     "class_color", "draw_detections", "draw_annotations", "side_by_side", "contact_sheet", "write_prediction",

@@ -23,7 +23,7 @@ from tabulate import tabulate
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import UserError, logger
 from config import Config, default_config, finalize_config
-from data import training_dataflow
+from data_workers import training_dataflow
 from dataset import load_training_split
 
 ANNOTATIONS_PER_IMAGE = 7.27  # train2017

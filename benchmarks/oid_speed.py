@@ -161,7 +161,7 @@ def time_score(folder: Path) -> None:
 
 
 def time_load(folder: Path) -> None:
-    from dataset_formats import load_openimages
+    from dataset_openimages import load_openimages
 
     start, cpu = time.perf_counter(), time.process_time()
     split = load_openimages("oid", folder, "train", check_images=False)

@@ -29,7 +29,7 @@ from tabulate import tabulate  # noqa: E402
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import eval as scoring  # noqa: E402
+import detections  # noqa: E402
 from common import UserError  # noqa: E402
 
 HEIGHT, WIDTH, COUNT = 800, 1333, 100
@@ -89,15 +89,15 @@ def paste_report(cells: int, repeats: int) -> str:
     rows = []
     for kind in ("4 to 1333 px", "100 to 600 px", "4 to 64 px", "whole image"):
         boxes = make_boxes(kind, COUNT, rng)
-        counts = scoring.paste_counts(masks, boxes, HEIGHT, WIDTH)
+        counts = detections.paste_counts(masks, boxes, HEIGHT, WIDTH)
         stages = {
-            "paste": lambda b=boxes: scoring.paste_counts(masks, b, HEIGHT, WIDTH),
-            "encode": lambda c=counts: [scoring.encode_counts(x, HEIGHT, WIDTH) for x in c],
-            "together": lambda b=boxes: scoring.paste_masks(masks, b, HEIGHT, WIDTH),
+            "paste": lambda b=boxes: detections.paste_counts(masks, b, HEIGHT, WIDTH),
+            "encode": lambda c=counts: [detections.encode_counts(x, HEIGHT, WIDTH) for x in c],
+            "together": lambda b=boxes: detections.paste_masks(masks, b, HEIGHT, WIDTH),
             "usual": lambda b=boxes: usual_way(masks, b),
         }
         ms = median_ms(stages, repeats, time.thread_time)
-        pairs = zip(scoring.paste_masks(masks, boxes, HEIGHT, WIDTH), usual_way(masks, boxes))
+        pairs = zip(detections.paste_masks(masks, boxes, HEIGHT, WIDTH), usual_way(masks, boxes))
         # float32 decides a pixel whose probability is 0.5 to the last bit either way.
         worst = min(float(coco_mask.iou([a], [b], [0])[0, 0]) if coco_mask.area(b) else 1.0 for a, b in pairs)
         rows.append([kind, *(f"{value:.1f}" for value in ms.values()), f"{worst:.4f}"])
@@ -128,10 +128,10 @@ def graph_report(args: argparse.Namespace) -> str:
     predict = build_predictor(cfg, load)
     one = {key: value[0] for key, value in predict(batch["image"], batch["image_shape"]).items()}
     size, original = batch["image_shape"][0], batch["original_shapes"][0]
-    found = scoring.to_original_frame(one, size, original)
+    found = detections.to_original_frame(one, size, original)
     stages["graph"] = lambda: predict(batch["image"], batch["image_shape"])
-    stages["paste and encode masks"] = lambda: scoring.to_original_frame(one, size, original)
-    stages["results entries"] = lambda: scoring.coco_results(found, 1, int)
+    stages["paste and encode masks"] = lambda: detections.to_original_frame(one, size, original)
+    stages["results entries"] = lambda: detections.coco_results(found, 1, int)
     ms = median_ms(stages, args.repeats)
     ms["together"] = sum(ms.values())
     rows = [[name, f"{value:.1f}", f"{100 * value / ms['together']:.1f}%"] for name, value in ms.items()]

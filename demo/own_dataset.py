@@ -9,7 +9,8 @@ the program is started, e.g. with this file:
 import functools
 from pathlib import Path
 
-from dataset_formats import image_header_size, split_from_coco
+from dataset_build import split_from_coco
+from utils.image_header import image_header_size
 
 CLASSES = ["circle", "square", "triangle"]
 

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from test_data import box_annotation, one_batch, same, settings, write_set
 
 import data
-from augment import Scene, View, draw_view, jitter_colours, paste_objects, place_objects
+from augment import Scene, View, draw_view, jitter_colours, paste_objects, place_objects, resized_shape
 from common import UserError
 from config import default_config, finalize_config
+from data_workers import training_dataflow
 from dataset import load_split, load_training_split
 from utils import polygons
 
@@ -190,11 +191,11 @@ def test_augmented_batches_do_not_depend_on_workers_nor_on_where_they_start(colo
     folder, args = coloured
     cfg = settings(folder, *args, *ALL, "DATA.NUM_WORKERS=0")
     split = load_training_split(cfg)
-    expected = list(islice(data.training_dataflow(split, cfg), 10))
+    expected = list(islice(training_dataflow(split, cfg), 10))
     other_seed = settings(folder, *args, *ALL, "DATA.NUM_WORKERS=0", "TRAIN.SEED=1")
-    assert not same(expected[0], next(iter(data.training_dataflow(split, other_seed))))
+    assert not same(expected[0], next(iter(training_dataflow(split, other_seed))))
     for workers in (1, 2):
-        flow = iter(data.training_dataflow(split, settings(folder, *args, *ALL, f"DATA.NUM_WORKERS={workers}"), 3))
+        flow = iter(training_dataflow(split, settings(folder, *args, *ALL, f"DATA.NUM_WORKERS={workers}"), 3))
         assert all(same(a, b) for a, b in zip(islice(flow, 7), expected[3:]))
         flow.close()
 
@@ -203,8 +204,8 @@ def test_augmented_images_do_not_depend_on_the_process_that_makes_them(coloured)
     folder, args = coloured
     cfg = settings(folder, *args, *ALL, "DATA.NUM_WORKERS=0")
     split = load_training_split(cfg)
-    whole = islice(data.training_dataflow(split, cfg, batches_per_step=2), 4)
-    parts = [islice(data.training_dataflow(split, cfg, 0, (rank, 2), 1), 2) for rank in range(2)]
+    whole = islice(training_dataflow(split, cfg, batches_per_step=2), 4)
+    parts = [islice(training_dataflow(split, cfg, 0, (rank, 2), 1), 2) for rank in range(2)]
 
     def rows(batches):
         found = set()
@@ -236,7 +237,7 @@ def test_a_batch_names_the_images_pasted_into_it(coloured, monkeypatch):
     split = load_training_split(cfg)
     read, original = [], data.read_split_image
     monkeypatch.setattr(data, "read_split_image", lambda s, i: read.append(s.image_id(i)) or original(s, i))
-    next(iter(data.training_dataflow(split, cfg, 5)))
+    next(iter(training_dataflow(split, cfg, 5)))
     assert sorted(read) == sorted(data.batch_image_ids(split, cfg, 5, 1)) and len(read) == 4
 
 
@@ -280,7 +281,7 @@ def test_sides_and_places_of_crops_are_uniform_and_independent():
     assert_uniform([v.width / 600 for v in drawn], 0.4, 0.9)
     assert_uniform([v.x / (600 - v.width) for v in drawn], 0, 1)
     assert abs(np.corrcoef([v.height for v in drawn], [v.width for v in drawn])[0, 1]) < 0.1
-    assert all(v.size == data.resized_shape(v.height, v.width, 100, 1333) for v in drawn)
+    assert all(v.size == resized_shape(v.height, v.width, 100, 1333) for v in drawn)
 
 
 @pytest.mark.quick
@@ -442,7 +443,7 @@ def test_pasting_needs_a_set_with_outlines(tmp_path):
     args = write_set(tmp_path, {"a.png": np.zeros((40, 60, 3), np.uint8)}, [annotation])
     cfg = settings(tmp_path, *args, "MODE_MASK=False", "PREPROC.COPY_PASTE=0.5")
     with pytest.raises(UserError, match=r"PREPROC.COPY_PASTE=0.5: set has no object with an outline"):
-        data.training_dataflow(load_training_split(cfg), cfg)
+        training_dataflow(load_training_split(cfg), cfg)
 
 
 def test_boxes_alone_are_those_of_training_with_masks(coloured):
@@ -451,7 +452,7 @@ def test_boxes_alone_are_those_of_training_with_masks(coloured):
     batches = []
     for mode in ("True", "False"):
         cfg = settings(folder, *args, *views, f"MODE_MASK={mode}", "DATA.NUM_WORKERS=0", "TRAIN.BATCH_SIZE_PER_GPU=4")
-        batches.append(next(iter(data.training_dataflow(load_training_split(cfg), cfg))))
+        batches.append(next(iter(training_dataflow(load_training_split(cfg), cfg))))
     assert same(batches[0][:6], batches[1]) and len(batches[0]) == 7
 
 

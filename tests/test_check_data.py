@@ -18,6 +18,8 @@ sys.path.insert(0, str(ROOT / "tools"))
 import check_data  # noqa: E402
 from check_data import CHECKS, DataSource, check_leakage, check_source, fixed_content, look_at_images  # noqa: E402
 
+from data_check import quick_check  # noqa: E402
+
 
 def picture(seed: int, height: int = 60, width: int = 80) -> np.ndarray:
     rng = np.random.default_rng(seed)
@@ -273,7 +275,7 @@ def test_open_images_become_a_clean_json_that_says_the_same(open_images, tmp_pat
     """--fix writes COCO's format, which loads to the same boxes and verified classes as the csv files."""
     from config import default_config, finalize_config
     from dataset import load_split
-    from dataset_formats import load_openimages
+    from dataset_openimages import load_openimages
 
     before = {p: p.read_bytes() for p in open_images.rglob("*.csv")}
     settings = open_images_settings(open_images)
@@ -335,4 +337,4 @@ def test_quick_check_opens_a_sample_of_a_split(clean, tmp_path):
     cfg = default_config()
     cfg.DATA.DATASETS = {"mine": [str(file), clean.folder]}
     split = load_split(finalize_config(cfg), "mine")
-    assert [(f.check, f.image_id) for f in check_data.quick_check(split)] == [("image size differs", 12)]
+    assert [(f.check, f.image_id) for f in quick_check(split)] == [("image size differs", 12)]

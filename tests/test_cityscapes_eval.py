@@ -8,8 +8,9 @@ import pytest
 from pycocotools import mask as mask_utils
 
 from common import UserError
-from dataset_formats import _run_lengths, read_cityscapes_content
+from dataset_cityscapes import read_cityscapes_content
 from utils.cityscapes_eval import evaluate_cityscapes, read_cityscapes_detections
+from utils.polygons import encode_part
 
 pytestmark = pytest.mark.quick
 FOLDER = Path(__file__).parent / "data/cityscapes_eval"
@@ -118,4 +119,4 @@ def test_run_lengths_of_a_part_equal_those_of_the_whole_image():
         whole = np.zeros((height, width), np.uint8, order="F")
         whole[top : top + part.shape[0], left : left + part.shape[1]] = part
         expected = mask_utils.encode(whole)
-        assert _run_lengths(part, left, top, height, width)["counts"] == expected["counts"].decode()
+        assert encode_part(part, left, top, height, width)["counts"] == expected["counts"].decode()

@@ -20,8 +20,11 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 import data
+from augment import resized_shape
 from common import UserError
 from config import default_config, finalize_config
+from data_sampling import StepPlan
+from data_workers import training_dataflow
 from dataset import load_split, load_training_split
 from utils import polygons
 
@@ -77,7 +80,7 @@ def same(a, b):
 @pytest.mark.quick
 @given(st.integers(1, 5000), st.integers(1, 5000), st.integers(16, 1000), st.integers(1000, 2000))
 def test_resized_shape_reaches_the_short_edge_or_the_largest_size(height, width, short_edge, max_size):
-    new_height, new_width = data.resized_shape(height, width, short_edge, max_size)
+    new_height, new_width = resized_shape(height, width, short_edge, max_size)
     assert min(new_height, new_width) >= 1 and max(new_height, new_width) <= max_size
     assert min(new_height, new_width) == short_edge or max(new_height, new_width) == max_size
     if max(height, width) < 4 * min(height, width):
@@ -86,9 +89,9 @@ def test_resized_shape_reaches_the_short_edge_or_the_largest_size(height, width,
 
 @pytest.mark.quick
 def test_resized_shape_of_a_line_of_pixels_is_never_zero():
-    assert data.resized_shape(1, 1000, 800, 1333) == (1, 1333)
-    assert data.resized_shape(5000, 1, 800, 1333) == (1333, 1)
-    assert data.resized_shape(480, 640, 800, 1333) == (800, 1067)
+    assert resized_shape(1, 1000, 800, 1333) == (1, 1333)
+    assert resized_shape(5000, 1, 800, 1333) == (1333, 1)
+    assert resized_shape(480, 640, 800, 1333) == (800, 1067)
 
 
 # ---------------------------------------------------------------- the batch's contract
@@ -278,9 +281,9 @@ def test_hard_images_make_finite_batches(tmp_path):
         boxes = batch["gt_boxes"][0][batch["gt_labels"][0] > 0]
         assert (boxes[:, 2:] > boxes[:, :2]).all()
         assert (batch["image_shape"] >= 1).all()
-    assert data.training_dataflow(split, cfg).images_per_epoch == 6
+    assert training_dataflow(split, cfg).images_per_epoch == 6
     filtered = settings(tmp_path, *SMALL)
-    assert data.training_dataflow(split, filtered).images_per_epoch == 4
+    assert training_dataflow(split, filtered).images_per_epoch == 4
 
 
 # ---------------------------------------------------------------- files
@@ -356,7 +359,7 @@ plans = st.tuples(st.lists(st.booleans(), min_size=1, max_size=40), st.integers(
 @given(plans)
 def test_every_image_is_used_exactly_once_an_epoch(plan):
     portrait, batch, seed = np.array(plan[0]), plan[1], plan[2]
-    steps = data.StepPlan(portrait, batch, seed)
+    steps = StepPlan(portrait, batch, seed)
     images, epochs = len(portrait), 0
     stream = []
     for step in range(5 * -(-images // batch) + 5):
@@ -373,16 +376,16 @@ def test_every_image_is_used_exactly_once_an_epoch(plan):
 @given(plans, st.integers(0, 50))
 def test_any_step_is_found_without_those_before_it(plan, step):
     portrait, batch, seed = np.array(plan[0]), plan[1], plan[2]
-    steps = data.StepPlan(portrait, batch, seed)
+    steps = StepPlan(portrait, batch, seed)
     expected = [steps.images(s) for s in range(step + 1)][-1]
-    np.testing.assert_array_equal(data.StepPlan(portrait, batch, seed).images(step), expected)
+    np.testing.assert_array_equal(StepPlan(portrait, batch, seed).images(step), expected)
     assert len(expected) == batch
 
 
 @pytest.mark.quick
 def test_steps_are_of_one_orientation_except_at_the_end_of_an_epoch():
     portrait = np.random.default_rng(0).random(1000) < 0.3
-    steps = data.StepPlan(portrait, 8, 1)
+    steps = StepPlan(portrait, 8, 1)
     mixed = [s for s in range(125) if 0 < portrait[steps.images(s)].sum() < 8]
     assert len(mixed) <= 2 and all(s >= 123 for s in mixed)
     kinds = [portrait[steps.images(s)].all() for s in range(100)]
@@ -392,7 +395,7 @@ def test_steps_are_of_one_orientation_except_at_the_end_of_an_epoch():
 @pytest.mark.quick
 def test_epochs_and_seeds_differ():
     def first_steps(seed):
-        plan = data.StepPlan(np.zeros(50, bool), 5, seed)
+        plan = StepPlan(np.zeros(50, bool), 5, seed)
         return [np.concatenate([plan.images(s) for s in range(e * 10, e * 10 + 10)]).tolist() for e in range(2)]
 
     (a, b), (c, _) = first_steps(0), first_steps(1)
@@ -417,18 +420,16 @@ def test_a_step_is_the_same_however_it_is_spread(processes, per_step, images):
         return found
 
     keys = data.training_keys(cfg)
-    flows = [
-        islice(data.training_dataflow(split, cfg, 0, (r, processes), per_step), 3 * per_step) for r in range(processes)
-    ]
+    flows = [islice(training_dataflow(split, cfg, 0, (r, processes), per_step), 3 * per_step) for r in range(processes)]
     parts = [list(f) for f in flows]
-    for step, whole in enumerate(islice(data.training_dataflow(split, whole_cfg), 3)):
+    for step, whole in enumerate(islice(training_dataflow(split, whole_cfg), 3)):
         spread = [b for p in parts for b in p[step * per_step : (step + 1) * per_step]]
         assert rows(spread, keys) == rows([whole], keys) and len(rows([whole], keys)) == 4
 
 
 def test_ids_of_a_step_are_those_of_its_images():
     split, cfg = mini("TRAIN.BATCH_SIZE_PER_GPU=2", "DATA.NUM_WORKERS=0")
-    flow = data.training_dataflow(split, cfg, start_batch=6, batches_per_step=2)
+    flow = training_dataflow(split, cfg, start_batch=6, batches_per_step=2)
     classes = [set(labels[labels > 0]) for batch in islice(flow, 2) for labels in batch[4]]
     number = {split.image_id(i): i for i in range(len(split))}
     ids = data.batch_image_ids(split, cfg, 6, 2)
@@ -439,9 +440,9 @@ def test_ids_of_a_step_are_those_of_its_images():
 @pytest.mark.parametrize("workers", [1, 3])
 def test_batches_do_not_depend_on_the_number_of_workers_nor_on_where_they_start(workers):
     split, cfg = mini("TRAIN.BATCH_SIZE_PER_GPU=2", "DATA.NUM_WORKERS=0")
-    expected = list(islice(data.training_dataflow(split, cfg), 12))
+    expected = list(islice(training_dataflow(split, cfg), 12))
     other = settings(MINI, *SMALL, "TRAIN.BATCH_SIZE_PER_GPU=2", f"DATA.NUM_WORKERS={workers}", "DATA.PREFETCH=2")
-    flow = data.training_dataflow(split, other, start_batch=5)
+    flow = training_dataflow(split, other, start_batch=5)
     batches = iter(flow)
     assert all(same(a, b) for a, b in zip(islice(batches, 7), expected[5:]))
     batches.close()
@@ -452,16 +453,16 @@ def test_batches_do_not_depend_on_the_number_of_workers_nor_on_where_they_start(
 
 def test_batches_stay_as_they_are_while_later_ones_arrive():
     split, cfg = mini("DATA.NUM_WORKERS=1", "DATA.PREFETCH=1")
-    batches = iter(data.training_dataflow(split, cfg))
+    batches = iter(training_dataflow(split, cfg))
     kept = list(islice(batches, 6))
     batches.close()
     inline = settings(MINI, *SMALL, "DATA.NUM_WORKERS=0")
-    assert all(same(a, b) for a, b in zip(kept, data.training_dataflow(split, inline)))
+    assert all(same(a, b) for a, b in zip(kept, training_dataflow(split, inline)))
 
 
 def test_a_killed_worker_is_an_error_within_seconds():
     split, cfg = mini("DATA.NUM_WORKERS=2")
-    flow = data.training_dataflow(split, cfg)
+    flow = training_dataflow(split, cfg)
     batches = iter(flow)
     next(batches)
     pids = flow.worker_pids
@@ -479,7 +480,7 @@ def test_an_error_in_a_worker_arrives_with_its_message(tmp_path):
     args = write_set(tmp_path, images, [box_annotation(1, 1, 9, 9, image_id=n) for n in (1, 2, 3, 4)])
     cfg = settings(tmp_path, *args, *SMALL, "DATA.NUM_WORKERS=2")
     (tmp_path / "set" / "2.png").write_bytes(b"damaged")
-    batches = iter(data.training_dataflow(load_training_split(cfg), cfg))
+    batches = iter(training_dataflow(load_training_split(cfg), cfg))
     with pytest.raises(UserError, match=r"set/2.png \(id 3\) is not an image"):
         for _ in range(20):
             next(batches)
@@ -487,14 +488,14 @@ def test_an_error_in_a_worker_arrives_with_its_message(tmp_path):
 
 def test_a_programming_error_in_a_worker_arrives_with_its_traceback():
     split, cfg = mini("DATA.NUM_WORKERS=1")
-    split._columns = {**split._columns, "boxes": split._columns["boxes"][:0]}
+    split.columns = {**split.columns, "boxes": split.columns["boxes"][:0]}
     with pytest.raises(RuntimeError, match=r"data worker 0 failed:\nTraceback (.|\n)*_draw_picture"):
-        list(islice(data.training_dataflow(split, cfg), 20))
+        list(islice(training_dataflow(split, cfg), 20))
 
 
 def test_workers_ignore_ctrl_c_and_have_no_tensorflow_and_few_threads():
     split, cfg = mini("DATA.NUM_WORKERS=2")
-    flow = data.training_dataflow(split, cfg)
+    flow = training_dataflow(split, cfg)
     batches = iter(flow)
     next(batches), next(batches)
     for pid in flow.worker_pids:
@@ -511,9 +512,9 @@ def test_workers_ignore_ctrl_c_and_have_no_tensorflow_and_few_threads():
 ENDING = """
 import os, signal, sys, time
 sys.path[:0] = [{root!r}, {tests!r}]
-from test_data import mini, data
+from test_data import mini, training_dataflow
 split, cfg = mini("DATA.NUM_WORKERS=2", "DATA.PREFETCH=1")
-flow = data.training_dataflow(split, cfg)
+flow = training_dataflow(split, cfg)
 batches = iter(flow)
 next(batches)
 child = os.fork() if {fork} else 1  # a child that shares the parent's end of the connection
@@ -552,10 +553,10 @@ def test_memory_of_a_worker_does_not_grow_with_the_annotations():
 
     def private_megabytes(vertices):
         big = load_training_split(cfg)
-        c = big._columns
+        c = big.columns
         more = np.ones((vertices, 2), np.float32)
-        big._columns = {**c, "vertices": np.concatenate([c["vertices"], more])}
-        flow = data.training_dataflow(big, cfg)
+        big.columns = {**c, "vertices": np.concatenate([c["vertices"], more])}
+        flow = training_dataflow(big, cfg)
         batches = iter(flow)
         list(islice(batches, 5))
         used = psutil.Process(flow.worker_pids[0]).memory_full_info().uss / 2**20
@@ -568,9 +569,9 @@ def test_memory_of_a_worker_does_not_grow_with_the_annotations():
 def test_the_training_process_holds_the_annotations_in_the_shared_memory():
     split, cfg = mini("DATA.NUM_WORKERS=1")
     before = [split.annotations(i)["boxes"].copy() for i in range(len(split))]
-    batches = iter(data.training_dataflow(split, cfg))
+    batches = iter(training_dataflow(split, cfg))
     next(batches)
-    assert not split._columns["vertices"].flags.owndata and not split._columns["vertices"].flags.writeable
+    assert not split.columns["vertices"].flags.owndata and not split.columns["vertices"].flags.writeable
     assert all(np.array_equal(split.annotations(i)["boxes"], b) for i, b in enumerate(before))
     batches.close()
     assert split.annotations(2)["boxes"].shape == before[2].shape  # still there
@@ -579,7 +580,7 @@ def test_the_training_process_holds_the_annotations_in_the_shared_memory():
 def test_a_missing_seed_is_refused():
     split, _ = mini()
     with pytest.raises(ValueError, match="TRAIN.SEED"):
-        data.training_dataflow(split, settings(MINI, "TRAIN.SEED=None"))
+        training_dataflow(split, settings(MINI, "TRAIN.SEED=None"))
 
 
 def test_tensorpack_takes_the_flow_for_one_of_its_own():
@@ -589,7 +590,7 @@ def test_tensorpack_takes_the_flow_for_one_of_its_own():
     from tensorpack.dataflow import DataFlow
 
     split, cfg = mini("DATA.NUM_WORKERS=0")
-    assert isinstance(data.training_dataflow(split, cfg), DataFlow)
+    assert isinstance(training_dataflow(split, cfg), DataFlow)
 
 
 # ---------------------------------------------------------------- inference
@@ -607,7 +608,7 @@ def test_inference_shards_hold_every_image_once_with_its_own_pixels(batch, shard
                 seen.append(i)
                 height, width = found["image_shape"][n]
                 assert found["original_shapes"][n] == split.image_size(i)
-                assert (height, width) == data.resized_shape(*split.image_size(i), 100, 200)
+                assert (height, width) == resized_shape(*split.image_size(i), 100, 200)
                 np.testing.assert_array_equal(found["image"][n, :height, :width], alone[i]["image"][0, :height, :width])
                 assert not found["image"][n, height:].any() and not found["image"][n, :, width:].any()
     assert sorted(seen) == list(range(len(split)))

@@ -11,6 +11,7 @@ import pycocotools.mask as coco_mask
 import pytest
 
 import dataset
+import dataset_split
 from common import UserError, logger
 from config import default_config, finalize_config
 from utils import polygons
@@ -436,13 +437,13 @@ def test_images_without_objects_and_with_crowds_alone(tmp_path):
 @pytest.mark.quick
 @pytest.mark.parametrize("block", [1, 3, 4096])
 def test_counts_equal_a_plain_loop_however_they_are_blocked(block, monkeypatch):
-    monkeypatch.setattr(dataset, "_BLOCK", block)
+    monkeypatch.setattr(dataset_split, "_BLOCK", block)
     rng = np.random.default_rng(block)
     per_image = rng.integers(0, 5, 20) * rng.integers(0, 2, 20)
     labels, crowd = rng.integers(1, 5, per_image.sum()).astype(np.int32), rng.random(per_image.sum()) < 0.4
     columns = {"sizes": np.ones((20, 2), np.int32), "labels": labels, "crowd": crowd,
                "first_object": np.concatenate([[0], np.cumsum(per_image)])}  # fmt: skip
-    split = dataset.DatasetSplit("s", "", [], list("abcd"), [1, 2, 3, 4], columns, {}, 0, np.zeros(0))
+    split = dataset_split.DatasetSplit("s", "", [], list("abcd"), [1, 2, 3, 4], columns, {}, 0, np.zeros(0))
     owners = np.repeat(np.arange(20), per_image)
     solid = [(i, label) for i, label, c in zip(owners, labels, crowd) if not c]
     objects, images = split.class_counts()

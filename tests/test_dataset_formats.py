@@ -9,11 +9,16 @@ import cv2
 import numpy as np
 import pytest
 
-import dataset_formats
+import dataset_cityscapes
+import dataset_openimages
+import dataset_voc
 from common import UserError
 from config import default_config, finalize_config
-from dataset_formats import class_aware_images, image_header_size, load_format, load_openimages, repeat_factors
+from data_sampling import class_aware_images, repeat_factors
+from dataset import load_format
+from dataset_openimages import load_openimages
 from utils import polygons
+from utils.image_header import image_header_size
 
 DATA = Path(__file__).parent / "data"
 EXPECTED = json.loads((DATA / "golden_oid/expected.json").read_text())
@@ -71,7 +76,7 @@ def test_header_sizes_equal_decoding(tmp_path):
 def test_voc_pixels_become_continuous_boxes():
     split = load_format(["voc", "voc_mini", "trainval"], settings(DATA), "voc")
     assert [split.image_id(i) for i in range(len(split))] == ["000001", "000002"]
-    assert split.class_names == dataset_formats.VOC_CLASSES
+    assert split.class_names == dataset_voc.VOC_CLASSES
     first, second = split.annotations(0), split.annotations(1)
     assert first["boxes"].tolist() == [[4, 3, 30, 30], [27, 1, 60, 40]]
     assert [split.class_names[label - 1] for label in first["labels"]] == ["dog", "person"]
@@ -132,7 +137,7 @@ def test_voc_segmentations_that_do_not_fit_are_named(tmp_path, caplog, monkeypat
     numbers = write_voc_masks(tmp_path / "voc")
     file = tmp_path / "voc/SegmentationObject/000001.png"
     spec, cfg = ["voc", "voc", "Segmentation/train"], settings(tmp_path, "MODE_MASK=True")
-    monkeypatch.setattr(dataset_formats.logger, "propagate", True)
+    monkeypatch.setattr(dataset_voc.logger, "propagate", True)
     cv2.imwrite(str(file), np.where(numbers == 1, 2, 0).astype(np.uint8))  # plain numbers, the dog's at the person
     split = load_format(spec, cfg, "voc", training=True)
     assert split.dropped == {"no outline (MODE_MASK trains masks)": 2}
@@ -187,7 +192,7 @@ def test_cityscapes_instances_are_what_stays_visible():
     assert [split.image_id(i) for i in range(len(split))] == [
         "aachen_000000_000019", "aachen_000001_000019", "bonn_000000_000019",
     ]  # fmt: skip
-    assert split.class_names == dataset_formats.CITYSCAPES_CLASSES
+    assert split.class_names == dataset_cityscapes.CITYSCAPES_CLASSES
     first, second = split.annotations(0), split.annotations(1)
     # A corner of the first car and a strip of it lie behind later objects; the licence plate hides nothing.
     assert first["boxes"].tolist() == [[10, 15, 40, 35], [30, 20, 60, 40], [70, 10, 86, 31]]
@@ -215,12 +220,12 @@ def test_cityscapes_annotations_as_detections_score_one():
 def test_cityscapes_instance_images_and_polygons_give_the_same(tmp_path):
     folder = tmp_path / "cityscapes_mini"
     shutil.copytree(DATA / "cityscapes_mini", folder)
-    painted = dataset_formats.read_cityscapes_content(folder, "val")
+    painted = dataset_cityscapes.read_cityscapes_content(folder, "val")
     for file in folder.glob("gtFine/val/*/*_polygons.json"):
-        ids = dataset_formats._paint_cityscapes(str(file)).astype(np.uint16)
+        ids = dataset_cityscapes._paint_cityscapes(str(file)).astype(np.uint16)
         cv2.imwrite(str(file).replace("polygons.json", "instanceIds.png"), ids)
         file.unlink()
-    assert dataset_formats.read_cityscapes_content(folder, "val") == painted
+    assert dataset_cityscapes.read_cityscapes_content(folder, "val") == painted
     # Void is what no object covers (0), here the upper part of a picture with a road below.
     void = polygons.decode_rle(painted["images"][0]["void"], 48, 96)
     assert void[:5].all() and not void[40:].any()
@@ -228,7 +233,7 @@ def test_cityscapes_instance_images_and_polygons_give_the_same(tmp_path):
     file.write_text((DATA / "cityscapes_mini/gtFine/val/aachen" / file.name).read_text().replace("persongroup", "cow"))
     file.with_name(file.name.replace("polygons.json", "instanceIds.png")).unlink()
     with pytest.raises(UserError, match="aachen_000000_000019_gtFine_polygons.json: unknown label 'cow'"):
-        dataset_formats.read_cityscapes_content(folder, "val")
+        dataset_cityscapes.read_cityscapes_content(folder, "val")
 
 
 # ------------------------------------------------------------------------------------------------ csv of boxes
@@ -409,7 +414,7 @@ def test_simplified_outlines_fill_nearly_the_same_pixels_with_few_vertices(radiu
     cv2.ellipse(bitmap, (300, 300), (radius, radius * 3 // 4), 30, 0, 360, 1, -1)
     cv2.circle(bitmap, (300, 300), radius // 3, 0, -1)  # a hole
     rings = polygons.mask_to_rings(bitmap > 0)
-    simple = [dataset_formats._simplified(ring) for ring in rings]
+    simple = [dataset_openimages._simplified(ring) for ring in rings]
     assert len(simple) == 2 and [polygons.signed_area(r) > 0 for r in simple] == [True, False]
     drawn = polygons.rasterize(
         polygons.rings_to_edges(simple), np.array([0, 0, 600, 600], np.float32), (600, 600)
@@ -425,16 +430,16 @@ def test_simplified_outlines_fill_nearly_the_same_pixels_with_few_vertices(radiu
 @pytest.mark.quick
 def test_open_images_cache_is_used_until_a_file_changes(open_images, monkeypatch):
     first = load_openimages("oid", open_images, "validation")
-    reader = dataset_formats.read_columns
-    monkeypatch.setattr(dataset_formats, "read_columns", lambda *a, **k: pytest.fail("the cache was not used"))
+    reader = dataset_openimages.read_columns
+    monkeypatch.setattr(dataset_openimages, "read_columns", lambda *a, **k: pytest.fail("the cache was not used"))
     second = load_openimages("oid", open_images, "validation")
-    assert np.array_equal(first._columns["boxes"], second._columns["boxes"])
+    assert np.array_equal(first.columns["boxes"], second.columns["boxes"])
     assert [second.image_file(i) for i in range(len(second))] == [first.image_file(i) for i in range(len(first))]
-    assert not second._columns["boxes"].flags.owndata  # mapped, not read
-    monkeypatch.setattr(dataset_formats, "read_columns", reader)
+    assert not second.columns["boxes"].flags.owndata  # mapped, not read
+    monkeypatch.setattr(dataset_openimages, "read_columns", reader)
     path = open_images / "validation-annotations-bbox.csv"
     path.write_text("\n".join(path.read_text().splitlines()[:-1]) + "\n")
-    assert len(load_openimages("oid", open_images, "validation")._columns["boxes"]) == len(first._columns["boxes"]) - 1
+    assert len(load_openimages("oid", open_images, "validation").columns["boxes"]) == len(first.columns["boxes"]) - 1
     # A model that names all classes in their order uses the same one.
     assert len(list((open_images / ".packrcnn-cache").iterdir())) == 1
     names = list(EXPECTED["classes"].values())
@@ -443,7 +448,7 @@ def test_open_images_cache_is_used_until_a_file_changes(open_images, monkeypatch
     # A damaged cache is made anew.
     for file in (open_images / ".packrcnn-cache").glob("*/boxes.npy"):
         file.write_bytes(b"")
-    assert len(load_openimages("oid", open_images, "validation")._columns["boxes"]) == len(first._columns["boxes"]) - 1
+    assert len(load_openimages("oid", open_images, "validation").columns["boxes"]) == len(first.columns["boxes"]) - 1
 
 
 @pytest.mark.quick
@@ -543,7 +548,7 @@ def test_class_aware_draws_show_every_class_equally_often(open_images):
     split = load_openimages("oid", open_images, "validation", group_of="object")
     images = class_aware_images(split, 40000, seed=1)
     assert np.array_equal(images, class_aware_images(split, 40000, seed=1))
-    c = split._columns
+    c = split.columns
     owners = np.repeat(np.arange(len(split)), np.diff(c["first_object"]))
     present = np.unique(c["labels"])
     drawn = np.bincount(images, minlength=len(split))

@@ -18,8 +18,10 @@ from hypothesis import strategies as st
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+import detections
 import eval as scoring
 from common import UserError
+from predict import evaluate_split, merge_shards
 
 HERE = Path(__file__).parent
 SHARED = Path(os.environ.get("PACKRCNN_SHARED", HERE.parent.parent / "shared"))
@@ -58,8 +60,8 @@ def test_pasted_masks_equal_the_recorded_reference():
         return np.unpackbits(golden[name], axis=1)[:, : height * width].reshape(-1, height, width).astype(bool)
 
     wanted, close = unpack("inside_packed"), unpack("close_packed")
-    rles = scoring.paste_masks(golden["masks"], golden["boxes"], height, width)
-    got = np.stack([scoring.decode_mask(r) for r in rles])
+    rles = detections.paste_masks(golden["masks"], golden["boxes"], height, width)
+    got = np.stack([detections.decode_mask(r) for r in rles])
     assert not ((got != wanted) & ~close).any()
     iou = (got & wanted).sum((1, 2)) / np.maximum(1, (got | wanted).sum((1, 2)))
     assert iou[wanted.any((1, 2))].min() >= 0.99
@@ -86,8 +88,8 @@ def test_pasting_equals_resampling_every_pixel(seed, cells, height, width, box, 
     x, y, w, h = box
     box = np.array([x, y, x + w, y + h])
     wanted, close = dense_paste(mask, box, height, width)
-    (rle,) = scoring.paste_masks(mask[None], box[None], height, width)
-    differs = (scoring.decode_mask(rle) != wanted) & ~close
+    (rle,) = detections.paste_masks(mask[None], box[None], height, width)
+    differs = (detections.decode_mask(rle) != wanted) & ~close
     assert not differs.any()
 
 
@@ -97,16 +99,16 @@ def test_pasted_counts_are_canonical_run_lengths():
     masks = rng.random((30, 28, 28)).astype(np.float32)
     corner = rng.uniform(-20, 80, (30, 2))
     boxes = np.concatenate([corner, corner + rng.uniform(0.5, 100, (30, 2))], 1)
-    for rle in scoring.paste_masks(masks, boxes, 70, 90):
-        again = coco_mask.encode(np.asfortranarray(scoring.decode_mask(rle).astype(np.uint8)))
+    for rle in detections.paste_masks(masks, boxes, 70, 90):
+        again = coco_mask.encode(np.asfortranarray(detections.decode_mask(rle).astype(np.uint8)))
         assert rle == {"size": [70, 90], "counts": again["counts"].decode()}
 
 
 @pytest.mark.quick
 @pytest.mark.parametrize("box", [[5, 5, 5, 9], [5, 9, 8, 5], [200, 5, 220, 9], [-50, -50, -10, -10], [0, 0, 0, 0]])
 def test_masks_of_degenerate_or_far_boxes_are_empty(box):
-    (rle,) = scoring.paste_masks(np.ones((1, 28, 28), np.float32), np.array([box]), 40, 30)
-    assert scoring.decode_mask(rle).shape == (40, 30)
+    (rle,) = detections.paste_masks(np.ones((1, 28, 28), np.float32), np.array([box]), 40, 30)
+    assert detections.decode_mask(rle).shape == (40, 30)
     assert coco_mask.area(rle) == 0
 
 
@@ -120,7 +122,7 @@ def test_original_frame_scales_each_axis_clips_and_drops_empty_boxes():
         "keypoints": np.tile(np.array([[[10, 20, 0.5]]], np.float32), (4, 3, 1)),
         "count": np.int32(3),
     }
-    found = scoring.to_original_frame(outputs, (100, 200), (50, 400))
+    found = detections.to_original_frame(outputs, (100, 200), (50, 400))
     np.testing.assert_allclose(found.boxes, [[20, 10, 100, 30], [0, 0, 400, 50]])
     np.testing.assert_allclose(found.scores, [0.9, 0.8])
     assert found.labels.tolist() == [1, 2]
@@ -139,9 +141,9 @@ def test_no_detection_gives_empty_arrays():
         "masks": np.zeros((0, 28, 28), np.float32),
         "keypoints": np.zeros((0, 17, 3), np.float32),
     }
-    found = scoring.to_original_frame(outputs, (10, 10), (20, 20))
+    found = detections.to_original_frame(outputs, (10, 10), (20, 20))
     assert found.boxes.shape == (0, 4) and found.masks == [] and found.keypoints.shape == (0, 17, 3)
-    assert scoring.coco_results(found, 1, lambda label: label) == []
+    assert detections.coco_results(found, 1, lambda label: label) == []
 
 
 @pytest.mark.quick
@@ -152,7 +154,7 @@ def test_diverged_weights_are_named_as_the_cause():
         "labels": np.ones(1, np.int32),
     }
     with pytest.raises(UserError, match="diverged"):
-        scoring.to_original_frame(outputs, (10, 10), (20, 20))
+        detections.to_original_frame(outputs, (10, 10), (20, 20))
 
 
 @pytest.mark.parametrize("model", ["mask_r50_fpn", "mask_r50_c4", "cascade_mask_r50_fpn", "keypoint_r50_fpn"])
@@ -169,7 +171,7 @@ def test_recorded_predictions_become_the_recorded_boxes_and_masks(model):
             outputs["masks"] = golden[image + "det_mask_probs"]
         if image + "det_keypoints" in golden.files:
             outputs["keypoints"] = golden[image + "det_keypoints"]
-        found = scoring.to_original_frame(outputs, size, size)
+        found = detections.to_original_frame(outputs, size, size)
         np.testing.assert_allclose(found.boxes, golden[image + "post_boxes"], atol=1e-3)
         np.testing.assert_array_equal(found.labels - 1, golden[image + "post_classes"])
         if found.keypoints is not None:
@@ -177,7 +179,7 @@ def test_recorded_predictions_become_the_recorded_boxes_and_masks(model):
         if found.masks is not None:
             wanted = np.unpackbits(golden[image + "post_masks_packed"], axis=1)[:, : size[0] * size[1]].astype(bool)
             for rle, mask in zip(found.masks, wanted.reshape(-1, *size)):
-                got = scoring.decode_mask(rle)
+                got = detections.decode_mask(rle)
                 # The probabilities are recorded as float16, so a few pixels on the outline may differ.
                 assert (got & mask).sum() >= 0.99 * (got | mask).sum()
 
@@ -232,18 +234,16 @@ def fake_predict(image, image_shape):
 
 @pytest.fixture
 def fake_split(monkeypatch):
-    import sys
-    import types
 
-    monkeypatch.setitem(sys.modules, "data", types.SimpleNamespace(inference_batches=fake_batches))
+    monkeypatch.setattr("predict.inference_batches", fake_batches)
     return FakeSplit([{"id": f"image {i}" if i % 2 else i, "height": 40 + i, "width": 50} for i in range(11)])
 
 
 @pytest.mark.quick
 @pytest.mark.parametrize("devices", [1, 2, 3])
 def test_results_do_not_depend_on_the_number_of_devices(fake_split, devices):
-    results = scoring.evaluate_split([fake_predict] * devices, fake_split, None, progress=False)
-    alone = scoring.evaluate_split(fake_predict, fake_split, None, progress=False)
+    results = evaluate_split([fake_predict] * devices, fake_split, None, progress=False)
+    alone = evaluate_split(fake_predict, fake_split, None, progress=False)
     assert results == alone
     assert list(dict.fromkeys(r["image_id"] for r in alone)) == ["image 1", 2, 4, "image 5", "image 7", 8, 10]
     assert len(alone) == sum(i % 3 for i in range(11))
@@ -261,27 +261,27 @@ def test_processes_gather_the_results_of_all(fake_split):
             barrier.wait(10)
             return [parts[r] for r in range(size)]
 
-        outcome[rank] = scoring.evaluate_split([fake_predict] * 2, fake_split, None, (rank, size), gather, False)
+        outcome[rank] = evaluate_split([fake_predict] * 2, fake_split, None, (rank, size), gather, False)
 
     threads = [threading.Thread(target=process, args=(r,)) for r in range(size)]
     for t in threads:
         t.start()
     for t in threads:
         t.join(20)
-    alone = scoring.evaluate_split(fake_predict, fake_split, None, progress=False)
+    alone = evaluate_split(fake_predict, fake_split, None, progress=False)
     assert outcome == {0: alone, 1: alone, 2: alone}
     with pytest.raises(ValueError, match="gather"):
-        scoring.evaluate_split(fake_predict, fake_split, None, (0, 2), progress=False)
+        evaluate_split(fake_predict, fake_split, None, (0, 2), progress=False)
 
 
 @pytest.mark.quick
 def test_merging_refuses_duplicates_and_losses():
     part = [(0, [{"score": 1}]), (2, [])]
-    assert scoring.merge_shards([part, [(1, [{"score": 2}])]], 3) == [{"score": 1}, {"score": 2}]
+    assert merge_shards([part, [(1, [{"score": 2}])]], 3) == [{"score": 1}, {"score": 2}]
     with pytest.raises(ValueError, match="1 of 3 images were evaluated by no shard, e.g. number 1"):
-        scoring.merge_shards([part], 3)
+        merge_shards([part], 3)
     with pytest.raises(ValueError, match="image number 2 was evaluated by two"):
-        scoring.merge_shards([part, [(1, []), (2, [])]], 3)
+        merge_shards([part, [(1, []), (2, [])]], 3)
 
 
 @pytest.mark.quick
@@ -290,13 +290,13 @@ def test_an_error_of_the_predictor_or_of_pasting_reaches_the_caller(fake_split):
         return {**fake_predict(image, image_shape), "boxes": np.full((len(image), 2, 4), np.nan, np.float32)}
 
     with pytest.raises(UserError, match="image image 1: .*diverged"):
-        scoring.evaluate_split(broken, fake_split, None, progress=False)
+        evaluate_split(broken, fake_split, None, progress=False)
 
 
 @pytest.mark.quick
 @pytest.mark.parametrize("count", [0, 1, 5])
 def test_a_written_results_file_reads_back_equal(tmp_path, fake_split, count):
-    results = scoring.evaluate_split(fake_predict, fake_split, None, progress=False)[:count]
+    results = evaluate_split(fake_predict, fake_split, None, progress=False)[:count]
     path = tmp_path / "new" / "results.json"
     scoring.write_results(path, iter(results))
     truth = {"images": fake_split.images, "categories": [{"id": 10}, {"id": 20}]}
@@ -360,7 +360,7 @@ def test_a_file_that_holds_no_results_is_named(tmp_path, content, message):
 @given(runs=st.lists(st.integers(1, 3000), min_size=1, max_size=40), first=st.sampled_from([0, 1]))
 def test_compressed_counts_are_decoded_exactly(runs, first):
     counts = np.array([0] * first + runs, np.uint32)
-    rle = scoring.encode_counts(counts, 1, int(counts.sum()))
+    rle = detections.encode_counts(counts, 1, int(counts.sum()))
     assert scoring._decode_counts(rle["counts"]).tolist() == counts.tolist()
 
 
@@ -602,8 +602,8 @@ def test_broken_annotations_are_counted_and_the_others_scored(logged):
 @pytest.mark.quick
 def test_results_keep_keypoints_in_pixel_numbers_and_leave_unknown_classes_out_of_the_file(tmp_path, logged):
     points = np.array([[[10.5, 20.5, 0.25]], [[1, 2, 3]]], np.float32)
-    found = scoring.Detections(np.ones((2, 4)), np.float32([0.5, 0.25]), np.int32([1, 2]), None, points)
-    entries = scoring.coco_results(found, "x", {1: 0, 2: None}.get)
+    found = detections.Detections(np.ones((2, 4)), np.float32([0.5, 0.25]), np.int32([1, 2]), None, points)
+    entries = detections.coco_results(found, "x", {1: 0, 2: None}.get)
     assert [e["category_id"] for e in entries] == [0, None]
     assert entries[0]["keypoints"] == [10.0, 20.0, 0.25]
     scoring.write_results(tmp_path / "r.json", entries)
@@ -726,7 +726,7 @@ def test_a_predictor_that_knows_the_annotations_scores_near_one_on_real_photogra
         mask = coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(scaled, 224, 224)))
         return mask.reshape(28, 8, 28, 8).mean((1, 3))
 
-    results = scoring.evaluate_split(predict, split, cfg, progress=False)
+    results = evaluate_split(predict, split, cfg, progress=False)
     metrics = split.evaluate(results, verbose=False)
     assert metrics["bbox/AP"] > 0.99
     assert metrics["segm/AP50"] > 0.99 and metrics["segm/AP"] > 0.85

@@ -8,7 +8,7 @@ import pytest
 
 from common import UserError
 from utils import oid_eval
-from utils.oid_eval import Detections, Truth, evaluate, read_detections, read_truth
+from utils.oid_eval import DetectionTable, Truth, evaluate, read_detections, read_truth
 from utils.oid_format import decode_mask, encode_mask, find_files, read_ancestors, read_classes, read_columns
 
 GOLDEN = Path(__file__).parent / "data/golden_oid"
@@ -28,11 +28,11 @@ def truth() -> Truth:
     return read_truth(GOLDEN, "validation", with_masks=True)
 
 
-def take(detections: Detections, rows: np.ndarray) -> Detections:
+def take(detections: DetectionTable, rows: np.ndarray) -> DetectionTable:
     masks = detections.masks
     if masks is not None:
         masks = oid_eval.Masks([masks.counts[i] for i in rows], masks.sizes[rows])
-    return Detections(*(column[rows] for column in detections[:4]), masks)
+    return DetectionTable(*(column[rows] for column in detections[:4]), masks)
 
 
 @pytest.mark.quick
@@ -109,7 +109,7 @@ def one_class(boxes, group, det_boxes, scores) -> dict:
         np.array(boxes, float).reshape(-1, 4), np.array(group, bool), zero, zero, np.zeros(0, bool),
         None, np.zeros((1, 1), bool),
     )  # fmt: skip
-    detections = Detections(
+    detections = DetectionTable(
         np.zeros(count, np.int32), np.zeros(count, np.int32), np.array(scores, float), np.array(det_boxes, float)
     )
     return {p: evaluate(truth, detections, p)["per_class_AP"]["a"] for p in ("v2", "challenge")}
@@ -186,7 +186,7 @@ def test_random_sets_equal_the_rules_written_as_loops():
             ["a"], ["A"], np.array([b"%d" % i for i in range(images)]), image.astype(np.int32),
             np.zeros(number, np.int32), gt, group, zero, zero, np.zeros(0, bool), None, np.zeros((1, 1), bool),
         )  # fmt: skip
-        detections = Detections(det_image.astype(np.int32), np.zeros(count, np.int32), scores, det)
+        detections = DetectionTable(det_image.astype(np.int32), np.zeros(count, np.int32), scores, det)
         found = evaluate(truth, detections, "v2")["per_class_AP"]["a"]
         expected = naive_ap(gt, image, group, det, det_image, scores, 0.0)
         assert found == (None if expected is None else pytest.approx(expected, abs=1e-12))

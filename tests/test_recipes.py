@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from config import Config, default_config, finalize_config
-from data import training_dataflow, training_keys
+from data import training_keys
+from data_workers import training_dataflow
 from dataset import load_training_split
 from model_rcnn import build_inference
 from tests.graph import make_batch

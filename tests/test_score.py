@@ -145,7 +145,7 @@ def test_voc_files_and_json_results_give_the_same_scores(tmp_path):
     eleven = {"dog": 1.0, "person": 7 * (2 / 3) / 11, "cat": 0.0}
     categories = {n: i for i, n in enumerate(("cat", "dog", "person"))}
     results = []
-    from dataset_formats import VOC_CLASSES
+    from dataset_voc import VOC_CLASSES
 
     for name in ("dog", "person"):
         for line in (voc / f"comp4_det_test_{name}.txt").read_text().splitlines():
@@ -185,7 +185,7 @@ def test_json_detections_for_a_folder_are_refused_with_the_way_out(tmp_path, cap
 
 
 def test_cityscapes_protocol_gives_the_numbers_of_the_official_tool(tmp_path):
-    from dataset_formats import read_cityscapes_content
+    from dataset_cityscapes import read_cityscapes_content
     from utils.cityscapes_eval import read_cityscapes_detections
 
     folder = DATA / "cityscapes_eval"

@@ -393,15 +393,15 @@ def test_several_views_of_images_in_a_batch_come_back_in_their_own_frames(traine
 
 
 def test_evaluations_while_training_look_once_and_say_so(tmp_path, capsys, monkeypatch):
-    import eval as scoring
+    import predict
 
-    seen, score = [], scoring.evaluate_split
+    seen, score = [], predict.evaluate_split
 
     def spy(predictors, split, cfg, *args):
         seen.append(cfg.TEST.AUG_SHORT_EDGES)
         return score(predictors, split, cfg, *args)
 
-    monkeypatch.setattr(scoring, "evaluate_split", spy)
+    monkeypatch.setattr(predict, "evaluate_split", spy)
     assert train_tiny(tmp_path / "run", "TRAIN.EVAL_PERIOD=1", "TEST.AUG_SHORT_EDGES=[64,96]", steps=1) == 0
     assert seen == [[]]
     assert "look once" in capsys.readouterr().err

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 import model_rcnn
 import train
 import tta
+from augment import resized_shape
 from common import UserError
-from data import resized_shape, stack_images
+from data import stack_images
 from inference import Predictor, start_session
 from model_keypoint import decode_keypoints
 from tests.graph import evaluate, tiny_config

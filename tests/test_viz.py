@@ -13,7 +13,7 @@ import pytest
 
 import viz
 from common import UserError
-from eval import Detections, paste_masks
+from detections import Detections, paste_masks
 
 pytestmark = pytest.mark.quick
 

@@ -9,7 +9,7 @@ import pytest
 
 from common import UserError
 from utils.lvis_eval import evaluate_lvis
-from utils.oid_eval import Detections, Truth
+from utils.oid_eval import DetectionTable, Truth
 from utils.voc_eval import evaluate_voc
 
 LVIS = Path(__file__).parent / "data/lvis_mini"
@@ -74,7 +74,7 @@ def test_voc_scores_equal_the_development_kit_on_random_sets(eleven_points):
         )  # fmt: skip
         found = evaluate_voc(
             truth,
-            Detections(det_image.astype(np.int32), np.zeros(count, np.int32), scores, det_boxes + continuous),
+            DetectionTable(det_image.astype(np.int32), np.zeros(count, np.int32), scores, det_boxes + continuous),
             eleven_points,
         )["per_class_AP"]["a"]
         expected = devkit_ap(boxes, image, difficult, det_boxes, det_image, scores, eleven_points)

@@ -10,7 +10,6 @@ writes a page of pictures with their annotations drawn.
 """
 
 import argparse
-import hashlib
 import html
 import itertools
 import math
@@ -30,9 +29,15 @@ import numpy as np
 from tabulate import tabulate
 from tqdm import tqdm
 
+import dataset_coco
 from common import UserError, atomic_write, logger, read_json, write_json
+from config import default_config, finalize_config
+from data_check import Finding, ImageFacts, look_at_image
+from dataset import load_format
+from utils.polygons import decode_rle, orient_outer, rle_to_rings, signed_area
+from viz import draw_annotations
 
-__all__ = ["Finding", "ImageFacts", "DataSource", "check_source", "check_leakage", "fixed_content", "quick_check"]
+__all__ = ["DataSource", "check_source", "check_leakage", "fixed_content"]
 
 # Every check, whether it is an error or only worth a look, and what it means.
 CHECKS = {
@@ -68,14 +73,6 @@ PICTURE_SIDE = 1000  # pixels
 TOLERANCE = 1.0  # pixels by which rounding may carry a coordinate beyond the border
 
 
-class Finding(NamedTuple):
-    check: str  # a key of CHECKS
-    data: str  # name of the set
-    image_id: Any
-    annotation_id: Any
-    detail: str
-
-
 class DataSource(NamedTuple):
     """A set in COCO's form: what its annotation file holds, and where its images are.
 
@@ -88,60 +85,10 @@ class DataSource(NamedTuple):
     split: Any = None
 
 
-class ImageFacts(NamedTuple):
-    """What was seen of one image file; `problem` is a key of CHECKS or empty."""
-
-    problem: str
-    detail: str
-    height: int
-    width: int
-    digest: bytes  # of the file's content
-    thumbnail: np.ndarray | None  # uint8 [16, 16], grey
-
-
 # ------------------------------------------------------------------------------------------------ images
 def image_path(source: DataSource, image: dict[str, Any]) -> str:
     name = image.get("file_name") or "/".join(str(image.get("coco_url", "")).split("/")[-2:])
     return os.path.join(source.folder, name)
-
-
-def look_at_image(path: str, declared: tuple[int, int]) -> ImageFacts:
-    """Decodes one image and compares it with the declared (height, width)."""
-
-    def bad(problem: str, detail: str) -> ImageFacts:
-        return ImageFacts(problem, detail, 0, 0, b"", None)
-
-    try:
-        with open(path, "rb") as f:
-            content = f.read()
-    except FileNotFoundError:
-        return bad("image missing", path)
-    except OSError as e:
-        return bad("image unreadable", f"{path}: {e.strerror}")
-    if _cut_off(content):
-        return bad("image cut off", f"{path} ends before its last line")
-    flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
-    image = cv2.imdecode(np.frombuffer(content, np.uint8), flags) if content else None
-    if image is None:
-        return bad("image unreadable", path)
-    height, width = image.shape[:2]
-    digest = hashlib.sha256(content).digest()
-    grey = cv2.cvtColor(cv2.resize(image, (16, 16), interpolation=cv2.INTER_AREA), cv2.COLOR_BGR2GRAY)
-    problem = detail = ""
-    if (height, width) != declared and (
-        # Annotations may be made in the frame that a viewer shows.
-        cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR).shape[:2] != declared
-    ):
-        problem = "image size differs"
-        detail = f"{path} is {width}x{height}, declared {declared[1]}x{declared[0]} (width x height)"
-    return ImageFacts(problem, detail, height, width, digest, grey)
-
-
-def _cut_off(content: bytes) -> bool:
-    """A JPEG without its end marker, or a PNG without its last chunk: decoders refuse it or fill the rest with grey."""
-    if content.startswith(b"\xff\xd8"):
-        return b"\xff\xd9" not in content[-1024:] and b"\xff\xd9" not in content[-(len(content) // 4) :]
-    return content.startswith(b"\x89PNG") and b"IEND" not in content[-64:]
 
 
 def look_at_images(source: DataSource) -> dict[Any, ImageFacts]:
@@ -250,8 +197,6 @@ def _numbers(values: Any, count: int | None = None) -> list[float] | None:
 def _outline_problem(segmentation: Any, height: int, width: int) -> tuple[str, str, list[float] | None]:
     """(check or "", detail, x1 y1 x2 y2 of the outline or None)."""
     if isinstance(segmentation, dict):
-        from utils.polygons import decode_rle
-
         try:
             mask = decode_rle(segmentation, height, width)
         except (ValueError, TypeError, KeyError, OverflowError) as e:
@@ -262,8 +207,6 @@ def _outline_problem(segmentation: Any, height: int, width: int) -> tuple[str, s
         return "", "", [x, y, x + w, y + h]
     if not isinstance(segmentation, list):
         return "outline invalid", f"neither polygons nor run lengths: {segmentation!r}"[:120], None
-    from utils.polygons import signed_area
-
     rings = [segmentation] if segmentation and not isinstance(segmentation[0], (list, tuple)) else segmentation
     corners, area = [], 0.0
     for ring in rings:
@@ -536,8 +479,6 @@ def _rows_in_split(split: Any, image_ids: set) -> dict[Any, int]:
 
 def _shrunk(image: np.ndarray, drawable: dict, class_names: Sequence[str], bad: Sequence[dict]) -> np.ndarray:
     """The image at PICTURE_SIDE pixels a side at most, with its annotations, and red frames around the bad ones."""
-    from viz import draw_annotations
-
     height, width = image.shape[:2]
     scale = min(1.0, PICTURE_SIDE / max(height, width))
     if scale < 1:
@@ -564,8 +505,6 @@ def _shrunk(image: np.ndarray, drawable: dict, class_names: Sequence[str], bad: 
 
 def _drawable(objects: Sequence[dict], size: tuple[int, int], labels: dict) -> dict[str, Any]:
     """Raw annotations as viz.draw_annotations wants them; what cannot be drawn is left out."""
-    from utils.polygons import orient_outer, rle_to_rings
-
     boxes, numbers, crowds, outlines = [], [], [], []
     for a in objects:
         box = _numbers(a["bbox"], 4) if a.get("bbox") else None
@@ -588,31 +527,6 @@ def _drawable(objects: Sequence[dict], size: tuple[int, int], labels: dict) -> d
         "boxes": np.array(boxes, np.float32).reshape(-1, 4), "labels": np.array(numbers, np.int32),
         "is_crowd": np.array(crowds, bool), "rings": outlines,
     }  # fmt: skip
-
-
-# ------------------------------------------------------------------------------------------------ before training
-def quick_check(split: Any, number: int = 48, seed: int = 0) -> list[Finding]:
-    """Opens a random sample of a DatasetSplit's images: a fraction of a second before a run that may take days.
-
-    Its annotations were checked when it was loaded. Findings are also logged as warnings.
-    """
-    chosen = random.Random(seed).sample(range(len(split)), min(number, len(split)))
-
-    def look(i: int) -> ImageFacts:
-        return look_at_image(split.image_file(i), split.image_size(i))
-
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        facts = list(pool.map(look, chosen))
-    findings = [
-        Finding(fact.problem, split.name, split.image_id(i), None, fact.detail)
-        for i, fact in zip(chosen, facts)
-        if fact.problem
-    ]
-    for f in findings:
-        logger.warning(
-            f"{f.data}: image id {f.image_id!r}: {f.check}: {f.detail}; tools/check_data.py looks at all of it"
-        )
-    return findings
 
 
 # ------------------------------------------------------------------------------------------------ command line
@@ -650,27 +564,22 @@ def read_source(name: str, annotation_file: str, folder: str) -> DataSource:
 
 def configured_sources(settings: Sequence[str]) -> list[tuple[DataSource, str]]:
     """The sets of DATA.TRAIN and DATA.VAL, each with its annotation file ("" if it has no json)."""
-    import dataset
-    from config import default_config, finalize_config
-
     # Missing images are findings here.
     cfg = finalize_config(default_config().update_args([*settings, "DATA.KEEP_MISSING_IMAGES=True"]))
     sources = []
     for name in dict.fromkeys([*cfg.DATA.TRAIN, *cfg.DATA.VAL]):
         entry = cfg.DATA.DATASETS.get(name)
         if entry is None or str(entry[0]).endswith(".json"):
-            annotation_file, folder = dataset._resolve(cfg, name)
+            annotation_file, folder = dataset_coco.find_files_of(cfg, name)
             sources.append((read_source(name, annotation_file, folder), annotation_file))
             continue
-        from dataset_formats import load_format
-
         split = load_format(entry, cfg, name)
         if not hasattr(split, "content"):
             raise UserError(f"{name}: {entry[0]} gives a set without content(), which could be checked")
         if hasattr(split, "image_root"):
             sources.append((DataSource(name, split.content(), split.image_root(), split), ""))
         else:
-            sources.append((DataSource(name, split.content(), split._folders[0]), ""))
+            sources.append((DataSource(name, split.content(), split.folders[0]), ""))
     return sources
 
 

@@ -347,7 +347,7 @@ def nchw(x: np.ndarray) -> np.ndarray:
 def mask_errors(masks: np.ndarray, boxes: np.ndarray, reference: np.ndarray) -> tuple[float, float]:
     """Probabilities [D,M,M] and boxes [D,4] pasted into the frame of reference [D,H,W] -> mean of 1 - IoU, and the
     worst of 1 - IoU without the pixels whose probability is within its own tolerance of the threshold."""
-    from eval import decode_mask, paste_masks
+    from detections import decode_mask, paste_masks
 
     h, w = reference.shape[1:]
     slack = TOLERANCES["mask probabilities"]
@@ -471,7 +471,7 @@ def _proposal_rows(boxes, scores, own: dict, detail: str) -> Iterator[tuple[str,
 
 
 def _detection_rows(outputs: dict, own: dict, image_hw, detail: str) -> Iterator[tuple[str, float, str]]:
-    from eval import to_original_frame
+    from detections import to_original_frame
 
     boxes, scores, labels = outputs["boxes"], outputs["scores"], outputs["labels"]
     classes = labels - 1

@@ -24,6 +24,15 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import UserError, logger, read_json, write_json
+from dataset_cityscapes import read_cityscapes_content
+from dataset_voc import read_voc_content, read_voc_detections
+from eval import evaluate_coco, read_results
+from utils import oid_eval
+from utils.cityscapes_eval import evaluate_cityscapes, read_cityscapes_detections
+from utils.lvis_eval import evaluate_lvis
+from utils.oid_eval import detections_from_coco, truth_from_coco
+from utils.oid_format import read_ancestors
+from utils.voc_eval import evaluate_voc
 
 PROTOCOLS = ["coco", "oid-v2", "oid-challenge", "oid-challenge-segm", "voc07", "voc12", "lvis", "cityscapes"]
 
@@ -89,8 +98,6 @@ def from_metrics(metrics: dict[str, float], prefix: str = "") -> dict[str, Any]:
 
 
 def score_coco(args: argparse.Namespace) -> dict[str, Any]:
-    from eval import evaluate_coco, read_results
-
     if Path(args.gt).is_dir():
         raise UserError(f"--gt {args.gt}: the coco protocol needs an annotation json, not a folder")
     content = read_content(args.gt)
@@ -102,9 +109,6 @@ def score_coco(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def score_lvis(args: argparse.Namespace) -> dict[str, Any]:
-    from eval import read_results
-    from utils.lvis_eval import evaluate_lvis
-
     content = read_content(args.gt, "bbox")
     results = read_results(args.detections, content)
     kind = args.iou_type or ("segm" if any(r.get("segmentation") for r in results) else "bbox")
@@ -112,10 +116,6 @@ def score_lvis(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def score_voc(args: argparse.Namespace) -> dict[str, Any]:
-    from dataset_formats import read_voc_content, read_voc_detections
-    from eval import read_results
-    from utils.oid_eval import detections_from_coco, truth_from_coco
-    from utils.voc_eval import evaluate_voc
 
     if Path(args.gt).is_dir():
         content = read_voc_content(args.gt, args.split or "")
@@ -132,9 +132,6 @@ def score_voc(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def score_cityscapes(args: argparse.Namespace) -> dict[str, Any]:
-    from dataset_formats import read_cityscapes_content
-    from eval import read_results
-    from utils.cityscapes_eval import evaluate_cityscapes, read_cityscapes_detections
 
     if Path(args.gt).is_dir():
         content = read_cityscapes_content(args.gt, args.split or "val")
@@ -148,10 +145,6 @@ def score_cityscapes(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def score_open_images(args: argparse.Namespace) -> dict[str, Any]:
-    from eval import read_results
-    from utils import oid_eval
-    from utils.oid_format import read_ancestors
-
     protocol = args.protocol.removeprefix("oid-")
     masked = protocol == "challenge-segm"
     if Path(args.gt).is_dir():

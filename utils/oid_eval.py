@@ -25,7 +25,7 @@ from utils.oid_format import decode_mask, encode_mask, find_files, positions, re
 __all__ = [
     "Masks",
     "Truth",
-    "Detections",
+    "DetectionTable",
     "coco_run_lengths",
     "join_by_box",
     "mask_folders",
@@ -72,7 +72,7 @@ class Truth(NamedTuple):
     ancestors: np.ndarray | None = None  # bool [C, C], see read_ancestors
 
 
-class Detections(NamedTuple):
+class DetectionTable(NamedTuple):
     """D scored boxes or masks, in any order; image and label index a Truth's image_ids and class_ids."""
 
     image: np.ndarray  # int32 [D]
@@ -210,11 +210,11 @@ def read_mask_image(name: str, folders: list[Path], origin: Path) -> np.ndarray:
     raise UserError(f"{origin}: mask {name} is not in {where}")
 
 
-def read_detections(path: str | Path, truth: Truth) -> Detections:
+def read_detections(path: str | Path, truth: Truth) -> DetectionTable:
     """A csv of detections, one row each (ImageID, LabelName, Score, and XMin, XMax, YMin, YMax or ImageWidth,
     ImageHeight, Mask), or as for the challenge server one row per image (ImageID, …, PredictionString).
 
-    Detections on images outside the truth are not looked at, as the protocol has it; both these and detections on
+    DetectionTable on images outside the truth are not looked at, as the protocol has it; both these and detections on
     classes outside the class list are counted in a message.
     """
     try:
@@ -240,12 +240,12 @@ def read_detections(path: str | Path, truth: Truth) -> Detections:
         boxes = np.empty((len(columns[score]), 4))
         for i, name in enumerate(sides):
             boxes[:, i] = columns.pop(name)
-        return Detections(columns["ImageID"], columns["LabelName"], columns[score], boxes)
+        return DetectionTable(columns["ImageID"], columns["LabelName"], columns[score], boxes)
     sizes = np.stack([columns["ImageHeight"], columns["ImageWidth"]], 1)
     return _masked_detections(columns["ImageID"], columns["LabelName"], columns[score], columns["Mask"], sizes, path)
 
 
-def _read_submission(path: str | Path, header: list[str], truth: Truth) -> Detections:
+def _read_submission(path: str | Path, header: list[str], truth: Truth) -> DetectionTable:
     """One row per image: "label score x1 y1 x2 y2 …", or with ImageWidth and ImageHeight "label score mask …"."""
     masked = "ImageWidth" in header
     image_column = "ImageID" if "ImageID" in header else "ImageId"
@@ -272,7 +272,7 @@ def _read_submission(path: str | Path, header: list[str], truth: Truth) -> Detec
         raise UserError(f"detections {path}: {e}") from None
     keep = _known(image, label, path)
     if boxes is not None:
-        return Detections(image[keep], label[keep], score[keep], boxes[keep])
+        return DetectionTable(image[keep], label[keep], score[keep], boxes[keep])
     texts = np.array([word.encode() for word in flat[2::step]] + [None], object)[:-1]
     sizes = np.repeat(np.stack([rows["ImageHeight"], rows["ImageWidth"]], 1), lengths, axis=0)
     return _masked_detections(image[keep], label[keep], score[keep], texts[keep], sizes[keep], path)
@@ -287,7 +287,7 @@ def _known(image: np.ndarray, label: np.ndarray, path: str | Path) -> np.ndarray
     return (image >= 0) & (label >= 0)
 
 
-def _masked_detections(image, label, score, texts, sizes, path) -> Detections:
+def _masked_detections(image, label, score, texts, sizes, path) -> DetectionTable:
     """Decodes the masks; a detection's box is its mask's tight extent divided by the mask's size."""
     counts: list[bytes] = []
     boxes = np.zeros((len(image), 4))
@@ -298,7 +298,7 @@ def _masked_detections(image, label, score, texts, sizes, path) -> Detections:
         except ValueError as e:
             raise UserError(f"detections {path}: Mask of scored row {i + 1} is damaged: {e}") from None
         boxes[i] = x / sizes[i, 1], y / sizes[i, 0], (x + w) / sizes[i, 1], (y + h) / sizes[i, 0]
-    return Detections(image, label, score, boxes, Masks(counts, sizes))
+    return DetectionTable(image, label, score, boxes, Masks(counts, sizes))
 
 
 def truth_from_coco(content: dict[str, Any], with_masks: bool = False) -> Truth:
@@ -351,7 +351,7 @@ def coco_run_lengths(segmentation: Any, height: int, width: int) -> bytes:
     return counts.encode() if isinstance(counts, str) else counts
 
 
-def detections_from_coco(results: Sequence[dict[str, Any]], content: dict[str, Any], truth: Truth) -> Detections:
+def detections_from_coco(results: Sequence[dict[str, Any]], content: dict[str, Any], truth: Truth) -> DetectionTable:
     """A COCO results list (image_id, category_id, bbox or segmentation, score) against `truth_from_coco(content)`."""
     class_of = {c["id"]: i for i, c in enumerate(content["categories"])}
     image_of = {im["id"]: str(im["id"]).encode() for im in content["images"]}
@@ -372,7 +372,7 @@ def detections_from_coco(results: Sequence[dict[str, Any]], content: dict[str, A
             raise UserError("results: boxes are to be scored, but an entry has no bbox")
         boxes = np.array([r["bbox"] for r in results], float).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
-    return Detections(
+    return DetectionTable(
         np.searchsorted(truth.image_ids, ids).astype(np.int32),
         np.array([class_of[r["category_id"]] for r in results], np.int32),
         np.array([r["score"] for r in results], float),
@@ -439,7 +439,9 @@ def _report(number: int, what: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------ the metrics
-def evaluate(truth: Truth, detections: Detections, protocol: str, expand_detections: bool = False) -> dict[str, Any]:
+def evaluate(
+    truth: Truth, detections: DetectionTable, protocol: str, expand_detections: bool = False
+) -> dict[str, Any]:
     """Scores detections by "v2", "challenge" or "challenge-segm".
 
     The challenges expand boxes and image labels over the hierarchy, count group-of boxes with weight 1 and ignore
@@ -462,7 +464,7 @@ def evaluate(truth: Truth, detections: Detections, protocol: str, expand_detecti
 
 def _evaluate(
     truth: Truth,
-    detections: Detections,
+    detections: DetectionTable,
     ancestors: np.ndarray | None,
     expand_detections: bool,
     group_weight: float,
@@ -629,7 +631,7 @@ def box_overlaps(detected: np.ndarray, annotated: np.ndarray, over_detection: bo
 class _BoxOverlaps:
     """Box IoU, or intersection over the detection's area, of pairs of detection and ground-truth rows."""
 
-    def __init__(self, truth: Truth, detections: Detections):
+    def __init__(self, truth: Truth, detections: DetectionTable):
         self.gt_boxes, self.det_boxes = truth.boxes, detections.boxes
 
     def counted(self, d: np.ndarray, g: np.ndarray, over_detection: bool) -> np.ndarray:
@@ -645,7 +647,7 @@ class _MaskOverlaps(_BoxOverlaps):
     D x G matrices of all images one after the other.
     """
 
-    def __init__(self, truth: Truth, detections: Detections, solid: np.ndarray):
+    def __init__(self, truth: Truth, detections: DetectionTable, solid: np.ndarray):
         super().__init__(truth, detections)
         has_mask = np.array([bool(c) for c in truth.masks.counts], bool)
         dets = np.flatnonzero(solid)

@@ -6,13 +6,17 @@ screen, where y points down) and holes negative, so overlapping parts unite and 
 scaling and mirroring are exact. RLE masks follow COCO's format (column-major run lengths, background first).
 """
 
+from typing import Any
+
 import cv2
 import numpy as np
+import pycocotools.mask as coco_mask
 
 __all__ = [
     "boxes_inside",
     "clip_edges",
     "decode_rle",
+    "encode_part",
     "flip_edges",
     "mask_to_rings",
     "orient_outer",
@@ -192,6 +196,21 @@ def _runs_of_string(text: bytes) -> np.ndarray:
     values[1::2] = np.cumsum(values[1::2])
     values[2::2] = np.cumsum(values[2::2])
     return values
+
+
+def encode_part(mask: np.ndarray, left: int, top: int, height: int, width: int) -> dict[str, Any]:
+    """COCO run lengths of a height x width image whose part from (left, top) on is `mask`."""
+    columns = np.zeros((mask.shape[1], mask.shape[0] + 2), bool)
+    columns[:, 1:-1] = mask.T
+    column, row = np.nonzero(columns[:, 1:] != columns[:, :-1])
+    ends = (column + left) * height + row + top
+    # A run that goes on in the next column ends and begins at the same pixel: both go.
+    again = np.flatnonzero(ends[1:] == ends[:-1])
+    ends = np.delete(ends, np.concatenate([again, again + 1]))
+    size = height * width
+    counts = np.diff(ends, prepend=0, append=[] if len(ends) and ends[-1] == size else [size])
+    run = coco_mask.frPyObjects({"size": [height, width], "counts": counts.tolist()}, height, width)
+    return {"size": [height, width], "counts": run["counts"].decode()}
 
 
 def rle_to_rings(rle: dict, height: int, width: int) -> list:

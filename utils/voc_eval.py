@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from utils.oid_eval import Detections, Truth, average_precision, best_overlaps, box_overlaps, first_per_object
+from utils.oid_eval import DetectionTable, Truth, average_precision, best_overlaps, box_overlaps, first_per_object
 
 __all__ = ["evaluate_voc", "eleven_point_precision"]
 
 
-def evaluate_voc(truth: Truth, detections: Detections, eleven_points: bool, iou_threshold: float = 0.5) -> dict:
+def evaluate_voc(truth: Truth, detections: DetectionTable, eleven_points: bool, iou_threshold: float = 0.5) -> dict:
     """Returns mAP and for each class id per_class_AP (None: no object), num_gt and num_true_positives.
 
     `truth.group_of` marks the difficult objects: they are not counted, and a detection whose best overlap is with one

@@ -21,6 +21,7 @@ import numpy as np
 
 import data
 import eval
+import predict
 import train
 import training
 from utils.tf_v1 import tf
@@ -29,7 +30,7 @@ folder, arguments = Path(sys.argv[1]), sys.argv[2:]
 rank = os.environ.get("HOROVOD_RANK", "0")
 held = (folder / "hold").read_text().split() if (folder / "hold").exists() else []
 batches: list[list] = []
-make_batch, evaluate_split = data._BatchMaker.make, eval.evaluate_split
+make_batch, evaluate_split = data.BatchMaker.make, predict.evaluate_split
 save, trigger_step = training.Checkpoints.save, training.Checkpoints._trigger_step
 
 
@@ -59,9 +60,9 @@ def recorded_evaluation(predict, split, *args):
     return results
 
 
-data._BatchMaker.make, training.Checkpoints.save = recorded_batch, recorded_save
+data.BatchMaker.make, training.Checkpoints.save = recorded_batch, recorded_save
 training.Checkpoints._trigger_step = recorded_step
-eval.evaluate_split = recorded_evaluation
+predict.evaluate_split = recorded_evaluation
 (folder / f".pid-{rank}").write_text(str(os.getpid()))
 (folder / f".pid-{rank}").rename(folder / f"pid-{rank}")
 sys.exit(train.main([a.replace("RANK", rank) for a in arguments]))

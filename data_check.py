@@ -1,0 +1,96 @@
+"""A look at image files before they cost a training run: at all (tools/check_data.py), or a sample when it starts."""
+
+import hashlib
+import os
+import random
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+
+from common import logger
+
+__all__ = ["Finding", "ImageFacts", "look_at_image", "quick_check"]
+
+
+class Finding(NamedTuple):
+    check: str  # a key of CHECKS
+    data: str  # name of the set
+    image_id: Any
+    annotation_id: Any
+    detail: str
+
+
+class ImageFacts(NamedTuple):
+    """What was seen of one image file; `problem` is a key of CHECKS or empty."""
+
+    problem: str
+    detail: str
+    height: int
+    width: int
+    digest: bytes  # of the file's content
+    thumbnail: np.ndarray | None  # uint8 [16, 16], grey
+
+
+def look_at_image(path: str, declared: tuple[int, int]) -> ImageFacts:
+    """Decodes one image and compares it with the declared (height, width)."""
+
+    def bad(problem: str, detail: str) -> ImageFacts:
+        return ImageFacts(problem, detail, 0, 0, b"", None)
+
+    try:
+        with open(path, "rb") as f:
+            content = f.read()
+    except FileNotFoundError:
+        return bad("image missing", path)
+    except OSError as e:
+        return bad("image unreadable", f"{path}: {e.strerror}")
+    if _cut_off(content):
+        return bad("image cut off", f"{path} ends before its last line")
+    flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+    image = cv2.imdecode(np.frombuffer(content, np.uint8), flags) if content else None
+    if image is None:
+        return bad("image unreadable", path)
+    height, width = image.shape[:2]
+    digest = hashlib.sha256(content).digest()
+    grey = cv2.cvtColor(cv2.resize(image, (16, 16), interpolation=cv2.INTER_AREA), cv2.COLOR_BGR2GRAY)
+    problem = detail = ""
+    if (height, width) != declared and (
+        # Annotations may be made in the frame that a viewer shows.
+        cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR).shape[:2] != declared
+    ):
+        problem = "image size differs"
+        detail = f"{path} is {width}x{height}, declared {declared[1]}x{declared[0]} (width x height)"
+    return ImageFacts(problem, detail, height, width, digest, grey)
+
+
+def _cut_off(content: bytes) -> bool:
+    """A JPEG without its end marker, or a PNG without its last chunk: decoders refuse it or fill the rest with grey."""
+    if content.startswith(b"\xff\xd8"):
+        return b"\xff\xd9" not in content[-1024:] and b"\xff\xd9" not in content[-(len(content) // 4) :]
+    return content.startswith(b"\x89PNG") and b"IEND" not in content[-64:]
+
+
+def quick_check(split: Any, number: int = 48, seed: int = 0) -> list[Finding]:
+    """Opens a random sample of a DatasetSplit's images: a fraction of a second before a run that may take days.
+
+    Its annotations were checked when it was loaded. Findings are also logged as warnings.
+    """
+    chosen = random.Random(seed).sample(range(len(split)), min(number, len(split)))
+
+    def look(i: int) -> ImageFacts:
+        return look_at_image(split.image_file(i), split.image_size(i))
+
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        facts = list(pool.map(look, chosen))
+    findings = [
+        Finding(fact.problem, split.name, split.image_id(i), None, fact.detail)
+        for i, fact in zip(chosen, facts)
+        if fact.problem
+    ]
+    for f in findings:
+        logger.warning(
+            f"{f.data}: image id {f.image_id!r}: {f.check}: {f.detail}; tools/check_data.py looks at all of it"
+        )
+    return findings

@@ -1,0 +1,98 @@
+"""A csv file with one row for each box."""
+
+import csv
+import functools
+import os
+from pathlib import Path
+from typing import Any
+
+from common import UserError
+from dataset_build import FormatSplit, split_from_coco
+from dataset_split import own_path
+from utils.image_header import header_sizes
+
+__all__ = ["load", "read_csv_content"]
+
+_CSV_COLUMNS = {
+    "image": ("image", "file", "filename", "file_name", "image_path", "path", "imageid", "image_id"),
+    "label": ("label", "class", "class_name", "category", "name", "labelname"),
+    "x1": ("x1", "xmin", "left"),
+    "y1": ("y1", "ymin", "top"),
+    "x2": ("x2", "xmax", "right"),
+    "y2": ("y2", "ymax", "bottom"),
+    "crowd": ("iscrowd", "crowd", "ignore", "isgroupof"),
+}
+
+_CSV_HEADLESS = ["image", "x1", "y1", "x2", "y2", "label"]
+
+
+def load(name, path, folder, cfg, classes=None, **common) -> FormatSplit:
+    base = Path(cfg.DATA.BASEDIR).expanduser()
+    folder = own_path(base, folder)
+    read = functools.partial(read_csv_content, path, folder, classes and own_path(base, classes))
+    return split_from_coco(name, read, folder, cfg, **common, origin=str(path))
+
+
+def read_csv_content(path: str | Path, folder: str | Path, classes: str | Path | None = None) -> dict[str, Any]:
+    """A csv of boxes in COCO's form; image ids are the file names, sizes are those of the image files.
+
+    The header names the columns: an image (image, file, filename, path, …), a label (label, class, …), and x1 y1 x2 y2
+    (or xmin, left, …) in continuous pixels; iscrowd marks ignored regions. Without a header, the columns are image,
+    x1, y1, x2, y2, label. A row with an image alone is an image without objects. `classes` is a file of class names,
+    one a line, in the order of their ids; without it they are the labels that occur, sorted.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as f:
+            rows = [row for row in csv.reader(f) if any(cell.strip() for cell in row)]
+    except (OSError, UnicodeDecodeError, csv.Error) as e:
+        raise UserError(f"csv of boxes {path} cannot be read: {e}") from None
+    if not rows:
+        raise UserError(f"csv of boxes {path} is empty")
+    header = [cell.strip().lower() for cell in rows[0]]
+    columns = {key: header.index(n) for key, names in _CSV_COLUMNS.items() for n in names[::-1] if n in header}
+    if not columns and len(header) == len(_CSV_HEADLESS):
+        columns = {key: i for i, key in enumerate(_CSV_HEADLESS)}
+        first = 1
+    else:
+        first, rows = 2, rows[1:]
+    lacking = [key for key in _CSV_HEADLESS if key not in columns]
+    if lacking:
+        raise UserError(f"csv of boxes {path}: no column for {lacking[0]} in its header {','.join(header)[:80]}")
+    boxes: dict[str, list] = {}
+    for number, row in enumerate(rows, first):
+        cells = {key: row[i].strip() if i < len(row) else "" for key, i in columns.items()}
+        objects = boxes.setdefault(cells["image"], [])
+        if not any(cells[key] for key in _CSV_HEADLESS[1:]):
+            continue
+        try:
+            x1, y1, x2, y2 = (float(cells[key]) for key in ("x1", "y1", "x2", "y2"))
+            crowd = int(float(cells.get("crowd") or 0)) == 1
+        except ValueError:
+            raise UserError(f"csv of boxes {path}, row {number}: a coordinate is not a number") from None
+        if not cells["label"]:
+            raise UserError(f"csv of boxes {path}, row {number}: no label")
+        objects.append((cells["label"], [x1, y1, x2 - x1, y2 - y1], crowd))
+    found = sorted({label for objects in boxes.values() for label, _, _ in objects})
+    names = found
+    if classes:
+        try:
+            names = [line.split(",")[0].strip() for line in Path(classes).read_text().splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as e:
+            raise UserError(f"csv of boxes {path}: class list {classes} cannot be read: {e}") from None
+    unknown = [n for n in found if n not in names]
+    if unknown:
+        raise UserError(f"csv of boxes {path}: label '{unknown[0]}' is not in {classes}")
+    ids = {n: i for i, n in enumerate(names, 1)}
+    there = [n for n in boxes if os.path.exists(os.path.join(folder, n))]
+    sizes = dict(zip(there, header_sizes([os.path.join(folder, n) for n in there]).tolist()))
+    # An image that is missing is counted by the caller, for whom its size does not matter.
+    images = [{"id": n, "file_name": n, "height": h, "width": w} for n in boxes for h, w in [sizes.get(n, (1, 1))]]
+    annotations = [
+        {"id": 0, "image_id": n, "category_id": ids[label], "bbox": box, "area": box[2] * box[3], "iscrowd": int(crowd)}
+        for n, objects in boxes.items()
+        for label, box, crowd in objects
+    ]
+    for number, annotation in enumerate(annotations, 1):
+        annotation["id"] = number
+    categories = [{"id": i, "name": n} for n, i in ids.items()]
+    return {"images": images, "annotations": annotations, "categories": categories}
