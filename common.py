@@ -1,6 +1,7 @@
 """What every part of PackRCNN shares: the user-facing error, atomic writes, logging, and facts about the machine."""
 
 import contextlib
+import importlib
 import json
 import logging
 import math
@@ -8,7 +9,8 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -16,6 +18,7 @@ from termcolor import colored
 
 __all__ = [
     "UserError", "logger", "atomic_write", "write_json", "without_nan", "read_json", "visible_gpus", "git_revision",
+    "describe_error", "import_function",
 ]  # fmt: skip
 
 
@@ -131,3 +134,32 @@ def git_revision() -> str:
         return sha or "unknown"
     except (OSError, subprocess.SubprocessError):
         return "unknown"
+
+
+def describe_error(error: BaseException) -> str:
+    """One line: the error's type, its message, and the last place outside of installed packages that it came through,
+    as in "TypeError: … (own_head.py:12)"."""
+    message = str(error).strip().split("\n")[0][:200]
+    text = f"{type(error).__name__}: {message}" if message else type(error).__name__
+    frames = traceback.extract_tb(error.__traceback__)
+    frames = [f for f in frames if "site-packages" not in f.filename] or frames
+    if isinstance(error, SyntaxError) or not frames:  # whose message names the place already
+        return text
+    return f"{text} ({Path(frames[-1].filename).name}:{frames[-1].lineno})"
+
+
+def import_function(name: str, setting: str) -> Callable:
+    """The function that "module:function" names; `setting` (KEY=value) opens the UserError where there is none."""
+    module, _, function = name.partition(":")
+    where = f"setting {setting}"
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as e:
+        raise UserError(
+            f"{where}: {e}; give module:function, the module being importable from the folder the program starts in"
+        ) from None
+    except Exception as e:  # whatever the module's own code raises
+        raise UserError(f"{where}: importing {module} raised {describe_error(e)}") from None
+    if not callable(found):
+        raise UserError(f"{where}: {function} of {module} is no function but of type {type(found).__name__}")
+    return found

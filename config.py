@@ -431,14 +431,17 @@ SETTINGS: dict[str, Setting] = {
         "(tensorpack's GN models).",
     ),
     "FPN.FRCNN_HEAD_FUNC": Setting(
-        "fastrcnn_2fc_head", one_of("fastrcnn_2fc_head", "fastrcnn_4conv1fc_head", "fastrcnn_4conv1fc_gn_head"),
-        "Head that classifies RoIs and refines their boxes.",
+        "fastrcnn_2fc_head",
+        function_or(one_of("fastrcnn_2fc_head", "fastrcnn_4conv1fc_head", "fastrcnn_4conv1fc_gn_head")),
+        "Head that classifies RoIs and refines their boxes. module:function: your own head(RoI features [R,7,7,C], "
+        "cfg) -> [R,D], as in demo/own_head.py.",
     ),
     "FPN.FRCNN_CONV_HEAD_DIM": Setting(256, whole(1), "Channels of the convolutions of 4conv1fc heads."),
     "FPN.FRCNN_FC_HEAD_DIM": Setting(1024, whole(1), "Outputs of the fully connected layers of box heads."),
     "FPN.MRCNN_HEAD_FUNC": Setting(
-        "maskrcnn_up4conv_head", one_of("maskrcnn_up4conv_head", "maskrcnn_up4conv_gn_head"),
-        "Head that predicts masks.",
+        "maskrcnn_up4conv_head", function_or(one_of("maskrcnn_up4conv_head", "maskrcnn_up4conv_gn_head")),
+        "Head that predicts masks. module:function: your own head(RoI features [F,14,14,C], classes, cfg) -> mask "
+        "logits [F,28,28,classes].",
     ),
     "FPN.CASCADE": Setting(False, flag, "Cascade R-CNN: box heads in a row, each with a higher IoU threshold."),
     # ------------------------------------------------------------------------------------------------------ the heads
@@ -527,6 +530,8 @@ RELATIONS: list[Relation] = [
         lambda c: c.TRAIN.TOTAL_BATCH is None or c.TRAIN.ACCUMULATION == 1,
         "must be 1 with TRAIN.TOTAL_BATCH, from which it follows",
     ),
+    ("FPN.FRCNN_HEAD_FUNC", lambda c: ":" not in c.FPN.FRCNN_HEAD_FUNC or c.MODE_FPN, "needs MODE_FPN=True"),
+    ("FPN.MRCNN_HEAD_FUNC", lambda c: ":" not in c.FPN.MRCNN_HEAD_FUNC or c.MODE_FPN, "needs MODE_FPN=True"),
     # ------------------------------------------------------------------------------------------------- backbone
     ("BACKBONE.NAME", lambda c: c.BACKBONE.NAME == "resnet" or c.MODE_FPN, "has no C4 model; set MODE_FPN=True"),
     (

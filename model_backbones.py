@@ -1,15 +1,14 @@
-"""Backbones besides the ResNets of basemodel.py: the networks of Keras applications, and functions of one's own.
+"""Backbones besides the ResNets of basemodel.py: the networks of Keras applications, and your own functions.
 
 BACKBONE.NAME=keras:EfficientNetB0 takes that network's features at the strides 4, 8, 16 and 32. Keras builds it once in
 a graph of its own; its operations are then replayed in the detector's graph (`_replay`), reading variables that the
 detector owns. So names, replicas, optimisers, checkpoints, precision and SyncBN work as everywhere else.
-BACKBONE.NAME=module:function calls a function of the user's (demo/own_backbone.py is an example).
+BACKBONE.NAME=module:function calls your own function (demo/own_backbone.py is an example).
 """
 
 import contextlib
 import difflib
 import functools
-import importlib
 import inspect
 import os
 import re
@@ -20,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from basemodel import grouped_conv, name_seed, normalize_image, preprocess_image, resnet_stages
-from common import UserError
+from common import UserError, describe_error, import_function
 from config import Config
 from model_syncbn import normalize_batch, wide_type
 from utils.checkpoint import load_weights
@@ -90,23 +89,21 @@ def load_backbone_weights(cfg: Config) -> dict[str, np.ndarray]:
     return load_weights(path)[0]
 
 
-# ---------------------------------------------------------------------------------------------- a function of one's own
-def _own_function(cfg: Config):
-    module, _, function = cfg.BACKBONE.NAME.partition(":")
-    try:
-        return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as e:
-        raise UserError(
-            f"setting BACKBONE.NAME={cfg.BACKBONE.NAME}: {e}; 'resnet', 'keras:' and a network's name, or "
-            "'module:function' of a module that can be imported from here"
-        ) from None
+# --------------------------------------------------------------------------------------------------- your own function
+def _own_function(cfg: Config) -> Callable:
+    return import_function(cfg.BACKBONE.NAME, f"BACKBONE.NAME={cfg.BACKBONE.NAME}")
 
 
-def _check_own_function(cfg: Config):
+def _check_own_function(cfg: Config) -> None:
     """Builds it on an image of known size and looks at what comes out."""
     side = 256
+    function = _own_function(cfg)
     with tf.Graph().as_default(), tf.variable_scope(_SCOPE):
-        features = _own_function(cfg)(tf.zeros([1, side, side, 3], tf.as_dtype(cfg.TRAIN.PRECISION)), cfg)
+        image = tf.zeros([1, side, side, 3], tf.as_dtype(cfg.TRAIN.PRECISION))
+        try:
+            features = function(image, cfg)
+        except Exception as e:  # whatever your own code raises
+            raise UserError(f"setting BACKBONE.NAME={cfg.BACKBONE.NAME} raised {describe_error(e)}") from None
     wants = "must return a list of four tensors [N,H/4,W/4,C], [N,H/8,…], [N,H/16,…] and [N,H/32,…]"
     shapes = [f.shape.as_list() for f in features] if isinstance(features, (list, tuple)) else []
     if len(shapes) != 4 or any(

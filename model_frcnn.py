@@ -6,14 +6,15 @@ RoIs are kept dense per image, [N,R,4] with a validity mask; the heads see them 
 import numpy as np
 
 from basemodel import conv2d, detector_group_norm, fully_connected, he_fan_out, normal_init
+from common import import_function
 from config import Config
 from model_box import clip_boxes, decode_boxes, greedy_nms, pairwise_ioa, pairwise_iou
 from model_losses import box_losses, loss_weights, sample_per_image, usable_gt
 from utils.tf_v1 import tf
 
 __all__ = [
-    "SampledRois", "covered_by_crowd", "decode_detections", "fastrcnn_head", "fastrcnn_losses", "fastrcnn_outputs",
-    "label_rois", "list_candidates", "sample_rois", "select_detections",
+    "BOX_HEADS", "SampledRois", "covered_by_crowd", "decode_class_boxes", "decode_detections", "fastrcnn_head",
+    "fastrcnn_losses", "fastrcnn_outputs", "label_rois", "list_candidates", "sample_rois", "select_detections",
 ]  # fmt: skip
 
 _SALT_ROI = (21, 22)  # for foreground and background
@@ -99,21 +100,44 @@ def sample_rois(proposals, valid, batch, cfg: Config):
 
 # --------------------------------------------------------------------------------------------------------------- heads
 def fastrcnn_head(features, cfg: Config):
-    """RoI features [R,7,7,C] -> [R,FRCNN_FC_HEAD_DIM] by the head that FPN.FRCNN_HEAD_FUNC names."""
+    """RoI features [R,7,7,C] -> [R,D] by the head that FPN.FRCNN_HEAD_FUNC names: one of BOX_HEADS, or your own
+    module:function of the same form (demo/own_head.py)."""
     name = cfg.FPN.FRCNN_HEAD_FUNC
-    dim = cfg.FPN.FRCNN_FC_HEAD_DIM
-    x = features
-    if name != "fastrcnn_2fc_head":
-        norm = detector_group_norm(cfg) if name.endswith("_gn_head") else None
-        for index in range(4):
-            x = conv2d(f"conv{index}", x, cfg.FPN.FRCNN_CONV_HEAD_DIM, 3, norm=norm, relu=True, init=he_fan_out)
-    # The public checkpoints flatten channels first.
+    head = BOX_HEADS[name] if name in BOX_HEADS else import_function(name, f"FPN.FRCNN_HEAD_FUNC={name}")
+    return head(features, cfg)
+
+
+def _flatten(x):
+    """[R,H,W,C] -> [R,C·H·W]: the public checkpoints flatten channels first."""
     size = int(np.prod(x.shape[1:].as_list()))
-    x = tf.reshape(tf.transpose(x, [0, 3, 1, 2]), [-1, size])
-    if name == "fastrcnn_2fc_head":
-        x = fully_connected("fc6", x, dim, relu=True)
-        return fully_connected("fc7", x, dim, relu=True)
-    return fully_connected("fc", x, dim, relu=True)
+    return tf.reshape(tf.transpose(x, [0, 3, 1, 2]), [-1, size])
+
+
+def _two_layers(features, cfg: Config):
+    """Two fully connected layers (Lin et al. 2017, FPN, section 4.2)."""
+    dim = cfg.FPN.FRCNN_FC_HEAD_DIM
+    x = fully_connected("fc6", _flatten(features), dim, relu=True)
+    return fully_connected("fc7", x, dim, relu=True)
+
+
+def _four_convolutions(features, cfg: Config, norm=None):
+    """Four convolutions and a fully connected layer (Wu & He 2018, section 4.2)."""
+    x = features
+    for index in range(4):
+        x = conv2d(f"conv{index}", x, cfg.FPN.FRCNN_CONV_HEAD_DIM, 3, norm=norm, relu=True, init=he_fan_out)
+    return fully_connected("fc", _flatten(x), cfg.FPN.FRCNN_FC_HEAD_DIM, relu=True)
+
+
+def _four_normalised_convolutions(features, cfg: Config):
+    return _four_convolutions(features, cfg, detector_group_norm(cfg))
+
+
+# FPN.FRCNN_HEAD_FUNC -> head(RoI features [R,7,7,C], cfg) -> [R,D].
+BOX_HEADS = {
+    "fastrcnn_2fc_head": _two_layers,
+    "fastrcnn_4conv1fc_head": _four_convolutions,
+    "fastrcnn_4conv1fc_gn_head": _four_normalised_convolutions,
+}
 
 
 def fastrcnn_outputs(feature, num_classes, class_agnostic):

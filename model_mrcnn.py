@@ -1,24 +1,49 @@
 """Mask branch (He et al. 2017, Mask R-CNN)."""
 
 from basemodel import conv2d, deconv2d, detector_group_norm, he_fan_out
+from common import import_function
 from config import Config
 from model_box import rasterize_edges
 from model_losses import loss_weights
 from utils.tf_v1 import tf
 
-__all__ = ["mask_head", "mask_losses", "mask_probabilities", "mask_targets"]
+__all__ = ["MASK_HEADS", "mask_head", "mask_losses", "mask_probabilities", "mask_targets"]
 
 
 def mask_head(features, num_classes, cfg: Config):
-    """RoI features [F,M/2,M/2,C] -> mask logits [F,M,M,num_classes] float32. With FPN four convolutions precede the
-    upsampling (MRCNN_HEAD_FUNC); in C4 the features come from stage 5."""
-    x = features
-    if cfg.MODE_FPN:
-        norm = detector_group_norm(cfg) if cfg.FPN.MRCNN_HEAD_FUNC.endswith("_gn_head") else None
-        for index in range(4):
-            x = conv2d(f"fcn{index}", x, cfg.MRCNN.HEAD_DIM, 3, norm=norm, relu=True, init=he_fan_out)
+    """RoI features [F,M/2,M/2,C] -> mask logits [F,M,M,num_classes] float32. With FPN by the head that
+    FPN.MRCNN_HEAD_FUNC names: one of MASK_HEADS, or your own module:function of the same form (demo/own_head.py). In C4
+    the features come from stage 5 and are upsampled."""
+    if not cfg.MODE_FPN:
+        return _upsampled_logits(features, num_classes, cfg)
+    name = cfg.FPN.MRCNN_HEAD_FUNC
+    head = MASK_HEADS[name] if name in MASK_HEADS else import_function(name, f"FPN.MRCNN_HEAD_FUNC={name}")
+    return tf.cast(head(features, num_classes, cfg), tf.float32)
+
+
+def _upsampled_logits(x, num_classes, cfg: Config):
+    """[F,M/2,M/2,C] -> float32 [F,M,M,num_classes]: a transposed convolution and one of 1x1."""
     x = deconv2d("deconv", x, cfg.MRCNN.HEAD_DIM, relu=True, init=he_fan_out)
     return tf.cast(conv2d("conv", x, num_classes, 1, init=he_fan_out), tf.float32)
+
+
+def _four_convolutions(features, num_classes, cfg: Config, norm=None):
+    """Four convolutions before the upsampling (He et al. 2017, fig. 4 right)."""
+    x = features
+    for index in range(4):
+        x = conv2d(f"fcn{index}", x, cfg.MRCNN.HEAD_DIM, 3, norm=norm, relu=True, init=he_fan_out)
+    return _upsampled_logits(x, num_classes, cfg)
+
+
+def _four_normalised_convolutions(features, num_classes, cfg: Config):
+    return _four_convolutions(features, num_classes, cfg, detector_group_norm(cfg))
+
+
+# FPN.MRCNN_HEAD_FUNC -> head(RoI features [F,14,14,C], num_classes, cfg) -> mask logits [F,28,28,num_classes].
+MASK_HEADS = {
+    "maskrcnn_up4conv_head": _four_convolutions,
+    "maskrcnn_up4conv_gn_head": _four_normalised_convolutions,
+}
 
 
 def mask_targets(boxes, edges, resolution):

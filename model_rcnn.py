@@ -5,9 +5,12 @@ Both functions are pure: they see their tensors, the settings, and the variables
 
 import functools
 
+import numpy as np
+
 from basemodel import c4_backbone, c5_on_rois, preprocess_image
+from common import UserError, describe_error
 from config import Config
-from model_backbones import backbone_stages
+from model_backbones import backbone_stages, check_backbone
 from model_box import clip_boxes, pad_for_roi_align, pool_from_levels, roi_align, roi_crop_and_resize, roi_pool
 from model_cascade import cascade_inference, cascade_losses
 from model_fpn import fpn
@@ -26,7 +29,8 @@ from model_syncbn import valid_area
 from utils.tf_v1 import tf
 
 __all__ = [
-    "backbone_features", "build_inference", "build_training", "describe_boxes", "detect_boxes", "make_roi_pooler",
+    "backbone_features", "build_inference", "build_training", "check_own_parts", "describe_boxes", "detect_boxes",
+    "make_roi_pooler",
 ]  # fmt: skip
 
 
@@ -112,6 +116,50 @@ def _never_empty(branch, *inputs):
 
 def mask_resolution(cfg: Config):
     return 28 if cfg.MODE_FPN else 14
+
+
+def check_own_parts(cfg: Config) -> None:
+    """Raises UserError where BACKBONE.NAME, FPN.FRCNN_HEAD_FUNC or FPN.MRCNN_HEAD_FUNC name nothing usable, before
+    anything expensive happens: own heads compute once on two RoIs of zeros."""
+    check_backbone(cfg)
+    if not cfg.MODE_FPN or cfg.MODE_RPN_ONLY:
+        return
+    classes = max(cfg.DATA.NUM_CATEGORY, 1)
+    _check_head("FPN.FRCNN_HEAD_FUNC", lambda x: fastrcnn_head(x, cfg), 7, [2, None], cfg)
+    if cfg.MODE_MASK:
+        m = mask_resolution(cfg)
+        _check_head("FPN.MRCNN_HEAD_FUNC", lambda x: mask_head(x, classes, cfg), m // 2, [2, m, m, classes], cfg)
+
+
+def _check_head(key, head, side, wanted, cfg: Config):
+    """head(features [R,side,side,C]) must give a tensor of the shape `wanted`, for R = 2; None is any number."""
+    if ":" not in cfg.get(key):
+        return
+    setting = f"setting {key}={cfg.get(key)}"
+    channels = cfg.FPN.NUM_CHANNEL
+    no_gpu = tf.ConfigProto(device_count={"GPU": 0})
+    with tf.Graph().as_default(), tf.Session(config=no_gpu) as session:
+        features = tf.placeholder(tf.as_dtype(cfg.TRAIN.PRECISION), [None, side, side, channels], "features")
+        try:
+            with tf.variable_scope("head"):
+                output = head(features)
+            found, good = type(output).__name__, False
+            if isinstance(output, tf.Tensor):
+                session.run(tf.global_variables_initializer())
+                shape = session.run(tf.shape(output), {features: np.zeros([2, side, side, channels])}).tolist()
+                fits = len(shape) == len(wanted) and all(w in (None, n) for w, n in zip(wanted, shape))
+                good = fits and output.dtype.is_floating and output.shape[-1].value is not None
+                found = f"{output.dtype.name} {shape}"
+        except UserError:
+            raise
+        except Exception as e:  # whatever your own code raises
+            raise UserError(f"{setting} raised {describe_error(e)}") from None
+    if not good:
+        sizes = ",".join("D" if w is None else str(w) for w in wanted[1:])
+        raise UserError(
+            f"{setting} must return a float tensor [R,{sizes}] for RoI features [R,{side},{side},{channels}], its last "
+            f"size known when the graph is built; for 2 RoIs it returned {found}"
+        )
 
 
 def build_training(batch, cfg: Config):

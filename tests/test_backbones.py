@@ -367,11 +367,17 @@ def test_training_changes_what_is_not_frozen_and_its_checkpoint_predicts(keras, 
     assert (tmp_path / "pictures" / "predictions.json").exists()
 
 
-def test_a_function_of_ones_own_trains_and_predicts(tmp_path):
+def test_your_own_backbone_and_heads_train_and_predict(tmp_path):
     run = tmp_path / "run"
-    config = [*NOT_OF_RESNETS, "BACKBONE.NAME=demo.own_backbone:stages", "BACKBONE.NORM=GN", "TRAIN.MAX_STEPS=2"]
+    config = [*NOT_OF_RESNETS, "BACKBONE.NAME=demo.own_backbone:stages", "BACKBONE.NORM=GN", "TRAIN.MAX_STEPS=2",
+              "FPN.FRCNN_HEAD_FUNC=demo.own_head:box_head", "FPN.MRCNN_HEAD_FUNC=demo.own_head:mask_head",
+              "FPN.FRCNN_CONV_HEAD_DIM=24"]  # fmt: skip
     assert main(["--logdir", str(run), "--config", *config]) == 0
     trained, _ = load_weights(run)
+    assert trained["fastrcnn/conv/W"].shape == (3, 3, 16, 24) and trained["fastrcnn/fc/W"].shape == (24, 32)
+    assert trained["maskrcnn/logits/W"].shape == (1, 1, 16, trained["fastrcnn/class/b"].size - 1)
+    assert not {"fastrcnn/fc6/W", "maskrcnn/fcn0/W"} & set(trained)
+    assert trained["fastrcnn/conv/b"].any() and trained["maskrcnn/logits/b"].any()  # from zeros, by a gradient
     assert trained["backbone/down5/W"].shape == (3, 3, 256, 512) and "backbone/residual2/gn/gamma" in trained
     assert trained["fpn/lateral_1x1_c2/W"].shape[2] == 64
     assert detect(run, tmp_path / "pictures") == 0

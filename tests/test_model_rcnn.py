@@ -5,6 +5,9 @@ import pytest
 
 import model_box
 import model_rcnn
+from common import UserError
+from model_frcnn import BOX_HEADS
+from model_mrcnn import MASK_HEADS
 from tests.graph import constants, make_batch, tiny_config
 from utils.tf_v1 import tf
 
@@ -294,3 +297,94 @@ def test_the_pooler_is_the_operation_of_the_settings_on_the_maps_of_its_strides(
     with tf.Graph().as_default(), tf.Session() as session:
         pooled, expected = session.run(make())
     np.testing.assert_allclose(pooled, expected, atol=1e-6)
+
+
+# --------------------------------------------------------------------------------------------------- your own functions
+def flat_masks(features, num_classes, cfg):
+    return tf.reshape(model_rcnn.mask_head(features, num_classes, tiny_config()), [-1, 28 * 28 * num_classes])
+
+
+def small_masks(features, num_classes, cfg):
+    return model_rcnn.mask_head(features, num_classes, tiny_config())[:, ::2, ::2]
+
+
+def whole_map(features, cfg):
+    return features
+
+
+def one_row(features, cfg):
+    return tf.reduce_mean(features, [0, 1, 2])[None]
+
+
+def whole_numbers(features, cfg):
+    return tf.argmax(features[:, 0], 1)
+
+
+def fails(features, cfg):
+    return features + features[0, 0, 0, 0, 0]
+
+
+def nothing(features, cfg):
+    return None
+
+
+NOT_CALLABLE = 3
+HERE = "tests.test_model_rcnn"
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (["FPN.FRCNN_HEAD_FUNC=fastrcnn_2fc"], r"must be one of .*mean fastrcnn_2fc_head"),
+        (["FPN.FRCNN_HEAD_FUNC=demo.own_head:box_hed"], "own_head:box_hed: .*no attribute 'box_hed'.*module:function"),
+        (["FPN.FRCNN_HEAD_FUNC=demo.absent:head"], "demo.absent:head: No module named 'demo.absent'"),
+        (["FPN.FRCNN_HEAD_FUNC=demo.own_head:"], "must be one of"),
+        (["FPN.FRCNN_HEAD_FUNC=demo.own_head:box_head", "MODE_FPN=False"], "needs MODE_FPN=True"),
+        ([f"FPN.FRCNN_HEAD_FUNC={HERE}:NOT_CALLABLE"], "is no function but of type int"),
+        ([f"FPN.FRCNN_HEAD_FUNC={HERE}:whole_map"], r"float tensor \[R,D\] .*\[R,7,7,16\].* float32 \[2, 7, 7, 16\]"),
+        ([f"FPN.FRCNN_HEAD_FUNC={HERE}:one_row"], r"for 2 RoIs it returned float32 \[1, 16\]"),
+        ([f"FPN.FRCNN_HEAD_FUNC={HERE}:whole_numbers"], r"returned int64 \[2, 16\]"),
+        ([f"FPN.FRCNN_HEAD_FUNC={HERE}:fails"], r"raised .*\(test_model_rcnn.py:\d+\)"),
+        ([f"FPN.FRCNN_HEAD_FUNC={HERE}:nothing"], "returned NoneType"),
+        ([f"FPN.FRCNN_HEAD_FUNC={HERE}:small_masks"], "raised TypeError: .*missing 1 required positional argument"),
+        ([f"FPN.MRCNN_HEAD_FUNC={HERE}:small_masks"], r"\[R,28,28,3\] .*\[R,14,14,16\].* float32 \[2, 14, 14, 3\]"),
+        ([f"FPN.MRCNN_HEAD_FUNC={HERE}:flat_masks"], r"\[R,28,28,3\] .* float32 \[2, 2352\]"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_a_head_is_named_in_one_line(given, message):
+    with pytest.raises(UserError, match=message) as error:
+        model_rcnn.check_own_parts(tiny_config(*given))
+    assert "\n" not in str(error.value) and given[0].split("=")[0] in str(error.value)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_your_own_heads_are_called_for_every_stage_of_a_cascade(precision):
+    cfg = tiny_config(
+        "FPN.CASCADE=True", "FPN.FRCNN_HEAD_FUNC=demo.own_head:box_head", "FPN.MRCNN_HEAD_FUNC=demo.own_head:mask_head",
+        "FPN.FRCNN_CONV_HEAD_DIM=24", f"TRAIN.PRECISION={precision}",
+    )  # fmt: skip
+    model_rcnn.check_own_parts(cfg)
+    with tf.Graph().as_default():
+        inputs = with_known_ends(placeholders(make_batch([(32, 32)], [[]], cfg)), cfg)
+        model_rcnn.build_training(inputs, cfg)
+        names = {v.op.name for v in tf.trainable_variables()}
+    assert {f"cascade_rcnn_stage{stage}/head/conv/W" for stage in (1, 2, 3)} | {"maskrcnn/logits/W"} <= names
+    assert not [n for n in names if "fc6" in n or "fcn" in n]
+
+
+@pytest.mark.quick
+def test_a_head_that_plays_no_part_is_not_called():
+    settings = ["FPN.MRCNN_HEAD_FUNC=demo.absent:head", "MODE_MASK=False"]
+    model_rcnn.check_own_parts(tiny_config(*settings))
+    model_rcnn.check_own_parts(tiny_config("FPN.FRCNN_HEAD_FUNC=demo.absent:head", "MODE_RPN_ONLY=True"))
+
+
+@pytest.mark.quick
+def test_the_settings_offer_the_heads_there_are():
+    for key, heads in (("FPN.FRCNN_HEAD_FUNC", BOX_HEADS), ("FPN.MRCNN_HEAD_FUNC", MASK_HEADS)):
+        for name in heads:
+            assert tiny_config(f"{key}={name}").get(key) == name
+        with pytest.raises(UserError, match=f"must be one of {', '.join(heads)}"):
+            tiny_config(f"{key}=another")

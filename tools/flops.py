@@ -169,10 +169,9 @@ def main(argv: list[str] | None = None) -> int:
         if min(args.size) < 1 or min(args.proposals, args.detections) < 0:
             raise UserError(f"--size {args.size[0]} {args.size[1]}: height and width in pixels, 1 or more")
         cfg = finalize_config(default_config().update_args(args.config))
-        if cfg.BACKBONE.NAME != "resnet":
-            from model_backbones import check_backbone
+        from model_rcnn import check_own_parts
 
-            check_backbone(cfg)
+        check_own_parts(cfg)
         counted = count(cfg, *args.size, args.proposals, args.detections)
         print(table(counted))
         if args.json:
