@@ -5,6 +5,8 @@ python benchmarks/data_speed.py --augment                                what ea
 python benchmarks/data_speed.py --synthetic 118287                       load time and memory of so many images
 """
 
+import import_path
+
 import argparse
 import json
 import os
@@ -20,7 +22,6 @@ import numpy as np
 import psutil
 from tabulate import tabulate
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import UserError, logger
 from config import Config, default_config, finalize_config
 from data_workers import training_dataflow

@@ -8,6 +8,8 @@ starting train.py on them with all images on disk.
 All write their files into a temporary folder first (not timed) and print tables of seconds and peak memory.
 """
 
+import import_path
+
 import argparse
 import json
 import os
@@ -22,8 +24,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 from tabulate import tabulate
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
 def peak_gib() -> float:

@@ -11,6 +11,8 @@ with the usual way: every pixel of the box is resampled, and the bitmap of the w
 the same masks.
 """
 
+import import_path
+
 import argparse
 import os
 import sys
@@ -21,16 +23,15 @@ from pathlib import Path
 for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(variable, "1")  # NumPy's; TensorFlow has its own
 
-import cv2  # noqa: E402
-import numpy as np  # noqa: E402
-import pycocotools.mask as coco_mask  # noqa: E402
-from tabulate import tabulate  # noqa: E402
+import cv2
+import numpy as np
+import pycocotools.mask as coco_mask
+from tabulate import tabulate
+
+import detections
+from common import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import detections  # noqa: E402
-from common import UserError  # noqa: E402
 
 HEIGHT, WIDTH, COUNT = 800, 1333, 100
 

@@ -7,6 +7,8 @@ A rank is pinned to one core, so that 2 ranks have twice the processor of 1. As 
 namespaces that are joined by a cable of given rates.
 """
 
+import import_path
+
 import argparse
 import contextlib
 import os
@@ -21,11 +23,10 @@ from typing import Any
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from benchmarks.scaling_model import tables
+from common import UserError, logger, read_json, write_json
 
-from benchmarks.scaling_model import tables  # noqa: E402
-from common import UserError, logger, read_json, write_json  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
 
 MEASURED = ROOT / "benchmarks" / "scaling.json"
 # R50-FPN Mask R-CNN as the recipe trains it (FREEZE_AT=2), on small images. The learning rate is almost 0, since frozen

@@ -6,6 +6,8 @@ backward, same shapes, and nothing else, timed in the same process in alternatio
   python benchmarks/train_speed.py --start-up            from command to first step, by part
 """
 
+import import_path
+
 import argparse
 import subprocess
 import sys
@@ -17,13 +19,12 @@ from pathlib import Path
 import numpy as np
 from tabulate import tabulate
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from config import default_config, finalize_config
+from model_rcnn import build_training
+from training import DetectionOptimizer
+from utils.tf_v1 import tf
 
-from config import default_config, finalize_config  # noqa: E402
-from model_rcnn import build_training  # noqa: E402
-from training import DetectionOptimizer  # noqa: E402
-from utils.tf_v1 import tf  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
 
 PRODUCTS = ("Conv2D", "Conv2DBackpropInput", "Conv2DBackpropFilter", "MatMul", "BatchMatMulV2")
 # short edge -> padded image (a 4:3 photograph), its settings

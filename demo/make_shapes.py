@@ -7,6 +7,8 @@ holes and for crowd regions, which are clusters of tiny shapes of one class. Wha
 part of the other's annotation.
 """
 
+import import_path
+
 import argparse
 from pathlib import Path
 from typing import Any, NamedTuple

@@ -3,6 +3,8 @@
 Everything after the drawing goes through train.py's command line, as printed; `make demo` runs this file.
 """
 
+import import_path
+
 import argparse
 import json
 import os

@@ -7,6 +7,8 @@ unless the words set them. Checkpoints go to /opt/ml/checkpoints, which SageMake
 spot instance that is taken away costs no more than the steps since the last one. scripts/train_sagemaker.py starts it.
 """
 
+import import_path
+
 import argparse
 import json
 import os
@@ -15,10 +17,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPOSITORY))
+from common import UserError, visible_gpus
 
-from common import UserError, visible_gpus  # noqa: E402
+REPOSITORY = Path(__file__).resolve().parent.parent
 
 PORT = 23456
 

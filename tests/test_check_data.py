@@ -11,12 +11,11 @@ import cv2
 import numpy as np
 import pytest
 
+from tools import check_data
+from tools.check_data import CHECKS, DataSource, check_leakage, check_source, fixed_content, look_at_images
+
 ROOT = Path(__file__).parents[1]
 DATA = Path(__file__).parent / "data"
-sys.path.insert(0, str(ROOT / "tools"))
-
-import check_data  # noqa: E402
-from check_data import CHECKS, DataSource, check_leakage, check_source, fixed_content, look_at_images  # noqa: E402
 
 from data_check import quick_check  # noqa: E402
 

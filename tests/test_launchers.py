@@ -339,11 +339,8 @@ horovod_runner = pytest.mark.skipif(
 def test_ranks_are_numbered_as_horovodrun_numbers_them(slots):
     from horovod.runner.common.util.hosts import get_host_assignments, parse_hosts
 
-    sys.path.insert(0, str(SCRIPTS))
-    try:
-        from horovod_node import rank_environments
-    finally:
-        sys.path.remove(str(SCRIPTS))
+    from scripts.horovod_node import rank_environments
+
     ours = [e for node in range(len(slots)) for e in rank_environments(node, slots, "10.0.0.1", 1234, "eth0")]
     plan = get_host_assignments(parse_hosts(",".join(f"node{i}:{n}" for i, n in enumerate(slots))), sum(slots))
     assert len(ours) == len(plan)

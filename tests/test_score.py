@@ -8,13 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from tools import score
+
 ROOT = Path(__file__).parents[1]
 DATA = Path(__file__).parent / "data"
 GOLDEN = DATA / "golden_oid"
 EXPECTED = json.loads((GOLDEN / "expected.json").read_text())
-sys.path.insert(0, str(ROOT / "tools"))
-
-import score  # noqa: E402
 
 
 def run(tmp_path, *args: str) -> dict:

@@ -9,6 +9,8 @@ errors, 2 when a set cannot be read. --fix writes cleaned annotation files and n
 writes a page of pictures with their annotations drawn.
 """
 
+import import_path
+
 import argparse
 import html
 import itertools
@@ -21,8 +23,6 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import cv2
 import numpy as np

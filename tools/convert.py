@@ -10,6 +10,8 @@ nothing is written and the exit code is 3 (unless allowed by flags). The setting
 the tensors, printed, and stored in the .npz, so that --load applies them.
 """
 
+import import_path
+
 import argparse
 import math
 import os
@@ -23,9 +25,6 @@ from typing import Any
 
 import numpy as np
 from tabulate import tabulate
-
-if __package__ in (None, ""):
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common import UserError, logger, read_json
 from config import default_config

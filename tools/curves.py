@@ -3,12 +3,12 @@
 python tools/curves.py train_log/mine [train_log/other …] [--keys total_loss bbox/AP50 segm/AP50] [--out curves.png]
 """
 
+import import_path
+
 import argparse
 import json
 import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common import UserError, atomic_write, logger
 

@@ -9,17 +9,16 @@ One multiplication with its addition counts 1, as in detectron2's tables (fvcore
 activations, RoIAlign, non-maximum suppression. Parameters are weights, biases and affine parameters of norms.
 """
 
+import import_path
+
 import argparse
 import math
 import re
 import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tabulate import tabulate
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common import UserError, logger, write_json
 from config import Config, default_config, finalize_config

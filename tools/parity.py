@@ -7,6 +7,8 @@ images go in. `make parity` runs it on ../shared/golden, `make parity GOLDEN=DIR
 1 when a tolerance is missed and 2 when there is nothing to compare.
 """
 
+import import_path
+
 import argparse
 import functools
 import json
@@ -20,8 +22,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from tabulate import tabulate
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common import UserError, atomic_write, logger, read_json
 from config import Config, default_config, finalize_config

@@ -15,13 +15,13 @@ The json written holds mAP, per_class_AP by class name (null: the class has no g
 numbers, as fractions.
 """
 
+import import_path
+
 import argparse
 import math
 import sys
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import UserError, logger, read_json, write_json
 from dataset_cityscapes import read_cityscapes_content

@@ -4,10 +4,9 @@
 python tools/settings_doc.py
 """
 
-import sys
-from pathlib import Path
+import import_path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from pathlib import Path
 
 from common import atomic_write
 from config import ALIASES, RELATIONS, SETTINGS

@@ -4,13 +4,12 @@
 tools/subset.py annotations/instances_train2017.json eight.json --images 8 --max-objects 6 --min-area 3000
 """
 
+import import_path
+
 import argparse
 import sys
 from collections import defaultdict
-from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common import UserError, logger, read_json, write_json
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Kills processes of a supervised job at random, and compares its model with that of a job left alone.
 
-    python tests/distributed/random_kills.py --kills 10 --seed 1
+    python -m tests.distributed.random_kills --kills 10 --seed 1
 
 Two ranks of train.py under horovodrun and scripts/supervise.py train the tests' tiny model; between its starts a rank,
 a data worker or horovodrun itself gets SIGKILL at a random moment. Prints what each kill cost, and ends with 1 if more
@@ -24,10 +24,9 @@ from typing import Any
 import numpy as np
 from tabulate import tabulate
 
-TESTS = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(TESTS), str(TESTS.parent)]
+from tests.tiny import TINY_TRAINING
 
-from tiny import TINY_TRAINING  # noqa: E402
+TESTS = Path(__file__).resolve().parent.parent
 
 INTERVAL = 4  # steps between checkpoints
 VICTIMS = ("rank 0", "rank 1", "horovodrun", "worker of rank 0", "worker of rank 1")
@@ -46,7 +45,7 @@ def command(folder: Path, steps: int) -> list[str]:
 
 def start(folder: Path, steps: int) -> subprocess.Popen:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("HOROVOD_")}
-    environment |= {"CUDA_VISIBLE_DEVICES": "-1"}
+    environment |= {"CUDA_VISIBLE_DEVICES": "-1", "PYTHONPATH": str(TESTS.parent)}
     with open(folder / "output.txt", "w") as output:
         return subprocess.Popen(command(folder, steps), env=environment, stdout=output, stderr=subprocess.STDOUT)
 

@@ -161,8 +161,8 @@ def test_a_killed_rank_ends_the_job_and_the_same_command_resumes_until_sigterm_s
 
 def test_a_supervised_job_of_which_processes_are_killed_at_random_ends_with_the_model_of_one_left_alone():
     """Three kills; `random_kills.py --kills 10` is for doing it by hand."""
-    program = [sys.executable, str(REPOSITORY / "tests/distributed/random_kills.py"), "--kills", "3", "--seed", "2"]
-    done = subprocess.run(program, capture_output=True, text=True, timeout=1200)
+    program = [sys.executable, "-m", "tests.distributed.random_kills", "--kills", "3", "--seed", "2"]
+    done = subprocess.run(program, cwd=REPOSITORY, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0 and "0 differ between" in done.stdout, done.stdout + done.stderr
 
 
