@@ -2,10 +2,12 @@
 
 import contextlib
 import importlib
+import importlib.metadata
 import json
 import logging
 import math
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -17,8 +19,8 @@ from typing import IO, Any
 from termcolor import colored
 
 __all__ = [
-    "UserError", "logger", "atomic_write", "write_json", "without_nan", "read_json", "visible_gpus", "git_revision",
-    "describe_error", "import_function",
+    "UserError", "logger", "atomic_write", "write_json", "without_nan", "read_json", "visible_gpus",
+    "git_revision", "project_version", "describe_error", "import_function",
 ]  # fmt: skip
 
 
@@ -163,3 +165,15 @@ def import_function(name: str, setting: str) -> Callable:
     if not callable(found):
         raise UserError(f"{where}: {function} of {module} is no function but of type {type(found).__name__}")
     return found
+
+
+def project_version() -> str:
+    """The version that pyproject.toml gives, or that of the installed package."""
+    with contextlib.suppress(OSError):
+        text = (Path(__file__).resolve().parent / "pyproject.toml").read_text()
+        match = re.search(r'^version = "(.*)"', text, re.M)
+        if match:
+            return match.group(1)
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version("packrcnn")
+    return "unknown"

@@ -1,26 +1,138 @@
-"""Running a model over a data set: COCO results of every image."""
+"""Running trained models: predictors, from Python or for whole data sets, and evaluations during training.
 
+from predict import load_predictor
+predictor = load_predictor("train_log/run", ["TEST.RESULT_SCORE_THRESH=0.5"])
+found = predictor("photo.jpg")  # boxes, scores, labels, masks … in the frame of the photo
+print([predictor.class_names[label - 1] for label in found.labels])
+"""
+
+import os
 import sys
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
+import cv2
+import numpy as np
 from tqdm import tqdm
 
-from common import UserError
-from data import inference_batches
-from detections import coco_results, to_original_frame
+from common import UserError, logger, write_json
+from config import Config
+from data import inference_batches, read_image, resized_shape, stack_images
+from dataset_build import COCO_KEYPOINTS, mirrored_keypoints
+from dataset_split import DatasetSplit
+from detections import Detections, coco_results, to_original_frame
+from eval import evaluate_proposals
+from inference import Predictor, inference_callable
+from run_start import STRICT, Fitting, Model, load_model, weight_loader, with_classes
+from tta import AugmentedPredictor
+from utils import ranks
+from viz import prediction_entry, show_window, write_prediction
 
-__all__ = ["ImageResults", "evaluate_split", "merge_shards"]
+__all__ = [
+    "LoadedPredictor", "build_predictor", "evaluate_split", "evaluation_builder", "load_predictor", "merge_shards",
+    "predict_files", "score",
+]  # fmt: skip
 
 ImageResults = tuple[int, list[dict[str, Any]]]  # index of the image in its split, its COCO results
+GraphPredictor = Callable[[np.ndarray, np.ndarray], dict[str, np.ndarray]]  # (image, image_shape) -> outputs
 
 
+# ---------------------------------------------------------------------------------------------------------- predictors
+def build_predictor(cfg: Config, load: Callable[[Any], None], meta: dict[str, Any] | None = None) -> GraphPredictor:
+    """The predictor that TEST asks for; load(sess) puts the weights into its session, meta is what came with them."""
+    if cfg.TEST.AUG_SHORT_EDGES:
+        sizes = ", ".join(map(str, cfg.TEST.AUG_SHORT_EDGES))
+        mirrored = ", each also mirrored" if cfg.TEST.AUG_FLIP else ""
+        logger.info(f"test-time augmentation: short edges {sizes}{mirrored}")
+        return AugmentedPredictor(cfg, load, keypoint_flip(cfg, meta))
+    return Predictor(cfg, load)
+
+
+def keypoint_flip(cfg: Config, meta: dict[str, Any] | None) -> list[int]:
+    """The keypoint that each of the model's becomes in a mirrored image; [] where that is not needed."""
+    count = cfg.KRCNN.NUM_KEYPOINT
+    if not (cfg.MODE_KEYPOINT and cfg.TEST.AUG_FLIP):
+        return []
+    known = (meta or {}).get("keypoint_flip") or []
+    if len(known) != count and count == len(COCO_KEYPOINTS):
+        known = mirrored_keypoints([], count).tolist()
+    if len(known) != count:
+        raise UserError(
+            f"TEST.AUG_FLIP=True: the weights do not say which of their {count} keypoints are left and right; set "
+            "TEST.AUG_FLIP=False"
+        )
+    return known
+
+
+class LoadedPredictor:
+    """A trained model, ready to look at images: predictor(image) -> `Detections`."""
+
+    def __init__(self, model: Model, fitting: Fitting = STRICT):
+        self.cfg = with_classes(model.cfg, model.weights)
+        self.class_names: list[str] = self.cfg.DATA.CLASS_NAMES
+        ids = (model.meta or {}).get("category_ids") or []
+        # Of each class in the annotations that it was trained with; None if --config gave other classes.
+        self.category_ids: list[int | str] | None = ids if len(ids) == len(self.class_names) else None
+        if self.cfg.MODE_RPN_ONLY:
+            self.category_ids = None
+        self.predict_batch = build_predictor(
+            self.cfg, weight_loader(model.weights, model.origin, fitting), model.meta
+        )  # fmt: skip
+
+    def __call__(self, image: str | os.PathLike | np.ndarray) -> Detections:
+        """What is in an image: a file, or pixels uint8 [H,W,3] in OpenCV's order BGR."""
+        pixels = image if isinstance(image, np.ndarray) else read_image(image)
+        height, width = pixels.shape[:2]
+        resized = pixels
+        if not self.cfg.TEST.AUG_SHORT_EDGES:
+            new_height, new_width = resized_shape(
+                height, width, self.cfg.PREPROC.TEST_SHORT_EDGE_SIZE, self.cfg.PREPROC.MAX_SIZE
+            )
+            resized = cv2.resize(pixels, (new_width, new_height), interpolation=cv2.INTER_LINEAR)
+        batch, shapes = stack_images([resized], self.cfg)
+        outputs = self.predict_batch(batch, shapes)
+        return to_original_frame({k: v[0] for k, v in outputs.items()}, shapes[0], (height, width))
+
+
+def load_predictor(
+    path: str | os.PathLike, settings: Sequence[str] = (), fitting: Fitting = STRICT
+) -> LoadedPredictor:  # fmt: skip
+    """The predictor of a run directory, checkpoint or .npz; `settings` are KEY=VAL as after --config."""
+    return LoadedPredictor(load_model(str(path), settings), fitting)
+
+
+def predict_files(predictor: LoadedPredictor, files: Sequence[str], output: str, window: bool) -> None:
+    """Writes a picture of each file with its detections into the folder `output`, and predictions.json with all that
+    was found; with `window` a single picture is shown."""
+    cfg, names = predictor.cfg, predictor.class_names
+    entries, started = [], time.time()
+    for batch in inference_batches(files, cfg, (0, 1)):
+        outputs = predictor.predict_batch(batch["image"], batch["image_shape"])
+        for n, index in enumerate(batch["indices"]):
+            size = batch["original_shapes"][n]
+            one = {k: v[n] for k, v in outputs.items()}
+            detections = to_original_frame(one, batch["image_shape"][n], size)
+            path = write_prediction(output, files[index], detections, names, cfg.TEST.RESULT_SCORE_THRESH_VIS)
+            entries.append(prediction_entry(files[index], size, detections, names, predictor.category_ids))
+            shown = int((detections.scores >= cfg.TEST.RESULT_SCORE_THRESH_VIS).sum())
+            rate = (time.time() - started) / len(entries)
+            logger.info(f"{len(entries)}/{len(files)} {path}: {shown} objects ({rate:.2f} s/image)")
+            if window and len(files) == 1:
+                show_window(path)
+    target = Path(output) / "predictions.json"
+    write_json(target, entries, indent=1)
+    logger.info(f"pictures in {output}/, everything found in {target}")
+
+
+# ---------------------------------------------------------------------------------------------------------- data sets
 def evaluate_split(
-    predict: Callable | Sequence[Callable],
-    split: Any,
-    cfg: Any,
+    predict: GraphPredictor | Sequence[GraphPredictor],
+    split: DatasetSplit,
+    cfg: Config,
     shard: tuple[int, int] = (0, 1),
     gather: Callable[[list[list[ImageResults]]], list[list[list[ImageResults]]]] | None = None,
     progress: bool = True,
@@ -49,7 +161,7 @@ def evaluate_split(
 
 
 def _evaluate_shard(
-    predict: Callable, split: Any, cfg: Any, shard: tuple[int, int], progress: bool
+    predict: GraphPredictor, split: DatasetSplit, cfg: Config, shard: tuple[int, int], progress: bool
 ) -> list[ImageResults]:
     """Results of every `size`-th image; one thread pastes and encodes a batch while the next is predicted."""
 
@@ -106,3 +218,40 @@ def merge_shards(shards: Iterable[Iterable[ImageResults]], num_images: int) -> l
     if missing:
         raise ValueError(f"{len(missing)} of {num_images} images were evaluated by no shard, e.g. number {missing[0]}")
     return [entry for results in by_image for entry in results or ()]
+
+
+def score(split: DatasetSplit, results: list[dict[str, Any]], cfg: Config) -> dict[str, float]:
+    """The scores of results by the data set's own protocol, or the recall of proposals."""
+    return evaluate_proposals(split, results) if cfg.MODE_RPN_ONLY else split.evaluate(results)
+
+
+def evaluation_builder(
+    cfg: Config, splits: Sequence[DatasetSplit], devices: Sequence[str], rank: int, size: int
+) -> Callable[[], Callable[[Any], dict[str, float]]]:
+    """build() adds one inference graph per replica, sharing its variables -> evaluate(sess) -> metrics."""
+    if cfg.TEST.AUG_SHORT_EDGES:
+        if rank == 0:
+            logger.info("test-time augmentation is off for evaluation during training; --evaluate uses it")
+        cfg = cfg.copy()
+        cfg.TEST.AUG_SHORT_EDGES = []
+        cfg.freeze()
+
+    def build() -> Callable[[Any], dict[str, float]]:
+        attach = [
+            inference_callable(cfg, device if len(devices) > 1 else None, f"tower{i}" if i else "", reuse=True)
+            for i, device in enumerate(devices)
+        ]
+
+        def evaluate(sess: Any) -> dict[str, float]:
+            predictors = [a(sess) for a in attach]
+            metrics = {}
+            for split in splits:
+                results = evaluate_split(predictors, split, cfg, (rank, size), ranks.gather if size > 1 else None)
+                if rank == 0:
+                    scores = score(split, results, cfg)
+                    metrics.update(scores if len(splits) == 1 else {f"{split.name}/{k}": v for k, v in scores.items()})
+            return metrics
+
+        return evaluate
+
+    return build

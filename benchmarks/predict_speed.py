@@ -108,7 +108,7 @@ def paste_report(cells: int, repeats: int) -> str:
 
 def graph_report(args: argparse.Namespace) -> str:
     """Stages of one image through the model that --load and --config describe."""
-    from train import build_predictor
+    from predict import build_predictor
 
     cfg, load = _model(args)
     if args.image:
@@ -142,15 +142,13 @@ def graph_report(args: argparse.Namespace) -> str:
 
 def _model(args: argparse.Namespace) -> tuple:
     """Settings and weights as train.py --predict takes them; without --load random weights that find 100 objects."""
-    import train
     from utils.tf_v1 import tf
 
     if args.load:
-        flags = ["--predict", args.image or "-", "--load", args.load]
-        flags = train.parse_args(flags + (["--config", *args.config] if args.config else []))
-        weights, meta = train._load(flags)
-        cfg = train._with_classes(train._settings(flags, weights, meta)[0], weights, [])
-        return cfg, train._weight_loader(weights, args.load, flags)
+        from run_start import load_model, weight_loader, with_classes
+
+        model = load_model(args.load, args.config)
+        return with_classes(model.cfg, model.weights), weight_loader(model.weights, model.origin)
     from config import default_config, finalize_config
 
     cfg = finalize_config(default_config().update_args(["DATA.NUM_CATEGORY=80", *args.config]))
@@ -169,7 +167,7 @@ def _model(args: argparse.Namespace) -> tuple:
 def augmentation_report(args: argparse.Namespace) -> str:
     """An image's prediction in several views against a plain one, in alternation."""
     from data import inference_batches
-    from train import build_predictor
+    from predict import build_predictor
 
     cfg, load = _model(args)
     plain, one, both = cfg.copy(), cfg.copy(), cfg.copy()

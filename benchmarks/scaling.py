@@ -106,7 +106,7 @@ def gradient_schedule(settings: Sequence[str], height: int, width: int, repeats:
     from benchmarks.train_speed import synthetic_batch
     from config import default_config, finalize_config
     from model_rcnn import build_training
-    from training import DetectionOptimizer
+    from trainers import DetectionOptimizer
     from utils.tf_v1 import tf
 
     cfg = finalize_config(default_config().update_args([*settings, "DATA.NUM_CATEGORY=80"]))

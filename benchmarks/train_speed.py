@@ -21,7 +21,7 @@ from tabulate import tabulate
 
 from config import default_config, finalize_config
 from model_rcnn import build_training
-from training import DetectionOptimizer
+from trainers import DetectionOptimizer
 from utils.tf_v1 import tf
 
 ROOT = Path(__file__).resolve().parent.parent

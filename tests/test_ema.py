@@ -12,7 +12,7 @@ from test_train import COCO_MINI, assert_same_weights, run, train_tiny, weights_
 import inference
 import training
 from dataset_split import DatasetSplit
-from training import DetectionOptimizer, average_decay_tensor
+from trainers import DetectionOptimizer, average_decay_tensor
 from utils.checkpoint import load_weights, without_averages
 from utils.tf_v1 import tf
 

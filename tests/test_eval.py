@@ -7,7 +7,6 @@ import json
 import logging
 import math
 import os
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +20,6 @@ from pycocotools.cocoeval import COCOeval
 import detections
 import eval as scoring
 from common import UserError
-from predict import evaluate_split, merge_shards
 
 HERE = Path(__file__).parent
 SHARED = Path(os.environ.get("PACKRCNN_SHARED", HERE.parent.parent / "shared"))
@@ -182,126 +180,6 @@ def test_recorded_predictions_become_the_recorded_boxes_and_masks(model):
                 got = detections.decode_mask(rle)
                 # The probabilities are recorded as float16, so a few pixels on the outline may differ.
                 assert (got & mask).sum() >= 0.99 * (got | mask).sum()
-
-
-# ------------------------------------------------------------------------------------------ splits and files
-class FakeSplit:
-    """Images of known sizes with an annotation dictionary in memory."""
-
-    name = "fake"
-
-    def __init__(self, images):
-        self.images = images
-
-    def __len__(self):
-        return len(self.images)
-
-    def image_id(self, i):
-        return self.images[i]["id"]
-
-    def label_to_category_id(self, label):
-        return label * 10
-
-
-def fake_batches(split, cfg, shard):
-    """Batches of up to two images at half size, as data.inference_batches would give them."""
-    indices = list(range(shard[0], len(split), shard[1]))
-    for start in range(0, len(indices), 2):
-        batch = indices[start : start + 2]
-        shapes = [(split.images[i]["height"], split.images[i]["width"]) for i in batch]
-        yield {
-            # The image number travels in the pixels, so that the fake predictor knows what to answer.
-            "image": np.stack([np.full((8, 8, 3), i, np.uint8) for i in batch]),
-            "image_shape": np.array([(h // 2, w // 2) for h, w in shapes], np.int32),
-            "indices": batch,
-            "original_shapes": shapes,
-        }
-
-
-def fake_predict(image, image_shape):
-    """Image i has i % 3 detections."""
-    n = len(image)
-    masks = np.random.default_rng(0).random((2, 28, 28)).astype(np.float32)
-    boxes = np.tile(np.array([[1, 2, 11, 8], [0, 0, 4, 4]], np.float32), (n, 1, 1))
-    return {
-        "boxes": boxes + image[:, 0, 0, :1, None] / 100,
-        "scores": np.tile(np.array([0.9, 0.4], np.float32), (n, 1)),
-        "labels": np.tile(np.array([2, 1], np.int32), (n, 1)),
-        "masks": np.tile(masks, (n, 1, 1, 1)),
-        "count": image[:, 0, 0, 0].astype(np.int32) % 3,
-    }
-
-
-@pytest.fixture
-def fake_split(monkeypatch):
-
-    monkeypatch.setattr("predict.inference_batches", fake_batches)
-    return FakeSplit([{"id": f"image {i}" if i % 2 else i, "height": 40 + i, "width": 50} for i in range(11)])
-
-
-@pytest.mark.quick
-@pytest.mark.parametrize("devices", [1, 2, 3])
-def test_results_do_not_depend_on_the_number_of_devices(fake_split, devices):
-    results = evaluate_split([fake_predict] * devices, fake_split, None, progress=False)
-    alone = evaluate_split(fake_predict, fake_split, None, progress=False)
-    assert results == alone
-    assert list(dict.fromkeys(r["image_id"] for r in alone)) == ["image 1", 2, 4, "image 5", "image 7", 8, 10]
-    assert len(alone) == sum(i % 3 for i in range(11))
-    assert json.loads(json.dumps(alone)) == alone
-
-
-@pytest.mark.quick
-def test_processes_gather_the_results_of_all(fake_split):
-    size, barrier, parts = 3, threading.Barrier(3), {}
-    outcome = {}
-
-    def process(rank):
-        def gather(mine):
-            parts[rank] = mine
-            barrier.wait(10)
-            return [parts[r] for r in range(size)]
-
-        outcome[rank] = evaluate_split([fake_predict] * 2, fake_split, None, (rank, size), gather, False)
-
-    threads = [threading.Thread(target=process, args=(r,)) for r in range(size)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join(20)
-    alone = evaluate_split(fake_predict, fake_split, None, progress=False)
-    assert outcome == {0: alone, 1: alone, 2: alone}
-    with pytest.raises(ValueError, match="gather"):
-        evaluate_split(fake_predict, fake_split, None, (0, 2), progress=False)
-
-
-@pytest.mark.quick
-def test_merging_refuses_duplicates_and_losses():
-    part = [(0, [{"score": 1}]), (2, [])]
-    assert merge_shards([part, [(1, [{"score": 2}])]], 3) == [{"score": 1}, {"score": 2}]
-    with pytest.raises(ValueError, match="1 of 3 images were evaluated by no shard, e.g. number 1"):
-        merge_shards([part], 3)
-    with pytest.raises(ValueError, match="image number 2 was evaluated by two"):
-        merge_shards([part, [(1, []), (2, [])]], 3)
-
-
-@pytest.mark.quick
-def test_an_error_of_the_predictor_or_of_pasting_reaches_the_caller(fake_split):
-    def broken(image, image_shape):
-        return {**fake_predict(image, image_shape), "boxes": np.full((len(image), 2, 4), np.nan, np.float32)}
-
-    with pytest.raises(UserError, match="image image 1: .*diverged"):
-        evaluate_split(broken, fake_split, None, progress=False)
-
-
-@pytest.mark.quick
-@pytest.mark.parametrize("count", [0, 1, 5])
-def test_a_written_results_file_reads_back_equal(tmp_path, fake_split, count):
-    results = evaluate_split(fake_predict, fake_split, None, progress=False)[:count]
-    path = tmp_path / "new" / "results.json"
-    scoring.write_results(path, iter(results))
-    truth = {"images": fake_split.images, "categories": [{"id": 10}, {"id": 20}]}
-    assert scoring.read_results(path, truth) == results
-    assert os.listdir(path.parent) == ["results.json"]
 
 
 GOOD_RLE = {"size": [10, 12], "counts": [50, 20, 50]}
@@ -683,51 +561,3 @@ def test_an_annotation_file_is_read_by_path(tmp_path):
     path.write_text("[]")
     with pytest.raises(UserError, match="truth.json has no list 'images'"):
         scoring.evaluate_coco(path, results)
-
-
-@pytest.mark.quick
-def test_a_predictor_that_knows_the_annotations_scores_near_one_on_real_photographs():
-    """The whole way: json, resized and padded batches, boxes and 28x28 masks in the resized frame, results, scores."""
-    from config import default_config, finalize_config
-    from data import inference_batches
-    from dataset import load_split
-
-    settings = ["MODE_FPN=True", "TEST.BATCH_SIZE=2", "PREPROC.TEST_SHORT_EDGE_SIZE=333", "PREPROC.MAX_SIZE=480"]
-    settings += [f"DATA.BASEDIR={HERE / 'data' / 'coco_mini'}", "PREPROC.SHORT_EDGE_SIZE=333"]
-    cfg = finalize_config(default_config().update_args(settings))
-    split = load_split(cfg, "coco_train2017")
-    order = iter([batch["indices"] for batch in inference_batches(split, cfg)])
-
-    def predict(image, image_shape):
-        indices = next(order)
-        found = [split.annotations(i) for i in indices]
-        rows = max(len(f["boxes"]) for f in found)
-        outputs = {
-            "boxes": np.zeros((len(found), rows, 4), np.float32),
-            "scores": np.zeros((len(found), rows), np.float32),
-            "labels": np.zeros((len(found), rows), np.int32),
-            "masks": np.zeros((len(found), rows, 28, 28), np.float32),
-            "count": np.zeros(len(found), np.int32),
-        }
-        for n, (one, shape, i) in enumerate(zip(found, image_shape, indices)):
-            height, width = split.image_size(i)
-            keep = np.flatnonzero(~one["is_crowd"])
-            k = len(keep)
-            outputs["count"][n] = k
-            outputs["boxes"][n, :k] = one["boxes"][keep] * np.tile(shape[::-1] / [width, height], 2)
-            outputs["scores"][n, :k], outputs["labels"][n, :k] = 0.9, one["labels"][keep]
-            for row, a in enumerate(keep):
-                outputs["masks"][n, row] = cell_coverage(one["rings"][a], one["boxes"][a])
-        return outputs
-
-    def cell_coverage(rings, box):
-        """Share of each of 28x28 cells that is inside the rings, from 8x8 samples."""
-        scaled = [((r - box[:2]) / (box[2:] - box[:2]) * 224).ravel().tolist() for r in rings]
-        mask = coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(scaled, 224, 224)))
-        return mask.reshape(28, 8, 28, 8).mean((1, 3))
-
-    results = evaluate_split(predict, split, cfg, progress=False)
-    metrics = split.evaluate(results, verbose=False)
-    assert metrics["bbox/AP"] > 0.99
-    assert metrics["segm/AP50"] > 0.99 and metrics["segm/AP"] > 0.85
-    assert not math.isnan(metrics["segm/AP_per_class/person"])

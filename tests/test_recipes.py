@@ -16,7 +16,8 @@ from model_rcnn import build_inference
 from tests.graph import make_batch
 from tests.tiny import COCO_MINI
 from tools.flops import count
-from training import DetectionModel, make_plan
+from trainers import DetectionModel
+from training_plan import make_plan
 from utils.tf_v1 import tf
 
 # isort: split

@@ -16,6 +16,7 @@ import pytest
 from tiny import COCO_MINI, TINY_TRAINING
 
 import train
+from common import git_revision
 from utils.checkpoint import load_weights, newest_checkpoint, save_npz
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -392,7 +393,7 @@ def test_several_views_of_images_in_a_batch_come_back_in_their_own_frames(traine
         assert {tuple(d["mask"]["size"]) for d in entry["detections"]} == {(entry["height"], entry["width"])}
 
 
-def test_evaluations_while_training_look_once_and_say_so(tmp_path, capsys, monkeypatch):
+def test_evaluations_during_training_are_without_augmentation_and_say_so(tmp_path, capsys, monkeypatch):
     import predict
 
     seen, score = [], predict.evaluate_split
@@ -404,7 +405,7 @@ def test_evaluations_while_training_look_once_and_say_so(tmp_path, capsys, monke
     monkeypatch.setattr(predict, "evaluate_split", spy)
     assert train_tiny(tmp_path / "run", "TRAIN.EVAL_PERIOD=1", "TEST.AUG_SHORT_EDGES=[64,96]", steps=1) == 0
     assert seen == [[]]
-    assert "look once" in capsys.readouterr().err
+    assert "test-time augmentation is off for evaluation during training" in capsys.readouterr().err
     assert load_weights(tmp_path / "run")[1]["settings"]["TEST.AUG_SHORT_EDGES"] == [64, 96]
 
 
@@ -537,7 +538,14 @@ def test_a_backbone_brings_its_settings_which_the_command_line_overrides(tmp_pat
     assert "BN_EPSILON" not in err
 
 
-def test_print_config_shows_the_settings_in_force(trained, capsys):
+def test_the_version_is_that_of_the_project_and_the_revision_of_the_checkout(capsys):
+    assert run("--version") == 0
+    version = re.search(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.M)[1]
+    revision = git_revision()
+    assert capsys.readouterr().out == f"packrcnn {version}{f' (git {revision})' * (revision != 'unknown')}\n"
+
+
+def test_print_config_shows_the_settings_in_effect(trained, capsys):
     assert run("--print-config", "--config", "MODE_FPN=True") == 0
     out = capsys.readouterr().out
     assert "MODE_FPN=True" in out.splitlines()

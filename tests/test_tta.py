@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import model_rcnn
-import train
 import tta
 from augment import resized_shape
 from common import UserError
@@ -299,15 +298,3 @@ def test_merging_equals_a_twin_in_numpy(kind):
 def test_settings_that_make_no_sense_are_refused_by_name(setting, hint):
     with pytest.raises(UserError, match=hint):
         tiny_config(*setting.split())
-
-
-@pytest.mark.quick
-def test_sides_of_keypoints_come_with_the_weights_or_are_cocos_or_are_asked_for():
-    model = ["MODE_KEYPOINT=True", "TEST.AUG_SHORT_EDGES=[64]"]
-    persons, other = tiny_config(*model), tiny_config(*model, "KRCNN.NUM_KEYPOINT=3")
-    assert train._keypoint_flip(persons, None) == [0, 2, 1, 4, 3, 6, 5, 8, 7, 10, 9, 12, 11, 14, 13, 16, 15]
-    assert train._keypoint_flip(other, {"keypoint_flip": KEYPOINT_FLIP}) == KEYPOINT_FLIP
-    with pytest.raises(UserError, match="TEST.AUG_FLIP=False"):
-        train._keypoint_flip(other, {"settings": {}})
-    unflipped = tiny_config(*model, "KRCNN.NUM_KEYPOINT=3", "TEST.AUG_FLIP=False")
-    assert train._keypoint_flip(unflipped, None) == []

@@ -22,7 +22,7 @@ import numpy as np
 from tabulate import tabulate
 from termcolor import colored
 
-from common import UserError, atomic_write, git_revision, logger, read_json, write_json
+from common import UserError, atomic_write, git_revision, logger, project_version, read_json, write_json
 
 __all__ = [
     "load_weights", "native_names", "save_npz", "make_meta", "write_checkpoint_meta", "read_checkpoint_meta",
@@ -180,7 +180,7 @@ def make_meta(settings: Mapping[str, Any], class_names: Iterable[str], step: int
         "class_names": list(class_names),
         "step": int(step),
         "versions": {
-            "packrcnn": _project_version(),
+            "packrcnn": project_version(),
             "tensorflow": _package_version("tensorflow"),
             "numpy": np.__version__,
             "python": platform.python_version(),
@@ -194,15 +194,6 @@ def _package_version(*names: str) -> str:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             return importlib.metadata.version(name)
     return "unknown"
-
-
-def _project_version() -> str:
-    with contextlib.suppress(OSError):
-        text = (Path(__file__).resolve().parent.parent / "pyproject.toml").read_text()
-        match = re.search(r'^version = "(.*)"', text, re.M)
-        if match:
-            return match.group(1)
-    return _package_version("packrcnn")
 
 
 def save_npz(path: str | os.PathLike, variables: Mapping[str, np.ndarray], meta: Mapping[str, Any] | None) -> None:

@@ -1,0 +1,375 @@
+"""What makes an update: the optimiser, the model as tensorpack sees it, accumulation, replicas, Horovod.
+
+The graph holds everything that decides an update (rate, sampling seeds, loss scale) as a function of the global step
+and of the batch, so that a resumed run continues exactly as the uninterrupted one would.
+"""
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+from common import UserError, logger, visible_gpus
+from config import Config
+from model_rcnn import build_training
+from model_syncbn import batch_statistics, collective_sum
+from training_plan import TrainingPlan
+from utils.tf_v1 import tf
+
+# isort: split
+from tensorpack import ModelDesc, SimpleTrainer, SyncMultiGPUTrainerReplicated
+from tensorpack.callbacks.steps import MaintainStepCounter
+from tensorpack.graph_builder.training import SyncMultiGPUReplicatedBuilder
+from tensorpack.graph_builder.utils import (
+    merge_grad_list,
+    override_to_local_variable,
+    split_grad_list,
+)
+
+from utils import ranks
+from utils.checkpoint import AVERAGE_PREFIX
+
+__all__ = [
+    "INPUT_TYPES", "DetectionModel", "DetectionOptimizer", "average_decay_tensor", "learning_rate_tensor",
+    "local_devices", "make_trainer", "mean_over_devices", "session_config",
+]  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------- optimiser
+def learning_rate_tensor(plan: TrainingPlan, step):
+    """float32 scalar for the global step (a scalar tensor), as `TrainingPlan.learning_rate`."""
+    step = tf.cast(step, tf.float32)
+    ramp = plan.warmup_lr + (plan.base_lr - plan.warmup_lr) * step / max(plan.warmup_steps, 1)
+    if plan.cosine_end is not None:
+        left = tf.maximum(plan.cosine_end - step, 0.0) / plan.cosine_steps
+        rate = plan.final_lr + (plan.base_lr - plan.final_lr) * tf.square(tf.sin(math.pi / 2 * left))
+    else:
+        drops = tf.add_n([tf.cast(step >= m, tf.float32) for m in plan.milestones] or [tf.zeros([])])
+        rate = plan.base_lr * tf.pow(0.1, drops)
+    return tf.where_v2(step < plan.warmup_steps, ramp, rate)
+
+
+def average_decay_tensor(decay: float, step):
+    """Decay of the weights' moving averages in the update that makes step `step` + 1: lower at the beginning of a run,
+    so that the averages follow the fast changes there."""
+    step = tf.cast(step, tf.float32)
+    return tf.minimum(decay, (1 + step) / (10 + step))
+
+
+def moving_averages(variables: list) -> list[tuple[Any, Any]]:
+    """[(moving average, variable)] of the variables, and of the statistics of batch norms that are being updated.
+
+    Statistics are averaged like the weights, since they belong to them; those of frozen norms never change.
+    """
+    if tf.get_collection(tf.GraphKeys.UPDATE_OPS):
+        variables = [
+            *variables,
+            *(v for v in tf.global_variables() if re.search(r"/bn/(mean|variance)/EMA$", v.op.name)),
+        ]
+    with tf.variable_scope(tf.VariableScope(reuse=False, name=""), auxiliary_name_scope=False):
+        names = [AVERAGE_PREFIX + v.op.name for v in variables]
+        return [
+            (tf.get_variable(n, v.shape, v.dtype.base_dtype, tf.zeros_initializer(), trainable=False), v)
+            for n, v in zip(names, variables)
+        ]
+
+
+class DetectionOptimizer(tf.train.MomentumOptimizer):
+    """SGD with momentum on averaged gradients, after: loss-scale removal, weight decay on weights "W", clipping.
+
+    Weight decay acts on the gradient, which equals an L2 term in the loss without the cost of evaluating one. With
+    `loss_scale` (float16) an update whose gradients are not finite is skipped and the scale halves; it doubles after
+    2000 good updates (Micikevicius et al. 2018, section 3.2).
+    """
+
+    GROWTH_INTERVAL = 2000
+
+    def __init__(self, learning_rate, momentum, weight_decay, clip_norm, loss_scale, average_decay=None):
+        """average_decay: decay of the moving averages of the weights (a scalar tensor), None for none."""
+        super().__init__(learning_rate, momentum)
+        self._weight_decay = weight_decay
+        self._clip_norm = clip_norm
+        self._dynamic_scale = loss_scale
+        self._average_decay = average_decay
+        self._averages = None
+        self._scale_variables = None
+        self._scale_updated = False
+
+    def _scale(self):
+        if self._scale_variables is None:
+            with tf.variable_scope(tf.VariableScope(reuse=False, name=""), auxiliary_name_scope=False):
+                self._scale_variables = (
+                    tf.get_variable("loss_scale", [], tf.float32, tf.constant_initializer(2.0**15), trainable=False),
+                    tf.get_variable("loss_scale_good", [], tf.int32, tf.zeros_initializer(), trainable=False),
+                )
+        return self._scale_variables
+
+    def compute_gradients(self, loss, **kwargs):
+        if not self._dynamic_scale:
+            return super().compute_gradients(loss, **kwargs)
+        scale = self._scale()[0].read_value()
+        pairs = super().compute_gradients(loss * scale, **kwargs)
+        return [(None if g is None else g / scale, v) for g, v in pairs]
+
+    def apply_gradients(self, grads_and_vars, global_step=None, name=None):
+        pairs = [(tf.convert_to_tensor(g), v) for g, v in grads_and_vars]
+        averages = []
+        if self._average_decay is not None and self._averages is None:  # one copy: the first replica's
+            averages = self._averages = moving_averages([v for _, v in pairs])
+
+        def update(name=None):
+            done = super(DetectionOptimizer, self).apply_gradients(self._processed(pairs), global_step, name)
+            with tf.control_dependencies([done]):
+                shares = [tf.cast(1 - self._average_decay, a.dtype) for a, _ in averages]
+                changes = [a.assign_sub(s * (a - v.read_value())) for s, (a, v) in zip(shares, averages)]
+            return tf.group(*changes) if changes else done
+
+        if not self._dynamic_scale:
+            return update(name)
+        finite = tf.reduce_all([tf.reduce_all(tf.math.is_finite(g)) for g, _ in pairs])
+        self._create_slots([v for _, v in pairs])  # variables must not be created inside a conditional
+
+        ops = [tf.cond(finite, update, tf.no_op)]
+        if not self._scale_updated:  # replicas see the same gradients: the first one adapts the common scale
+            self._scale_updated = True
+            scale, good = self._scale()
+            enough = good + 1 >= self.GROWTH_INTERVAL
+            grown = tf.where_v2(enough, tf.minimum(scale * 2, 2.0**24), scale)
+            new_scale = tf.where_v2(finite, grown, tf.maximum(scale * 0.5, 1.0))
+            new_good = tf.where_v2(tf.logical_and(finite, tf.logical_not(enough)), good + 1, 0)
+            with tf.control_dependencies([new_scale, new_good]):
+                ops += [scale.assign(new_scale), good.assign(new_good)]
+        return tf.group(*ops, name=name)
+
+    def _processed(self, pairs):
+        if self._weight_decay:
+            pairs = [(g + self._weight_decay * v if v.op.name.endswith("/W") else g, v) for g, v in pairs]
+        if self._clip_norm:
+            clipped, _ = tf.clip_by_global_norm([g for g, _ in pairs], self._clip_norm)
+            pairs = list(zip(clipped, [v for _, v in pairs]))
+        return pairs
+
+
+# --------------------------------------------------------------------------------------------------- model description
+INPUT_TYPES = {
+    "image": (tf.uint8, [None, None, 3]),
+    "image_shape": (tf.int32, [2]),
+    "image_seed": (tf.int32, []),
+    "gt_boxes": (tf.float32, [None, 4]),
+    "gt_labels": (tf.int32, [None]),
+    "gt_is_crowd": (tf.bool, [None]),
+    "gt_edges": (tf.float32, [None, None, 4]),
+    "gt_keypoints": (tf.float32, [None, None, 3]),
+    "class_verified": (tf.bool, [None]),
+}
+
+
+class DetectionModel(ModelDesc):
+    """tensorpack's view of the model: its inputs, its cost on a replica, its optimiser."""
+
+    def __init__(self, cfg: Config, plan: TrainingPlan, keys: list[str]):
+        self._cfg, self._plan, self._keys = cfg, plan, keys
+        self.losses: dict[str, Any] = {}  # of the first replica
+        self.stats: dict[str, Any] = {}
+
+    def inputs(self):
+        images = self._plan.images_per_replica
+        return [tf.TensorSpec([images, *INPUT_TYPES[k][1]], INPUT_TYPES[k][0], k) for k in self._keys]
+
+    def build_graph(self, *tensors):
+        with batch_statistics(self._sum_over_replicas()):
+            losses, stats = build_training(dict(zip(self._keys, tensors)), self._cfg)
+        frozen = freeze_variables(self._cfg.TRAIN.FREEZE_PATTERN)
+        if frozen and not self.losses:
+            logger.info(f"{len(frozen)} variables match TRAIN.FREEZE_PATTERN and are not trained")
+        tower = tf.get_default_graph().get_name_scope()
+        with tf.control_dependencies(tf.get_collection(tf.GraphKeys.UPDATE_OPS, f"{tower}/" if tower else None)):
+            total = tf.add_n(list(losses.values()), name="total_loss")
+        if not self.losses:
+            self.losses = {**losses, "total_loss": total}
+            self.stats = stats
+        return total
+
+    def _sum_over_replicas(self) -> Callable[[Any], Any]:
+        """How SyncBN adds up over replicas: processes, or devices of this process."""
+        if self._plan.replicas == 1:
+            return lambda x: x
+        if self._cfg.TRAINER == "horovod":
+            hvd = ranks.horovod()
+            return lambda x: hvd.allreduce(x, op=hvd.Sum)
+        return collective_sum(self._plan.replicas)
+
+    def optimizer(self):
+        train = self._cfg.TRAIN
+        step = tf.train.get_or_create_global_step()
+        rate = learning_rate_tensor(self._plan, step)
+        self.stats["learning_rate"] = rate
+        return DetectionOptimizer(
+            rate, train.MOMENTUM, train.WEIGHT_DECAY, train.GRADIENT_CLIP, train.PRECISION == "float16",
+            average_decay_tensor(train.EMA_DECAY, step) if train.EMA_DECAY else None,
+        )  # fmt: skip
+
+
+def freeze_variables(pattern: str | None) -> list[str]:
+    """Removes variables whose names match TRAIN.FREEZE_PATTERN from the trainable ones; returns their names."""
+    if not pattern:
+        return []
+    collection = tf.get_collection_ref(tf.GraphKeys.TRAINABLE_VARIABLES)
+    frozen = [v for v in collection if re.search(pattern, v.op.name)]
+    collection[:] = [v for v in collection if not re.search(pattern, v.op.name)]
+    if not frozen:
+        raise UserError(f"setting TRAIN.FREEZE_PATTERN={pattern!r} matches no trainable variable")
+    return sorted(v.op.name for v in frozen)
+
+
+# ------------------------------------------------------------------------------------------------------------ trainers
+class _Accumulation:
+    """Mixin for trainers: `accumulation` micro-batches make one update from the mean of their gradients."""
+
+    accumulation = 1
+
+    def _make_get_grad_fn(self, input, get_cost_fn, get_opt_fn):
+        gradients_of_tower = super()._make_get_grad_fn(input, get_cost_fn, get_opt_fn)
+        self._accumulators, self._accumulate_ops = [], []
+
+        def averaged():
+            pairs = gradients_of_tower()
+            if self.accumulation == 1:
+                return pairs
+            out = []
+            for gradient, variable in pairs:
+                # Not by get_variable, which inside a replica would take it for a copy of one of the first replica's.
+                total = tf.Variable(
+                    tf.zeros(variable.shape, variable.dtype.base_dtype), trainable=False,
+                    collections=[tf.GraphKeys.LOCAL_VARIABLES], name="accumulated",
+                )  # fmt: skip
+                self._accumulators.append(total)
+                self._accumulate_ops.append(total.assign_add(gradient))
+                out.append(((total.read_value() + gradient) * (1.0 / self.accumulation), variable))
+            return out
+
+        return averaged
+
+    def _setup_graph(self, input, get_cost_fn, get_opt_fn):
+        callbacks = super()._setup_graph(input, get_cost_fn, get_opt_fn)
+        if self.accumulation > 1:
+            self._accumulate = tf.group(*self._accumulate_ops)
+            with tf.control_dependencies([self.train_op]):
+                self.train_op = tf.group(*[a.assign(tf.zeros_like(a)) for a in self._accumulators])
+        return callbacks
+
+    def setup_callbacks(self, callbacks, monitors):
+        super().setup_callbacks(callbacks, monitors)
+        # The step is counted in the session run that makes it: not before the update, which depends on it, is done.
+        counter = next(c for c in self._callbacks.cbs if isinstance(c, MaintainStepCounter))
+        counter.gs_incr_op._add_control_input(self.train_op)
+
+    def run_step(self):
+        for _ in range(self.accumulation - 1):
+            self.sess.run(self._accumulate)
+        self.hooked_sess.run(self.train_op)
+
+
+class SingleTrainer(_Accumulation, SimpleTrainer):
+    """One replica: the CPU or one GPU."""
+
+
+def mean_over_devices(gradients, variables, devices):
+    """gradients[device][i] of variables[i] -> their means over devices, each taken on the device that adds up least.
+
+    With every tensor sent to the device that adds it up and its mean sent back, a device moves as many bytes as in a
+    ring; on logical CPU devices this is faster than the ring of CollectiveReduce and needs less memory.
+    """
+    sizes = [v.shape.num_elements() for v in variables]
+    means, load = [None] * len(sizes), [0] * len(devices)
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        least = load.index(min(load))
+        load[least] += sizes[i]
+        with tf.device(devices[least]):
+            means[i] = tf.add_n([tower[i] for tower in gradients]) * (1.0 / len(devices))
+    return means
+
+
+class _ReplicatedBuilder(SyncMultiGPUReplicatedBuilder):
+    """Replicas on named devices, so that the same code runs on GPUs and on logical CPU devices."""
+
+    def __init__(self, devices):
+        self._device_names = devices
+        super().__init__(list(range(len(devices))), True, "gpu")
+
+    def call_for_each_tower(self, tower_fn):
+        own = [False] + [True] * (len(self.towers) - 1)
+        return self.build_on_towers(self.towers, tower_fn, self._device_names, own)
+
+    def build(self, grad_list, get_opt_fn):
+        all_grads, all_vars = split_grad_list(grad_list)
+        mean = mean_over_devices(all_grads, all_vars[0], self._device_names)
+        self.grads = merge_grad_list([mean] * len(self.towers), all_vars)
+        optimizer = get_opt_fn()
+        updates = []
+        for index, pairs in enumerate(self.grads):
+            with tf.device(self._device_names[index]), override_to_local_variable(enable=index > 0):
+                updates.append(optimizer.apply_gradients(pairs, name=f"apply_gradients_{index}"))
+        with tf.name_scope("sync_variables"):
+            synchronise = self.get_post_init_ops()
+        return tf.group(*updates, name="train_op"), synchronise
+
+
+class ReplicatedTrainer(_Accumulation, SyncMultiGPUTrainerReplicated):
+    """N replicas on one machine, each with its own copy of the variables."""
+
+    def __init__(self, devices: list[str]):
+        super().__init__(len(devices))
+        self._builder = _ReplicatedBuilder(devices)
+        # Copies start equal and get equal updates; statistics of frozen norms never change.
+        self.BROADCAST_EVERY_EPOCH = False
+
+
+def _horovod_trainer():
+    from tensorpack import HorovodTrainer
+
+    class DistributedTrainer(_Accumulation, HorovodTrainer):
+        """One replica per process; rank 0's variables, momentum and step included, are everybody's at the start."""
+
+        def initialize(self, session_creator, session_init):
+            # As tensorpack's, which asks TensorFlow 2 for functions it no longer has.
+            self._num_global_variables = len(tf.global_variables())
+            self._broadcast_op = self.hvd.broadcast_global_variables(0)
+            ranks.use_own_gpu(session_creator.config)
+            super(HorovodTrainer, self).initialize(session_creator, session_init)
+
+        def any_rank(self, flag):
+            """A float scalar -> its maximum over all ranks."""
+            return self.hvd.allreduce(flag, op=self.hvd.Max)
+
+    ranks.horovod()
+    trainer = DistributedTrainer()
+    trainer.BROADCAST_EVERY_EPOCH = False
+    return trainer
+
+
+def make_trainer(cfg: Config, plan: TrainingPlan, devices: list[str]):
+    """The trainer for TRAINER and the devices of this process."""
+    if cfg.TRAINER == "horovod":
+        trainer = _horovod_trainer()
+    else:
+        trainer = SingleTrainer() if len(devices) == 1 else ReplicatedTrainer(devices)
+    trainer.accumulation = plan.accumulation
+    return trainer
+
+
+def local_devices(cfg: Config) -> list[str]:
+    """Devices of this process's replicas: its GPUs, else TRAIN.CPU_REPLICAS logical CPU devices."""
+    gpus = visible_gpus()
+    if cfg.TRAINER == "horovod":
+        return ["/gpu:0" if gpus else "/cpu:0"]
+    if gpus:
+        return [f"/gpu:{i}" for i in range(gpus)]
+    return [f"/cpu:{i}" for i in range(cfg.TRAIN.CPU_REPLICAS)]
+
+
+def session_config(cpu_devices: int = 1) -> Any:
+    config = tf.ConfigProto(allow_soft_placement=True)
+    config.gpu_options.allow_growth = True
+    config.device_count["CPU"] = cpu_devices
+    return config

@@ -1,0 +1,119 @@
+"""The plan of a run: its learning rate and length, as the settings and the number of replicas and images give them."""
+
+import dataclasses
+import math
+
+from tabulate import tabulate
+
+from common import UserError
+from config import Config
+
+__all__ = ["TrainingPlan", "make_plan"]
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingPlan:
+    """What the settings become for a number of replicas and images."""
+
+    replicas: int
+    images_per_replica: int
+    accumulation: int
+    base_lr: float
+    warmup_steps: int
+    warmup_lr: float
+    milestones: list[int]  # steps at which the rate drops tenfold
+    total_steps: int
+    images_per_epoch: int
+    # Of a cosine schedule: the step at which it ends (TRAIN.MAX_STEPS may end the run before), and the rate there.
+    cosine_end: int | None = None
+    final_lr: float = 0.0
+
+    @property
+    def total_batch(self) -> int:
+        return self.replicas * self.images_per_replica * self.accumulation
+
+    def epochs(self, steps: int) -> float:
+        return steps * self.total_batch / max(self.images_per_epoch, 1)
+
+    def learning_rate(self, step: int) -> float:
+        """The rate of the update that makes step `step` + 1; the graph's `learning_rate_tensor` equals it."""
+        if step < self.warmup_steps:
+            return self.warmup_lr + (self.base_lr - self.warmup_lr) * step / self.warmup_steps
+        if self.cosine_end is not None:
+            # (1 + cos(pi * done)) / 2 = sin(pi / 2 * left)^2, which float32 knows as well near the end.
+            left = max(self.cosine_end - step, 0) / self.cosine_steps
+            return self.final_lr + (self.base_lr - self.final_lr) * math.sin(math.pi / 2 * left) ** 2
+        return self.base_lr * 0.1 ** sum(step >= m for m in self.milestones)
+
+    @property
+    def cosine_steps(self) -> int:
+        return max(self.cosine_end - self.warmup_steps, 1)
+
+    def table(self, cfg: Config) -> str:
+        """What the settings become: as they are written, for a total batch of 8, and in this run."""
+        train = cfg.TRAIN
+        parts = f"{self.replicas} replicas x {self.images_per_replica} images x {self.accumulation} accumulated"
+        drops = ", ".join(f"{m} (epoch {self.epochs(m):.1f})" for m in self.milestones) or "none"
+        curve = ["rate / 10 at", str(train.LR_SCHEDULE[:-1]), drops]
+        if self.cosine_end is not None:
+            end = f"to {self.final_lr:.6g} at {self.cosine_end} (epoch {self.epochs(self.cosine_end):.1f})"
+            last = f", {self.learning_rate(self.total_steps - 1):.6g} in the last step"
+            curve = ["cosine", f"to {train.LR_FINAL * train.BASE_LR:.6g} at {train.LR_SCHEDULE[-1]}", end]
+            curve[2] += last * (self.total_steps < self.cosine_end)
+        length = f"{self.total_steps} steps = {self.epochs(self.total_steps):.1f} epochs"
+        return tabulate(
+            [
+                ["total batch", "8", f"{parts} = {self.total_batch}"],
+                ["learning rate", f"{train.BASE_LR:.6g}", f"{self.base_lr:.6g}"],
+                [
+                    "warm-up",
+                    f"{train.WARMUP} steps from {train.WARMUP_INIT_LR:.6g}",
+                    f"{self.warmup_steps} steps from {self.warmup_lr:.6g}",
+                ],
+                curve,
+                ["length", f"{train.LR_SCHEDULE[-1]} steps", length],
+            ],
+            headers=["", "settings", f"this run (TRAIN.LR_SCALING={train.LR_SCALING})"],
+            tablefmt="simple",
+            disable_numparse=True,
+        )
+
+    def warning(self, cfg: Config) -> str | None:
+        """What is probably not meant; a run that TRAIN.MAX_STEPS cuts short is."""
+        end = min([*self.milestones, self.total_steps])
+        if self.warmup_steps < end or cfg.TRAIN.MAX_STEPS is not None:
+            return None
+        return (
+            f"TRAIN.WARMUP={self.warmup_steps} reaches to step {end}, where the rate falls or the run ends, so that "
+            "the learning rate is never reached: lower it, or use fewer replicas"
+        )
+
+
+def make_plan(cfg: Config, replicas: int, images_per_epoch: int) -> TrainingPlan:
+    """Scales the schedule, which is written for a total batch of 8, to the batch at hand (Goyal et al. 2017)."""
+    train = cfg.TRAIN
+    at_once = replicas * train.BATCH_SIZE_PER_GPU
+    total = train.TOTAL_BATCH or at_once * train.ACCUMULATION
+    if total % at_once:
+        near = ", ".join(str(k * at_once) for k in (total // at_once, total // at_once + 1) if k)
+        raise UserError(
+            f"setting TRAIN.TOTAL_BATCH={total} is no multiple of {replicas} replicas x {train.BATCH_SIZE_PER_GPU} "
+            f"images: use another number of replicas, TRAIN.BATCH_SIZE_PER_GPU, or a total batch of {near}"
+        )
+    factor = total / 8.0 if train.LR_SCALING == "linear" else 1.0
+    milestones = [max(1, math.ceil(m / factor)) for m in train.LR_SCHEDULE]
+    steps = milestones[-1] if train.MAX_STEPS is None else min(milestones[-1], train.MAX_STEPS)
+    cosine = train.LR_POLICY == "cosine"
+    return TrainingPlan(
+        replicas=replicas,
+        images_per_replica=train.BATCH_SIZE_PER_GPU,
+        accumulation=total // at_once,
+        base_lr=train.BASE_LR * factor,
+        warmup_steps=train.WARMUP,
+        warmup_lr=train.WARMUP_INIT_LR * min(factor, 1.0),
+        milestones=[] if cosine else [m for m in milestones[:-1] if m < steps],
+        total_steps=steps,
+        images_per_epoch=images_per_epoch,
+        cosine_end=milestones[-1] if cosine else None,
+        final_lr=train.LR_FINAL * train.BASE_LR * factor,
+    )
