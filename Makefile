@@ -1,9 +1,10 @@
 # Everything that needs an environment builds it first, from the pinned requirements, in .venv.
 #   make demo          train, score and draw a small Mask R-CNN on the CPU, in minutes
 #   make test          the whole test suite; make quick = the part that takes seconds; with Horovod, its tests too
-#   make lint          style, common mistakes, types
+#   make lint          style and common mistakes
 #   make test-pythons  the quick tests under every supported Python that is installed
-#   make parity        compare with recorded results of another implementation, at ../shared/golden or GOLDEN=DIR
+#   make parity        compare with recordings of detectron2, at ../shared/golden or GOLDEN=DIR (docs/FIDELITY.md)
+#   make docs          the documents as a web site, in build/site
 #   make horovod       build and install Horovod; make test-horovod = its tests alone
 #   make venv REQUIREMENTS=requirements-gpu.txt   the environment for NVIDIA GPUs
 #   make clean         remove caches; the environment, data and runs stay
@@ -21,7 +22,7 @@ STAMP := $(VENV)/.installed-$(shell cat $(REQUIREMENTS) requirements.txt require
 help:
 	@sed -n '/^#   make/s/^#   //p' Makefile
 
-.PHONY: help demo test quick lint test-pythons parity horovod test-horovod venv clean
+.PHONY: help demo test quick lint test-pythons parity docs horovod test-horovod venv clean
 
 demo: $(STAMP)
 	@$(PY) -m demo.run
@@ -37,13 +38,15 @@ quick: $(STAMP)
 lint: $(STAMP)
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
-	@$(PY) -m mypy --no-error-summary
 
 test-pythons:
 	@scripts/test_pythons.sh
 
 parity: $(STAMP)
 	@$(PY) tools/parity.py $(GOLDEN)
+
+docs: $(STAMP)
+	@$(PY) -m mkdocs build --strict --quiet --clean && echo "the site is build/site/index.html"
 
 horovod: $(STAMP)
 	@scripts/install_horovod.sh --python $(PY)
@@ -65,5 +68,5 @@ $(STAMP):
 	@touch $@
 
 clean:
-	rm -rf build .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf build .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,4 +1,4 @@
-"""Your own backbone in twenty lines: a plain convolutional network with group norms.
+"""Your own backbone: a plain convolutional network with group norms.
 
 Name it in the settings by module:function; the module must be importable from where the program is started:
 

@@ -1,4 +1,4 @@
-"""A data set class of one's own in twenty lines: images with one "x1 y1 x2 y2 name" a line in a .txt beside each.
+"""Your own data format: images, each with a .txt file beside it that has one "x1 y1 x2 y2 name" per line.
 
 Register it in the settings by module:function and what the function needs; the module must be importable from where
 the program is started, e.g. with this file:

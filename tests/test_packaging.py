@@ -1,8 +1,7 @@
-"""What the repository promises outside of its code: pins, make targets, and the commands printed in the README."""
+"""What the repository promises outside of its code: pins, imports and the licence. The documents: test_docs.py."""
 
 import ast
 import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +9,6 @@ from pathlib import Path
 import pytest
 from packaging.markers import Marker
 from packaging.requirements import Requirement
-
-from config import default_config, finalize_config
-from train import parse_args
 
 pytestmark = pytest.mark.quick
 
@@ -93,51 +89,6 @@ def test_every_import_is_of_this_repository_the_standard_library_or_a_direct_req
     assert not strange
 
 
-def test_make_offers_the_targets_that_the_readme_names():
-    makefile = (ROOT / "Makefile").read_text()
-    targets = set(re.findall(r"^([a-z-]+):", makefile, re.M))
-    named = set(re.findall(r"(?:`|^    |\n)make ([a-z][a-z-]*)\b", (ROOT / "README.md").read_text(), re.M))
-    assert {"demo", "test", "lint"} <= named <= targets, named - targets
-    phony = re.search(r"^\.PHONY: (.*)$", makefile, re.M)[1].split()
-    assert targets == set(phony)
-
-
-def readme_commands():
-    """Commands of the README's indented blocks, with continuation lines joined and comments gone."""
-    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
-    for line in re.findall(r"^    (.*)$", text, re.M):
-        yield shlex.split(line.replace("…", ""), comments=True)
-
-
-def test_the_readme_prints_command_lines_that_train_py_accepts():
-    commands = [words for words in readme_commands() if any(w.endswith("train.py") for w in words)]
-    assert len(commands) >= 7
-    for words in commands:
-        start = next(i for i, w in enumerate(words) if w.endswith("train.py"))
-        args = parse_args(words[start + 1 :])
-        finalize_config(default_config().update_args(args.config))
-
-
-def test_the_readme_names_settings_that_exist():
-    text = (ROOT / "README.md").read_text()
-    known = dict(default_config().items())
-    groups = {k.split(".")[0] for k in known if "." in k}
-    named = {k for k in re.findall(r"\b([A-Z]+\.[A-Z_0-9]+)\b", text) if k.split(".")[0] in groups}
-    assert named and not named - set(known)
-
-
 def test_the_licence_is_apache_2():
     text = (ROOT / "LICENSE").read_text()
     assert "Apache License" in text and "Version 2.0, January 2004" in text and "END OF TERMS AND CONDITIONS" in text
-
-
-def test_files_linked_from_the_readme_exist():
-    text = (ROOT / "README.md").read_text()
-    names = re.findall(r"`((?:tests|tools|scripts|benchmarks|demo|docs)/[\w./-]+|[\w-]+\.(?:txt|md|py))`", text)
-    missing = {n for n in names if not (ROOT / n).exists()}
-    assert len(names) > 10 and not missing
-
-
-def test_pictures_of_the_readme_exist():
-    for target in re.findall(r"!\[[^]]*\]\(([^)]+)\)", (ROOT / "README.md").read_text()):
-        assert (ROOT / target).is_file(), target

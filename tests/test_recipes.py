@@ -1,8 +1,7 @@
-"""Every recipe of the README's table: its graph is built at small size from its settings alone, trained for two steps
+"""Every recipe of docs/RECIPES.md: its graph is built at small size from its settings alone, trained for two steps
 on a repeated batch of two images and asked for a prediction."""
 
 import math
-import re
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ from model_rcnn import build_inference
 from tests.graph import make_batch
 from tests.tiny import COCO_MINI
 from tools.flops import count
+from tools.recipes import read_recipes
 from trainers import DetectionModel
 from training_plan import make_plan
 from utils.tf_v1 import tf
@@ -50,32 +50,23 @@ SMALL = [
 ]
 
 
+RECIPES = {
+    recipe.name: recipe
+    for section in read_recipes((ROOT / "scripts" / "recipes.txt").read_text())
+    for recipe in section.recipes
+}
+
+
 def recipes() -> dict[str, list[str]]:
     """The names and settings of scripts/recipes.txt."""
-    lines = (ROOT / "scripts" / "recipes.txt").read_text().splitlines()
-    rows = [line.split() for line in lines if line and not line.startswith("#")]
-    assert len({row[0] for row in rows}) == len(rows)
-    return {row[0]: row[1:] for row in rows}
-
-
-def readme_rows() -> dict[str, list[str]]:
-    """The rows of the README's table of recipes: | `name` | `settings` | …"""
-    rows = re.findall(r"^\| `([a-z0-9-]+)` \| `([^`]*)` \|", (ROOT / "README.md").read_text(), re.M)
-    return {name: settings.split() for name, settings in rows}
-
-
-@pytest.mark.quick
-def test_the_table_of_the_readme_has_exactly_the_launchers_recipes():
-    assert readme_rows() == recipes()
+    return {recipe.name: recipe.settings for recipe in RECIPES.values()}
 
 
 @pytest.mark.parametrize("name", ["r18-fpn", "r50-fpn", "rpn-r50-c4"])
 def test_the_table_has_the_parameters_and_flops_that_the_tool_counts(name):
-    row = next(line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith(f"| `{name}` |"))
-    millions, giga = row.split("|")[-4:-2]
     counted = count(finalize_config(default_config().update_args(recipes()[name])), 800, 1333)
-    assert float(millions) == round(counted["parameters"] / 1e6, 1)
-    assert float(giga) == round(counted["macs"] / 1e9)
+    assert float(RECIPES[name].parameters) == round(counted["parameters"] / 1e6, 1)
+    assert float(RECIPES[name].gflops) == round(counted["macs"] / 1e9)
 
 
 @pytest.mark.quick

@@ -3,8 +3,9 @@
 
 A directory holds `<model>.json` (settings), `<model>.weights.npz` (state dict) and `<model>.golden.npz` (inputs and
 outputs) per model. The settings are derived from the json, the weights come through `tools/convert.py`, the same uint8
-images go in. `make parity` runs it on ../shared/golden, `make parity GOLDEN=DIR` on another directory. The exit code is
-1 when a tolerance is missed and 2 when there is nothing to compare.
+images go in. `make parity` runs it on ../shared/golden, `make parity GOLDEN=DIR` on another directory. The files are
+not part of this repository; docs/FIDELITY.md says what they hold. The exit code is 1 when a tolerance is missed and 2
+when there is nothing to compare.
 """
 
 import import_path
@@ -709,7 +710,10 @@ def main(arguments: list[str] | None = None) -> int:
 def run(directory: str, models: list[str] | None = None, precision: str = "float32") -> list[Row]:
     names = golden_names(directory)
     if not names:
-        raise UserError(f"no golden files in {directory}; GOLDEN=DIR names another directory")
+        raise UserError(
+            f"no recordings in {directory}: they are no part of this repository (docs/FIDELITY.md says what they are); "
+            "make parity GOLDEN=DIR names another directory"
+        )
     unknown = sorted(set(models or []) - set(names))
     if unknown:
         raise UserError(f"no golden files of {', '.join(unknown)} in {directory}; there are {', '.join(names)}")
@@ -728,15 +732,17 @@ def run(directory: str, models: list[str] | None = None, precision: str = "float
 
 
 def markdown(rows: list[Row]) -> str:
-    """A table quantity x model of the worst errors."""
+    """A table quantity x model of the worst errors, with "(of T)" where a model has a tolerance T of its own."""
     models = list(dict.fromkeys(r.model for r in rows))
     quantities = list(dict.fromkeys(r.quantity for r in rows))
     table = []
     for quantity in quantities:
         line = [quantity, f"{TOLERANCES[quantity]:g}"]
         for model in models:
-            errors = [r.error for r in rows if r.model == model and r.quantity == quantity]
-            line.append(f"{max(errors):.2g}" if errors else "")
+            found = [r for r in rows if r.model == model and r.quantity == quantity]
+            worst = max(found, key=lambda r: r.error, default=None)
+            usual = worst is None or worst.tolerance == TOLERANCES[quantity]
+            line.append(f"{worst.error:.2g}{'' if usual else f' (of {worst.tolerance:.2g})'}" if worst else "")
         table.append(line)
     return tabulate(table, ["worst error", "tolerance", *models], tablefmt="github", disable_numparse=True) + "\n"
 

@@ -1,0 +1,109 @@
+#!/usr/bin/env python3
+"""Writes the tables of docs/RECIPES.md from scripts/recipes.txt, whose first lines explain its form.
+
+python tools/recipes.py
+"""
+
+import import_path
+
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from common import UserError, atomic_write, logger
+
+__all__ = ["Recipe", "read_recipes", "page"]
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCE = ROOT / "scripts" / "recipes.txt"
+TARGET = ROOT / "docs" / "RECIPES.md"
+MODELS = "http://models.tensorpack.com/FasterRCNN/COCO-MaskRCNN-{}.npz"
+START, END = "<!-- tables: written by tools/recipes.py -->\n", "<!-- end -->\n"
+
+
+class Recipe(NamedTuple):
+    """One line of scripts/recipes.txt with the facts above it."""
+
+    name: str
+    settings: list[str]
+    score: str  # published AP, "box / mask"
+    parameters: str  # millions
+    gflops: str
+    compared: str
+    model: str  # the published file's name
+
+
+class Section(NamedTuple):
+    title: str
+    text: list[str]
+    recipes: list[Recipe]
+
+
+def read_recipes(text: str) -> list[Section]:
+    """The sections of a recipes file. A recipe without its line of facts, or with a name used before, is an error."""
+    sections: list[Section] = []
+    facts = None
+    names = set()
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.startswith("## "):
+            sections.append(Section(line[3:], [], []))
+        elif line.startswith("#: "):
+            facts = ["" if part.strip() == "-" else part.strip() for part in line[3:].split("|")]
+        elif line.startswith("#"):
+            if sections:
+                sections[-1].text.append(line[1:].strip())
+        elif line.strip():
+            name, *settings = line.split()
+            if not sections or facts is None or len(facts) != 5 or name in names:
+                raise UserError(f"recipes, line {number}: {name} needs a new name and five facts in the line before it")
+            sections[-1].recipes.append(Recipe(name, settings, *facts))
+            names.add(name)
+            facts = None
+    return sections
+
+
+def tables(sections: list[Section]) -> str:
+    """Markdown: a heading, its text and a table for each section."""
+    parts = []
+    for section in sections:
+        published = any(r.score for r in section.recipes)
+        linked = any(r.model for r in section.recipes)
+        compared = any(r.compared for r in section.recipes)
+        headers = ["name", "settings"]
+        headers += ["box / mask AP"] * published + ["parameters (M)", "GFLOPs"]
+        headers += ["compared"] * compared + ["model"] * linked
+        rows = []
+        for r in section.recipes:
+            row = [f"`{r.name}`", f"`{' '.join(r.settings)}`"]
+            row += [r.score] * published + [r.parameters, r.gflops] + [r.compared] * compared
+            row += [f"[{r.model}]({MODELS.format(r.model)})" if r.model else ""] * linked
+            rows.append(row)
+        lines = [headers, ["---"] * len(headers), *rows]
+        table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        parts.append("\n".join([f"## {section.title}", *section.text, "", table]))
+    return "\n\n".join(parts) + "\n"
+
+
+def page(current: str, recipes: str) -> str:
+    """The page `current` with its tables written anew from the text of a recipes file."""
+    before, found, rest = current.partition(START)
+    _, ended, after = rest.partition(END)
+    if not (found and ended):
+        raise UserError(f"docs/RECIPES.md: the lines '{START.strip()}' and '{END.strip()}' are missing")
+    return before + START + tables(read_recipes(recipes)) + END + after
+
+
+def main() -> int:
+    try:
+        written = page(TARGET.read_text(), SOURCE.read_text())
+    except UserError as e:
+        logger.error(str(e))
+        return 2
+    with atomic_write(TARGET) as f:
+        f.write(written)
+    logger.info(f"{TARGET} has the recipes of {SOURCE}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
