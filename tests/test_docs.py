@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from mkdocs.utils.yaml import yaml_load
 
-from common import UserError
+from common import UserError, project_version
 from config import ALIASES, Config, default_config, finalize_config
 from tools.parity import TOLERANCES
 from tools.recipes import END, START, page, read_recipes
@@ -35,7 +36,7 @@ DOCUMENTS = [
 # Names of files that a user has or a run writes, and that these documents call by name.
 USERS_FILES = {"list_hosts.sh", "dataset_mine.py"}
 # Commands of the system that documents may name.
-SYSTEM = {".", "git", "sudo", "tensorboard", "pre-commit", "cd", "mkdir", "curl", "cp", "ls", "sbatch"}
+SYSTEM = {".", "git", "sudo", "tensorboard", "pre-commit", "cd", "mkdir", "curl", "cp", "find", "ls", "sbatch"}
 
 
 class Command(NamedTuple):
@@ -290,3 +291,40 @@ def test_every_difference_in_the_table_of_fidelity_is_within_the_tolerance_it_st
             error, own = re.fullmatch(r"([\d.e-]+)(?: \(of ([\d.e-]+)\))?", cell).groups()
             assert float(error) <= float(own or tolerance), f"{quantity}: {cell}"
             assert own is None or float(own) > float(tolerance)
+
+
+# -------------------------------------------------------------------------------------------- site, release, automation
+@pytest.mark.quick
+def test_the_web_site_builds_without_a_warning_and_needs_no_other_server(tmp_path):
+    """Links between the pages are checked by mkdocs, whose warnings are errors here."""
+    site = tmp_path / "site"
+    words = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(site)]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr + done.stdout
+    pages = {page.stem for page in site.glob("*.html")} - {"404", "search"}
+    assert pages == {"index", "READ_ME"} | {d.stem for d in DOCUMENTS} - {"README"}
+    for stem in pages:
+        html = (site / f"{stem}.html").read_text()
+        assert not re.findall(r"""<(?:script|link|img)[^>]+(?:src|href)=["']?(?:https?:)?//""", html), stem
+        for picture in re.findall(r'<img[^>]+src="([^"]+)"', html):
+            assert (site / picture).is_file(), f"{stem}: {picture}"
+
+
+@pytest.mark.quick
+def test_the_changelogs_newest_version_is_the_projects_version():
+    versions = re.findall(r"(?m)^## \[(\d+\.\d+\.\d+)\] - \d{4}-\d\d-\d\d$", text_of(ROOT / "CHANGELOG.md"))
+    assert versions[0] == project_version()
+    assert text_of(ROOT / "CHANGELOG.md").index("## [Unreleased]") < text_of(ROOT / "CHANGELOG.md").index(versions[0])
+
+
+@pytest.mark.quick
+def test_continuous_integration_and_pre_commit_run_what_is_run_by_hand():
+    github = yaml_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    gitlab = yaml_load((ROOT / ".gitlab-ci.yml").read_text())
+    commands = [step.get("run") for step in github["jobs"]["test"]["steps"]]
+    assert ".ci/run" in commands and ".ci/run" in gitlab["test"]["script"]
+    tested = {"3.11", *github["jobs"]["pythons"]["strategy"]["matrix"]["python"]}
+    assert tested == {"3.11", *gitlab["pythons"]["parallel"]["matrix"][0]["PYTHON"]} == {"3.10", "3.11", "3.12", "3.13"}
+    (repository,) = yaml_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    (hook,) = repository["hooks"]
+    assert hook["entry"].split()[0] == "make" and hook["entry"].split()[-1] == "lint" and not hook["pass_filenames"]

@@ -16,11 +16,10 @@ from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
-from common import git_revision, visible_gpus
+from common import git_revision, project_version, visible_gpus
 
 __all__ = ["cpu_facts", "report"]
 
-ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = [
     "tensorflow", "tf_keras", "tensorpack", "numpy", "opencv-python-headless", "pycocotools", "pyarrow", "h5py",
     "horovod", "protobuf",
@@ -56,11 +55,6 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _project_version() -> str:
-    found = re.search(r'^version = "(.+)"$', _read(str(ROOT / "pyproject.toml")), re.M)
-    return found[1] if found else "unknown"
-
-
 def _gpus() -> str:
     """The GPUs that TensorFlow sees, with name and compute capability, and the CUDA version it was built for."""
     try:
@@ -81,7 +75,7 @@ def _gpus() -> str:
 def report(quick: bool = False) -> Iterator[tuple[str, str]]:
     """(what, fact) of each line."""
     variables = {k: v for k, v in os.environ.items() if VARIABLES.match(k)}  # before importing TensorFlow sets more
-    yield "packrcnn", f"{_project_version()}, git {git_revision()}"
+    yield "packrcnn", f"{project_version()}, git {git_revision()}"
     yield "python", f"{platform.python_version()} ({sys.executable})"
     release = re.search(r'^PRETTY_NAME="?([^"\n]+)', _read("/etc/os-release"), re.M)
     libc = " ".join(platform.libc_ver())
