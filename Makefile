@@ -1,7 +1,7 @@
 # Everything that needs an environment builds it first, from the pinned requirements, in .venv.
 #   make demo          train, score and draw a small Mask R-CNN on the CPU, in minutes
 #   make test          the whole test suite; make quick = the part that takes seconds; with Horovod, its tests too
-#   make lint          style and common mistakes
+#   make lint          style, common mistakes, types
 #   make test-pythons  the quick tests under every supported Python that is installed
 #   make parity        compare with recordings of detectron2, at ../shared/golden or GOLDEN=DIR (docs/FIDELITY.md)
 #   make docs          the documents as a web site, in build/site
@@ -38,6 +38,7 @@ quick: $(STAMP)
 lint: $(STAMP)
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
+	@$(PY) -m mypy --no-error-summary
 
 test-pythons:
 	@scripts/test_pythons.sh
@@ -68,5 +69,5 @@ $(STAMP):
 	@touch $@
 
 clean:
-	rm -rf build .pytest_cache .ruff_cache .hypothesis
+	rm -rf build .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -6,11 +6,12 @@ outlines and keypoints go through the same map, a `View`.
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import cv2
 import numpy as np
 
+from config import Config
 from dataset_split import MIN_SIDE, Objects
 from utils import np_box_ops, polygons
 
@@ -65,7 +66,7 @@ def draw_view(
     short_edge: int,
     flip: bool,
     rng: np.random.Generator,
-    cfg: Any,
+    cfg: Config,
     limit: tuple[int, int] | None = None,
 ) -> View:
     """The view of an image of this height and width: cropped (PREPROC.RANDOM_CROP), then resized to the short edge, or
@@ -85,7 +86,7 @@ def draw_view(
         scales = [rng.uniform(*preproc.SCALE_JITTER) * fit] * 2
         size = [max(1, int(side * scale + 0.5)) for side, scale in zip(sides, scales)]
     else:
-        size = list(resized_shape(*sides, short_edge, preproc.MAX_SIZE))
+        size = list(resized_shape(sides[0], sides[1], short_edge, preproc.MAX_SIZE))
         scales = [new / side for new, side in zip(size, sides)]
     for axis in (0, 1) if limit else ():
         if size[axis] > limit[axis]:
@@ -259,7 +260,8 @@ def paste_objects(
 
 def _window(extent: np.ndarray) -> tuple[int, int, int, int]:
     """Left, top, right and bottom of the whole pixels that a box x1 y1 x2 y2 touches."""
-    return tuple(int(v) for v in (*np.floor(extent[:2]), *np.ceil(extent[2:])))
+    left, top, right, bottom = (int(v) for v in (*np.floor(extent[:2]), *np.ceil(extent[2:])))
+    return left, top, right, bottom
 
 
 def _fill(edges: np.ndarray, window: tuple[int, int, int, int], factor: int = 1) -> np.ndarray:
@@ -321,5 +323,5 @@ def _occlude(scene: Scene, size: tuple[int, int], covered: np.ndarray, min_visib
 
 def _join(a: Scene, b: Scene) -> Scene:
     points = None if a.keypoints is None else np.concatenate([a.keypoints, b.keypoints])
-    parts = [np.concatenate(pair) for pair in zip(a[:4], b[:4])]
-    return Scene(*parts, np.concatenate([a.owners, b.owners + len(a.labels)]), points)
+    boxes, labels, is_crowd, edges = (np.concatenate(pair) for pair in zip(a[:4], b[:4]))
+    return Scene(boxes, labels, is_crowd, edges, np.concatenate([a.owners, b.owners + len(a.labels)]), points)

@@ -143,7 +143,7 @@ def describe_error(error: BaseException) -> str:
     as in "TypeError: … (own_head.py:12)"."""
     message = str(error).strip().split("\n")[0][:200]
     text = f"{type(error).__name__}: {message}" if message else type(error).__name__
-    frames = traceback.extract_tb(error.__traceback__)
+    frames = list(traceback.extract_tb(error.__traceback__))
     frames = [f for f in frames if "site-packages" not in f.filename] or frames
     if isinstance(error, SyntaxError) or not frames:  # whose message names the place already
         return text

@@ -27,6 +27,7 @@ from augment import (
     resized_shape,
 )
 from common import UserError
+from config import Config
 from data_sampling import StepPlan, training_images
 from dataset_split import DatasetSplit
 from utils import polygons
@@ -106,20 +107,21 @@ def list_images(paths: Sequence[str | os.PathLike]) -> list[str]:
 
 
 # ------------------------------------------------------------------------------------------------ training batches
-def training_keys(cfg: Any) -> list[str]:
+def training_keys(cfg: Config) -> list[str]:
     """Names of a training batch's components, in order."""
     keys = ["image", "image_shape", "image_seed", "gt_boxes", "gt_labels", "gt_is_crowd"]
     keys += ["gt_edges"] * bool(cfg.MODE_MASK) + ["gt_keypoints"] * bool(cfg.MODE_KEYPOINT)
     return keys + ["class_verified"] * bool(cfg.FRCNN.FEDERATED_LOSS)
 
 
-def padded_size(sizes: Sequence[tuple[int, int]], cfg: Any) -> tuple[int, int]:
+def padded_size(sizes: Sequence[tuple[int, int]], cfg: Config) -> tuple[int, int]:
     """Height and width that hold all sizes; with FPN multiples of the stride at which its coarsest features meet."""
     stride = cfg.FPN.ANCHOR_STRIDES[3] if cfg.MODE_FPN else 1
-    return tuple(-(-max(s[axis] for s in sizes) // stride) * stride for axis in (0, 1))
+    height, width = (-(-max(s[axis] for s in sizes) // stride) * stride for axis in (0, 1))
+    return height, width
 
 
-def _short_edge(cfg: Any, rng: np.random.Generator) -> int:
+def _short_edge(cfg: Config, rng: np.random.Generator) -> int:
     edges = cfg.PREPROC.SHORT_EDGE_SIZE
     return int(rng.integers(edges[0], edges[1], endpoint=True) if len(edges) == 2 else rng.choice(edges))
 
@@ -132,7 +134,7 @@ def make_batch(
     split: DatasetSplit,
     images: Sequence[int],
     seeds: Sequence[Sequence[int]],
-    cfg: Any,
+    cfg: Config,
     new_image: Callable[[tuple[int, ...]], np.ndarray] = new_image_memory,
     partners: Sequence[int] = (),
 ) -> list[np.ndarray]:
@@ -183,7 +185,7 @@ class _Picture(NamedTuple):
 
 
 def _draw_picture(
-    split: DatasetSplit, i: int, rng: np.random.Generator, cfg: Any, limit: tuple[int, int] | None = None
+    split: DatasetSplit, i: int, rng: np.random.Generator, cfg: Config, limit: tuple[int, int] | None = None
 ) -> _Picture:
     """Image i of the split in a random view (see `draw_view` for the limit) and with random colours."""
     image, objects = read_split_image(split, i), split.objects(i)
@@ -201,7 +203,7 @@ def _draw_picture(
 
 
 def paste_partner(
-    seed: Sequence[int], partners: Sequence[int], cfg: Any
+    seed: Sequence[int], partners: Sequence[int], cfg: Config
 ) -> tuple[int | None, np.random.Generator | None]:
     """The image of which objects are pasted into that of a seed, if any, and the generator for all else about it."""
     if not cfg.PREPROC.COPY_PASTE:
@@ -210,7 +212,7 @@ def paste_partner(
     return (int(rng.choice(partners)) if rng.random() < cfg.PREPROC.COPY_PASTE else None), rng
 
 
-def _paste(picture: _Picture, split: DatasetSplit, partner: int, rng: np.random.Generator, cfg: Any) -> _Picture:
+def _paste(picture: _Picture, split: DatasetSplit, partner: int, rng: np.random.Generator, cfg: Config) -> _Picture:
     """The picture with objects of image `partner`, which is drawn as a training image of its own would be."""
     limit = None if cfg.PREPROC.SCALE_JITTER else picture.view.size
     other = _draw_picture(split, partner, rng, cfg, limit)
@@ -220,7 +222,7 @@ def _paste(picture: _Picture, split: DatasetSplit, partner: int, rng: np.random.
     return picture._replace(scene=scene, canvas=canvas, pasted=(other, corner, layers))
 
 
-def _paint(target: np.ndarray, picture: _Picture, cfg: Any) -> None:
+def _paint(target: np.ndarray, picture: _Picture, cfg: Config) -> None:
     """Writes the picture's pixels into `target` [h, w, 3], which has the size of its canvas."""
     height, width = picture.view.size
     resize_into(target[:height, :width], picture.pixels, picture.view.flip)
@@ -239,7 +241,7 @@ def _paint(target: np.ndarray, picture: _Picture, cfg: Any) -> None:
         cv2.copyTo(source, layer.mask.view(np.uint8), below)
 
 
-def _pack_objects(scene: Scene, cfg: Any) -> dict[str, np.ndarray]:
+def _pack_objects(scene: Scene, cfg: Config) -> dict[str, np.ndarray]:
     """The part of a batch that holds an image's annotations."""
     packed = {"gt_boxes": scene.boxes.astype(np.float32), "gt_labels": scene.labels, "gt_is_crowd": scene.is_crowd}
     if cfg.MODE_MASK:
@@ -261,7 +263,7 @@ def _stack_padded(arrays: Sequence[np.ndarray]) -> np.ndarray:
 class BatchMaker:
     """Makes any batch of one process's sequence: the same in a worker and in the training process."""
 
-    def __init__(self, split: DatasetSplit, cfg: Any, shard: tuple[int, int], batches_per_step: int):
+    def __init__(self, split: DatasetSplit, cfg: Config, shard: tuple[int, int], batches_per_step: int):
         if cfg.TRAIN.SEED is None:
             raise ValueError("TRAIN.SEED must be chosen before data are read")
         self.split, self.cfg = split, cfg
@@ -298,7 +300,7 @@ class BatchMaker:
 
 
 def batch_image_ids(
-    split: DatasetSplit, cfg: Any, first_batch: int, batches_per_step: int, shard: tuple[int, int] = (0, 1)
+    split: DatasetSplit, cfg: Config, first_batch: int, batches_per_step: int, shard: tuple[int, int] = (0, 1)
 ) -> list[int | str]:
     """Ids of the images in the step that begins with `first_batch`, as far as this process reads them."""
     maker = BatchMaker(split, cfg, shard, batches_per_step)
@@ -306,7 +308,7 @@ def batch_image_ids(
 
 
 # ------------------------------------------------------------------------------------------------ inference
-def stack_images(images: Sequence[np.ndarray], cfg: Any) -> tuple[np.ndarray, np.ndarray]:
+def stack_images(images: Sequence[np.ndarray], cfg: Config) -> tuple[np.ndarray, np.ndarray]:
     """N images uint8 [h, w, 3] -> image [N, H, W, 3] zero-padded at the bottom and right, image_shape int32 [N, 2]."""
     shapes = [image.shape[:2] for image in images]
     batch = np.zeros((len(images), *padded_size(shapes, cfg), 3), np.uint8)
@@ -316,7 +318,7 @@ def stack_images(images: Sequence[np.ndarray], cfg: Any) -> tuple[np.ndarray, np
 
 
 def inference_batches(
-    images: DatasetSplit | Sequence[str], cfg: Any, shard: tuple[int, int] = (0, 1)
+    images: DatasetSplit | Sequence[str], cfg: Config, shard: tuple[int, int] = (0, 1)
 ) -> Iterator[dict[str, Any]]:
     """Batches of TEST.BATCH_SIZE images, each image of this shard exactly once, read ahead by threads.
 
@@ -329,18 +331,17 @@ def inference_batches(
     Yields image uint8 [N, H, W, 3] BGR zero-padded, image_shape int32 [N, 2] valid heights and widths, indices (N ints
     into `images`), original_shapes (N pairs of height, width).
     """
-    is_split = isinstance(images, DatasetSplit)
     mine = np.arange(shard[0], len(images), shard[1])
-    if is_split and cfg.TEST.BATCH_SIZE > 1:
+    if isinstance(images, DatasetSplit) and cfg.TEST.BATCH_SIZE > 1:
         sizes = images.image_sizes()[mine]
         mine = mine[np.argsort(sizes[:, 0] > sizes[:, 1], kind="stable")]
     short_edge = cfg.PREPROC.TEST_SHORT_EDGE_SIZE
 
     def read(i: int) -> tuple[np.ndarray, tuple[int, int]]:
-        image = read_split_image(images, i) if is_split else read_image(images[i])
+        image = read_split_image(images, i) if isinstance(images, DatasetSplit) else read_image(images[i])
         if cfg.TEST.AUG_SHORT_EDGES:
             return image, image.shape[:2]
-        height, width = resized_shape(*image.shape[:2], short_edge, cfg.PREPROC.MAX_SIZE)
+        height, width = resized_shape(image.shape[0], image.shape[1], short_edge, cfg.PREPROC.MAX_SIZE)
         return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR), image.shape[:2]
 
     chunks = [c.tolist() for c in np.split(mine, range(cfg.TEST.BATCH_SIZE, len(mine), cfg.TEST.BATCH_SIZE)) if len(c)]

@@ -1,11 +1,11 @@
 """Which images make up each training step."""
 
 import math
-from typing import Any
 
 import numpy as np
 
 from common import UserError
+from config import Config
 from dataset_split import DatasetSplit
 
 __all__ = ["StepPlan", "class_aware_images", "repeat_factors", "training_images"]
@@ -63,7 +63,7 @@ class StepPlan:
         return np.concatenate([np.concatenate([left_over, first])[None], steps])
 
 
-def training_images(split: DatasetSplit, cfg: Any) -> np.ndarray:
+def training_images(split: DatasetSplit, cfg: Config) -> np.ndarray:
     """Indices of the images of an epoch; with DATA.SAMPLING some come up several times."""
     images = split.nonempty_images() if cfg.DATA.FILTER_EMPTY else np.arange(len(split))
     if len(images) == 0:

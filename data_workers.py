@@ -27,6 +27,7 @@ import cv2
 import numpy as np
 
 from common import UserError
+from config import Config
 from data import BatchMaker, padded_size
 from dataset_split import DatasetSplit
 
@@ -34,7 +35,7 @@ __all__ = ["TrainingFlow", "training_dataflow"]
 
 
 def training_dataflow(
-    split: DatasetSplit, cfg: Any, start_batch: int = 0, shard: tuple[int, int] = (0, 1), batches_per_step: int = 1
+    split: DatasetSplit, cfg: Config, start_batch: int = 0, shard: tuple[int, int] = (0, 1), batches_per_step: int = 1
 ) -> "TrainingFlow":
     """The endless sequence of this process's training batches, each a list in the order of `training_keys`.
 
@@ -58,7 +59,9 @@ class TrainingFlow:
     an error too. Iterating again starts over at the first batch.
     """
 
-    def __init__(self, split: DatasetSplit, cfg: Any, start_batch: int, shard: tuple[int, int], batches_per_step: int):
+    def __init__(
+        self, split: DatasetSplit, cfg: Config, start_batch: int, shard: tuple[int, int], batches_per_step: int
+    ):
         self._maker = BatchMaker(split, cfg, shard, batches_per_step)
         self._start = start_batch
         self._workers: list[_Worker] = []

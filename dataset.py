@@ -32,6 +32,7 @@ import dataset_lvis
 import dataset_openimages
 import dataset_voc
 from common import UserError, logger
+from config import Config
 from dataset_build import CLASS_UNKNOWN, WITHOUT_OUTLINE, some_names
 from dataset_split import DatasetSplit, concatenate_splits, own_path
 
@@ -47,7 +48,7 @@ FORMATS: dict[str, Callable[..., DatasetSplit]] = {
 }
 
 
-def load_split(cfg: Any, name: str, class_names: Sequence[str] = (), training: bool = False) -> DatasetSplit:
+def load_split(cfg: Config, name: str, class_names: Sequence[str] = (), training: bool = False) -> DatasetSplit:
     """Reads one registered set.
 
     Args:
@@ -62,7 +63,7 @@ def load_split(cfg: Any, name: str, class_names: Sequence[str] = (), training: b
 
 
 def load_format(
-    spec: Sequence[str], cfg: Any, name: str = "", class_names: Sequence[str] = (), training: bool = False
+    spec: Sequence[str], cfg: Config, name: str = "", class_names: Sequence[str] = (), training: bool = False
 ) -> DatasetSplit:
     """The set that a DATA.DATASETS entry with a format name describes.
 
@@ -111,7 +112,7 @@ def _parse_spec(spec: Sequence[str], name: str) -> tuple[str, list[str], dict[st
     return spec[0], words, options
 
 
-def load_training_split(cfg: Any) -> DatasetSplit:
+def load_training_split(cfg: Config) -> DatasetSplit:
     """All sets of DATA.TRAIN as one. DATA.CLASS_NAMES, if set, chooses and orders the classes."""
     if not cfg.DATA.TRAIN:
         raise UserError("DATA.TRAIN names no data set to train on, e.g. --config DATA.TRAIN=coco_train2017")
@@ -135,7 +136,7 @@ def load_training_split(cfg: Any) -> DatasetSplit:
     return split
 
 
-def _check_same_classes(cfg: Any, split: DatasetSplit, strict: bool) -> None:
+def _check_same_classes(cfg: Config, split: DatasetSplit, strict: bool) -> None:
     """Every class of the run must be in the set and, if strict, no other."""
     lacking = [n for n, c in zip(split.class_names, split.category_ids) if c is None]
     if lacking:
@@ -152,7 +153,7 @@ def _check_same_classes(cfg: Any, split: DatasetSplit, strict: bool) -> None:
         )
 
 
-def load_validation_splits(cfg: Any) -> list[DatasetSplit]:
+def load_validation_splits(cfg: Config) -> list[DatasetSplit]:
     """The sets of DATA.VAL, labels in the order of DATA.CLASS_NAMES if set, matched by name.
 
     With MODE_RPN_ONLY each has the classes of its own annotations: proposals are of all of them.

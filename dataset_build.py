@@ -13,6 +13,7 @@ import numpy as np
 from tabulate import tabulate
 
 from common import UserError, logger
+from config import Config
 from dataset_split import MIN_SIDE, DatasetSplit, pack_texts, select_images, to_offsets, unpack_texts
 from eval import evaluate_coco
 from eval_protocols import lvis_scores, only_images, voc_scores
@@ -399,7 +400,7 @@ def mirrored_keypoints(categories: list[dict], num_keypoints: int) -> np.ndarray
     return np.array([number.get(mirrored(n), i) for i, n in enumerate(names)] or range(num_keypoints), np.int64)
 
 
-def count_keypoints(cfg: Any, path: str, categories: list[dict], raw: AnnotationCollector) -> int:
+def count_keypoints(cfg: Config, path: str, categories: list[dict], raw: AnnotationCollector) -> int:
     if not cfg.MODE_KEYPOINT:
         return 0
     counts = {len(c["keypoints"]) for c in categories if c.get("keypoints")}
@@ -428,7 +429,7 @@ def _missing_images(folder: str, files: list[str]) -> np.ndarray:
     return missing
 
 
-def leave_out_missing_images(cfg: Any, split: DatasetSplit, folder: str) -> None:
+def leave_out_missing_images(cfg: Config, split: DatasetSplit, folder: str) -> None:
     """Leaves out the images that are missing on disk if that is allowed, else names one."""
     files = unpack_texts(split.columns["file"])
     missing = np.flatnonzero(_missing_images(folder, files))
@@ -491,7 +492,7 @@ def split_from_coco(
     name: str,
     read_content: Callable[[], dict[str, Any]],
     folder: str | Path,
-    cfg: Any,
+    cfg: Config,
     class_names: Sequence[str] = (),
     training: bool = False,
     origin: str = "",

@@ -4,12 +4,14 @@ import difflib
 import json
 import mmap
 import os
+import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from common import UserError, logger
+from config import Config
 from dataset_build import (
     IMAGE_UNKNOWN,
     AnnotationCollector,
@@ -36,7 +38,7 @@ COCO_FOLDERS = {
 }
 
 
-def load(name: str, cfg: Any, class_names: Sequence[str] = (), training: bool = False) -> DatasetSplit:
+def load(name: str, cfg: Config, class_names: Sequence[str] = (), training: bool = False) -> DatasetSplit:
     """One set in COCO's format; the arguments are those of `dataset.load_split`."""
     started = time.time()
     annotation_file, folder = find_files_of(cfg, name)
@@ -68,7 +70,7 @@ def load(name: str, cfg: Any, class_names: Sequence[str] = (), training: bool = 
     return split
 
 
-def find_files_of(cfg: Any, name: str) -> tuple[str, str]:
+def find_files_of(cfg: Config, name: str) -> tuple[str, str]:
     """Annotation file and image folder of a registered set."""
     base = Path(cfg.DATA.BASEDIR).expanduser()
     own = cfg.DATA.DATASETS.get(name)
@@ -108,8 +110,8 @@ def find_files_of(cfg: Any, name: str) -> tuple[str, str]:
         hint = f"{annotation_file.parent} has {', '.join(near)}" if near else "check DATA.BASEDIR and DATA.DATASETS"
         raise UserError(f"{where}: annotation file {annotation_file} does not exist; {hint}")
     if not folder.is_dir():
-        near = _near_folder(folder)
-        raise UserError(f"{where}: image folder {folder} does not exist{near and f'; did you mean {near}?'}")
+        other = _near_folder(folder)
+        raise UserError(f"{where}: image folder {folder} does not exist{other and f'; did you mean {other}?'}")
     return str(annotation_file.absolute()), str(folder.absolute())
 
 
@@ -139,7 +141,7 @@ def _scan_json(path: str, on_image: Callable[[Any], None], on_annotation: Callab
     The 860,000 annotations of COCO are 3 GB as Python objects; this way one of them exists at a time.
     """
     text = _read_text(path)
-    space = json.decoder.WHITESPACE.match
+    space = re.compile(r"[ \t\n\r]*").match
     decode = json.JSONDecoder().raw_decode
     streams = {"images": on_image, "annotations": on_annotation}
     rest: dict[str, Any] = {}

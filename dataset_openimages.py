@@ -45,7 +45,7 @@ class _Entries(Sequence):
     def __len__(self) -> int:
         return self._number
 
-    def __getitem__(self, i: int) -> dict[str, Any]:
+    def __getitem__(self, i: Any) -> Any:
         if not 0 <= i < self._number:
             raise IndexError(i)
         return self._make(i)
@@ -77,7 +77,7 @@ class OpenImagesSplit(DatasetSplit):
         image, order = rows["ImageID"], np.argsort(labels["ImageID"], kind="stable")
         labels = {key: column[order] for key, column in labels.items()}
         first_label = np.searchsorted(labels["ImageID"], np.arange(len(ids) + 1))
-        place = {self.image_id(i).encode(): i for i in range(len(self))}
+        place = {str(self.image_id(i)).encode(): i for i in range(len(self))}
         row_of = np.array([place.get(i, -1) for i in ids.tolist()], np.int64)
         root = self.image_root()
         sizes = np.full((len(ids), 2), 1000)

@@ -152,7 +152,7 @@ def coco_results(
     boxes[:, 2:] -= boxes[:, :2]
     entries = []
     for i, (box, score, label) in enumerate(zip(boxes, detections.scores, detections.labels)):
-        entry = {
+        entry: dict[str, Any] = {
             "image_id": image_id,
             "category_id": label_to_category_id(int(label)),
             "bbox": [round(v, 4) for v in box.tolist()],

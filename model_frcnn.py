@@ -236,7 +236,8 @@ def decode_detections(boxes, scores, valid, image_shape, cfg: Config):
     """
     test = cfg.TEST
     if test.NMS != "hard" or test.NMS_CLASS_AGNOSTIC:
-        return select_detections(*list_candidates(boxes, scores, valid, image_shape, cfg), cfg)
+        boxes, scores, labels = list_candidates(boxes, scores, valid, image_shape, cfg)
+        return select_detections(boxes, scores, labels, cfg)
     boxes, scores = _usable(boxes, scores, valid, image_shape)
     limit = test.RESULTS_PER_IM
     boxes, scores, classes, count = tf.image.combined_non_max_suppression(

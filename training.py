@@ -143,7 +143,7 @@ class Checkpoints(Callback):
         self._saved_at = None
         self._stop = False
         self.stop_signal = None
-        self.last_path = None
+        self.last_path: str | None = None
 
     def _setup_graph(self):
         # A signal reaches the ranks of a job at different steps; they must stop after the same one.

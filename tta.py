@@ -72,7 +72,7 @@ class AugmentedPredictor:
             image_shape = tf.placeholder(tf.int32, [None, 2])
             features = backbone_features(image, image_shape, cfg)
             found = detect_boxes(features, make_roi_pooler(features, cfg), image_shape, cfg)
-            candidates = list_candidates(*found, image_shape, cfg)
+            candidates = list_candidates(found[0], found[1], found[2], image_shape, cfg)
             has_branches = cfg.MODE_MASK or cfg.MODE_KEYPOINT
             pooled = features[:4] if has_branches else []  # a pyramid's coarsest level is for the RPN alone
 
@@ -99,7 +99,7 @@ class AugmentedPredictor:
     def __call__(self, image: np.ndarray, image_shape: np.ndarray) -> dict[str, np.ndarray]:
         views, features, candidates = [], [], []
         with ThreadPoolExecutor(1) as pool:  # resizes while the graph runs
-            for view in pool.map(lambda v: make_view(image, image_shape, *v, self.cfg), self._views):
+            for view in pool.map(lambda v: make_view(image, image_shape, v[0], v[1], self.cfg), self._views):
                 (boxes, scores, labels), levels = self._find(view.image, view.shape)
                 candidates.append((move_boxes(boxes, view.shape, image_shape, view.flip), scores, labels))
                 features.append(levels)

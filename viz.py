@@ -12,7 +12,7 @@ import struct
 import subprocess
 import sys
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,7 +71,7 @@ def _palette(size: int = 96) -> list[Color]:
     while len(chosen) < size:
         distance = np.minimum(distance, np.linalg.norm(lab - lab[chosen[-1]], axis=1))
         chosen.append(int(np.argmax(distance)))
-    return [tuple(int(round(255 * c)) for c in bgr[i].tolist()) for i in chosen]
+    return [_color(round(255 * c) for c in bgr[i].tolist()) for i in chosen]
 
 
 def draw_detections(
@@ -163,11 +163,16 @@ def _draw_mask(canvas: np.ndarray, item: _Item, line: int) -> None:
     cv2.drawContours(canvas, contours, -1, _shade(item.color, 1.2), line, cv2.LINE_AA)
 
 
+def _color(values: Iterable[float]) -> Color:
+    blue, green, red = map(int, values)
+    return blue, green, red
+
+
 def _shade(color: Color, factor: float) -> Color:
     """Darker for a factor below 1, nearer to white above."""
     if factor <= 1:
-        return tuple(int(c * factor) for c in color)
-    return tuple(int(c + (255 - c) * (factor - 1)) for c in color)
+        return _color(c * factor for c in color)
+    return _color(c + (255 - c) * (factor - 1) for c in color)
 
 
 def _draw_box(canvas: np.ndarray, item: _Item, line: int) -> None:
@@ -402,6 +407,6 @@ def show_window(path: str | os.PathLike) -> bool:
         viewer = shutil.which("xdg-open") if display else None
     if viewer is None:
         return False
-    quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    subprocess.Popen([viewer, os.fspath(path)], start_new_session=True, **quiet)
+    none = subprocess.DEVNULL
+    subprocess.Popen([viewer, os.fspath(path)], start_new_session=True, stdin=none, stdout=none, stderr=none)
     return True

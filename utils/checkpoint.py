@@ -399,9 +399,8 @@ class LoadReport:
         mismatched = [n for n, _, _ in self.mismatched]
         norms = {"/gn/": "GN", "/bn/": "FreezeBN"}
         for part, value in norms.items():
-            if any_of(self.unused, lambda n, p=part: _BACKBONE.match(n) and p in n) and any_of(
-                self.missing, lambda n, p=part: _BACKBONE.match(n) and p not in n
-            ):
+            with_part = [n for n in self.unused if _BACKBONE.match(n) and part in n]
+            if with_part and any(_BACKBONE.match(n) and part not in n for n in self.missing):
                 return f"set BACKBONE.NORM={value}"
         if any_of(mismatched, _CLASS_TENSOR.match) and not any_of(mismatched, lambda n: not _CLASS_TENSOR.match(n)):
             return "the number of classes differs: --trim-heads starts those tensors anew"
@@ -423,9 +422,9 @@ class LoadReport:
         for prefix, setting in (
             ("fpn/", "MODE_FPN"), ("maskrcnn/", "MODE_MASK"), ("cascade_", "FPN.CASCADE"), ("keypoint", "MODE_KEYPOINT")
         ):  # fmt: skip
-            if any_of(self.missing, lambda n, p=prefix: n.startswith(p)):
+            if any(n.startswith(prefix) for n in self.missing):
                 return f"set {setting}=False"
-            if any_of(self.unused, lambda n, p=prefix: n.startswith(p)):
+            if any(n.startswith(prefix) for n in self.unused):
                 return f"set {setting}=True"
         return ""
 

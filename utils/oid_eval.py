@@ -326,6 +326,9 @@ def truth_from_coco(content: dict[str, Any], with_masks: bool = False) -> Truth:
         runs = [coco_run_lengths(a.get("segmentation"), *shape[a["image_id"]]) for a in annotations]
         sizes = np.array([shape[a["image_id"]] for a in annotations], np.int32).reshape(-1, 2)
         masks = Masks(runs, sizes)
+    label_image, label_class, label_positive = (
+        np.array([row[i] for row in labels], kind) for i, kind in enumerate((np.int32, np.int32, bool))
+    )
     return Truth(
         [str(c.get("freebase_id", c["name"])) for c in categories],
         [c["name"] for c in categories],
@@ -334,7 +337,9 @@ def truth_from_coco(content: dict[str, Any], with_masks: bool = False) -> Truth:
         np.array([class_of[a["category_id"]] for a in annotations], np.int32),
         boxes,
         np.array([any(a.get(key) in (1, True) for key in _SET_ASIDE) for a in annotations], bool),
-        *(np.array([row[i] for row in labels], kind) for i, kind in enumerate((np.int32, np.int32, bool))),
+        label_image,
+        label_class,
+        label_positive,
         masks,
     )
 

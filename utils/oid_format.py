@@ -9,7 +9,7 @@ import csv
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -104,7 +104,7 @@ def read_ancestors(path: str | Path, labels: Sequence[str]) -> np.ndarray:
     index = {label: i for i, label in enumerate(labels)}
     ancestors = np.zeros((len(labels), len(labels)), bool)
     seen: set[str] = set()
-    stack = [(child, ()) for child in root.get("Subcategory", [])]
+    stack: list[tuple[dict, tuple[int, ...]]] = [(child, ()) for child in root.get("Subcategory", [])]
     while stack:
         node, above = stack.pop()
         label = node.get("LabelName")
@@ -128,7 +128,7 @@ def positions(known: pa.Array, values: pa.Array) -> np.ndarray:
 def read_columns(
     path: str | Path,
     what: str,
-    numbers: dict[str, type] | None = None,
+    numbers: dict[str, Any] | None = None,
     categories: dict[str, Sequence[str] | None] | None = None,
     texts: Sequence[str] = (),
     optional: Sequence[str] = (),

@@ -302,7 +302,7 @@ def rasterize(edges: np.ndarray, box: np.ndarray, size: int | tuple[int, int]) -
     (x1 + (j + 0.5) * width / M, y1 + (i + 0.5) * height / M), has a non-zero winding number. A centre exactly on an
     edge belongs to the object when the object lies to its right or below.
     """
-    rows, columns = (size, size) if np.isscalar(size) else size
+    rows, columns = size if isinstance(size, tuple) else (size, size)
     x1, y1, x2, y2 = np.asarray(box, np.float64)
     edges = np.asarray(edges, np.float64).reshape(-1, 4)
     centre_x = x1 + (np.arange(columns) + 0.5) * ((x2 - x1) / columns)
