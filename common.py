@@ -19,8 +19,8 @@ from typing import IO, Any
 from termcolor import colored
 
 __all__ = [
-    "UserError", "logger", "atomic_write", "write_json", "without_nan", "read_json", "visible_gpus",
-    "git_revision", "project_version", "describe_error", "import_function",
+    "UserError", "logger", "atomic_write", "write_json", "without_nan", "read_json", "read_text", "decode_text",
+    "visible_gpus", "git_revision", "project_version", "describe_error", "import_function",
 ]  # fmt: skip
 
 
@@ -103,16 +103,35 @@ def without_nan(content: Any) -> Any:
     return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
-def read_json(path: str | os.PathLike, what: str) -> Any:
-    """The parsed file; `what` ("annotation file", "results file") is named in the error of a missing or broken one."""
+def decode_text(content: Any, what: str) -> str:
+    """The text of a file's bytes, UTF-8 or UTF-16 with a byte order mark; `what` is named in the error."""
+    start = bytes(content[:3])
+    encoding = "utf-16" if start[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
     try:
-        with open(path, encoding="utf-8") as f:
-            return json.load(f)
+        return str(content, encoding)
+    except UnicodeDecodeError as e:
+        raise UserError(f"{what} is not UTF-8 text: {e.reason} at byte {e.start}") from None
+
+
+def read_text(path: str | os.PathLike, what: str) -> str:
+    """The text of a file; `what` ("image list") is named in the error of a missing or broken one."""
+    try:
+        content = Path(path).read_bytes()
     except FileNotFoundError:
         raise UserError(f"{what} {path} does not exist") from None
     except OSError as e:
         raise UserError(f"{what} {path} cannot be read: {e.strerror}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+    return decode_text(content, f"{what} {path}")
+
+
+def read_json(path: str | os.PathLike, what: str) -> Any:
+    """The parsed file; `what` ("annotation file", "results file") is named in the error of a missing or broken one."""
+    text = read_text(path, what)
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise UserError(f"{what} {path} is nested too deeply") from None
+    except ValueError as e:  # also a number of more digits than Python reads
         raise UserError(f"{what} {path} is not valid JSON: {e}") from None
 
 

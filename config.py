@@ -61,9 +61,19 @@ def _read_datasets(value: Any) -> dict[str, list[str]]:
     for entry in value.values():
         texts = isinstance(entry, list) and all(isinstance(e, str) for e in entry)
         # A list that starts with a word, not a file, names another format.
-        if not (texts and len(entry) >= 2 and (len(entry) == 2 or not entry[0].endswith(".json"))):
+        options = texts and all("=" in e for e in entry[2:])
+        if not (texts and len(entry) >= 2 and (options or not entry[0].endswith(".json"))):
             raise ValueError
     return value
+
+
+def _read_pairs(value: Any) -> list[list]:
+    if not isinstance(value, (list, tuple)):
+        raise ValueError
+    pairs = [list(pair) for pair in value if isinstance(pair, (list, tuple))]
+    if len(pairs) < len(value) or not all(len(p) == 2 and all(type(k) in (int, str) for k in p) for p in pairs):
+        raise ValueError
+    return pairs
 
 
 def _read_edges(value: Any) -> list[int]:
@@ -140,7 +150,8 @@ SETTINGS: dict[str, Setting] = {
     "DATA.DATASETS": Setting(
         {}, Allowed("{name: ['annotations.json', 'image folder']} or {name: [format, path, …]}", _read_datasets),
         "Your own data sets by name, for DATA.TRAIN and DATA.VAL. COCO format: [annotation json, image folder], paths "
-        "relative to DATA.BASEDIR or absolute. Other formats: [format, path, split or folder, options].",
+        "relative to DATA.BASEDIR or absolute. Other formats: [format, path, split or folder]. Options come last, "
+        "e.g. 'normalised=True' for boxes in 0..1.",
     ),
     "DATA.SAMPLING": Setting(
         "uniform", one_of("uniform", "repeat_factor", "class_aware"),
@@ -448,6 +459,14 @@ SETTINGS: dict[str, Setting] = {
     "MRCNN.HEAD_DIM": Setting(256, whole(1), "Channels of the mask head."),
     "MRCNN.LOSS_WEIGHT": Setting(1.0, _WEIGHT, "Weight of the mask loss."),
     "KRCNN.NUM_KEYPOINT": Setting(17, whole(1), "Keypoints of an object; COCO's persons have 17."),
+    "KRCNN.FLIP_PAIRS": Setting(
+        [], Allowed("a list of pairs of keypoints, by name or number from 0", _read_pairs),
+        "Keypoints that change places in a mirrored image; found by names such as left_eye, LeftEye, l_eye if empty.",
+    ),
+    "KRCNN.OKS_SIGMAS": Setting(
+        [], list_of(number(above=0), least=0),
+        "Falloff of each keypoint's similarity (OKS) in the scores; COCO's for its 17 points if empty.",
+    ),
     "KRCNN.HEAD_DIM": Setting(512, whole(1), "Channels of the keypoint head."),
     "KRCNN.LOSS_WEIGHT": Setting(1.0, _WEIGHT, "Weight of the keypoint loss."),
     "CASCADE.IOUS": Setting([0.5, 0.6, 0.7], list_of(number(above=0, high=1)), "Foreground IoU of each stage."),

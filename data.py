@@ -31,6 +31,7 @@ from config import Config
 from data_sampling import StepPlan, training_images
 from dataset_split import DatasetSplit
 from utils import polygons
+from utils.image_header import IMAGE_SUFFIXES, decode_image
 
 __all__ = [
     "BatchMaker",
@@ -46,26 +47,11 @@ __all__ = [
 ]
 
 # ------------------------------------------------------------------------------------------------ images
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
-
-
-def _decode(file: str, flags: int, what: str) -> np.ndarray:
-    try:
-        content = np.fromfile(file, np.uint8)
-    except OSError as e:
-        raise UserError(f"{what} cannot be read: {e.strerror or e}") from None
-    try:
-        image = cv2.imdecode(content, flags) if len(content) else None
-    except cv2.error:
-        image = None
-    if image is None:
-        raise UserError(f"{what} is not an image that OpenCV can read, or it is damaged")
-    return image
 
 
 def read_image(path: str | os.PathLike) -> np.ndarray:
     """uint8 BGR [H, W, 3] as a viewer shows it: turned as its EXIF data say; grey and transparent ones converted."""
-    return _decode(str(path), cv2.IMREAD_COLOR, f"image {path}")
+    return decode_image(path, cv2.IMREAD_COLOR)
 
 
 def read_split_image(split: DatasetSplit, i: int) -> np.ndarray:
@@ -75,10 +61,10 @@ def read_split_image(split: DatasetSplit, i: int) -> np.ndarray:
     """
     file, size = split.image_file(i), split.image_size(i)
     what = f"image {file} (id {split.image_id(i)!r})"
-    image = _decode(file, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION, what)
+    image = decode_image(file, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION, what)
     if image.shape[:2] == size:
         return image
-    turned = _decode(file, cv2.IMREAD_COLOR, what)
+    turned = decode_image(file, cv2.IMREAD_COLOR, what)
     if turned.shape[:2] == size:
         return turned
     raise UserError(
@@ -101,7 +87,8 @@ def list_images(paths: Sequence[str | os.PathLike]) -> list[str]:
         else:
             raise UserError(f"image {path} does not exist")
     for file in files:
-        if not cv2.haveImageReader(file):  # looks at the first bytes only
+        # It looks at the first bytes only, and ends the process for a name that is not UTF-8.
+        if file.isprintable() and not cv2.haveImageReader(file):
             raise UserError(f"image {file} is not an image that OpenCV can read, or it is damaged")
     return files
 

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 
-from common import logger
+from common import UserError, logger
+from utils.image_header import decode_bytes, similar_file
 
 __all__ = ["Finding", "ImageFacts", "look_at_image", "quick_check"]
 
@@ -40,29 +41,45 @@ def look_at_image(path: str, declared: tuple[int, int]) -> ImageFacts:
         return ImageFacts(problem, detail, 0, 0, b"", None)
 
     try:
-        with open(path, "rb") as f:
-            content = f.read()
+        content = np.fromfile(path, np.uint8)
     except FileNotFoundError:
-        return bad("image missing", path)
-    except OSError as e:
-        return bad("image unreadable", f"{path}: {e.strerror}")
-    if _cut_off(content):
+        near = similar_file(*os.path.split(path))
+        return bad("image missing", f"{path}{near and f' (did you mean {near}?)'}")
+    except (OSError, ValueError) as e:
+        return bad("image unreadable", f"{path}: {getattr(e, 'strerror', None) or e}")
+    if _cut_off(content.tobytes()):
         return bad("image cut off", f"{path} ends before its last line")
-    flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
-    image = cv2.imdecode(np.frombuffer(content, np.uint8), flags) if content else None
-    if image is None:
-        return bad("image unreadable", path)
+    try:
+        image = decode_bytes(content, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION, path)
+    except UserError as e:
+        return bad("image unreadable", str(e))
     height, width = image.shape[:2]
     digest = hashlib.sha256(content).digest()
     grey = cv2.cvtColor(cv2.resize(image, (16, 16), interpolation=cv2.INTER_AREA), cv2.COLOR_BGR2GRAY)
-    problem = detail = ""
+    problem, detail = "", _unused_bits(content, image, path)
+    if detail:
+        problem = "image uses few of its bits"
     if (height, width) != declared and (
         # Annotations may be made in the frame that a viewer shows.
-        cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR).shape[:2] != declared
+        decode_bytes(content, cv2.IMREAD_COLOR, path).shape[:2] != declared
     ):
         problem = "image size differs"
         detail = f"{path} is {width}x{height}, declared {declared[1]}x{declared[0]} (width x height)"
     return ImageFacts(problem, detail, height, width, digest, grey)
+
+
+def _unused_bits(content: np.ndarray, image: np.ndarray, path: str) -> str:
+    """What is wrong with an image of 16 bits whose values are of 10, 12 or 14: read as 8 bits it is nearly black."""
+    if not 0 < image.max() < 64:
+        return ""
+    deep = cv2.imdecode(content, cv2.IMREAD_UNCHANGED)
+    if deep is None or deep.dtype != np.uint16:
+        return ""
+    bits = int(deep.max()).bit_length()
+    return (
+        f"{path} has 16 bits a channel, of which its values use {bits}: training sees 0 to {image.max()} of 255; "
+        f"multiply its values by {1 << (16 - bits)}"
+    )
 
 
 def _cut_off(content: bytes) -> bool:

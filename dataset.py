@@ -6,11 +6,12 @@ end:
 
 | list | files | options |
 |---|---|---|
+| ['annotations.json', image folder] | COCO's format | normalised |
 | ['openimages', dir, split] | the published csv and json files | group_of, expand, images |
 | ['voc', dir, split] | Annotations/*.xml, ImageSets/Main/<split>.txt ('' = all), SegmentationObject/ | difficult |
 | ['lvis', json, image folder] | LVIS v1 json | |
 | ['cityscapes', dir, split] | gtFine/<split>/*/*_gtFine_(instanceIds.png or polygons.json), leftImg8bit/<split> | |
-| ['csv', file, image folder] | one row per box, see `dataset_csv.read_csv_content` | classes |
+| ['csv', file, image folder] | one row per box, see `dataset_csv.read_csv_content` | classes, normalised |
 | ['module:function', …] | whatever the function reads, see `load_format` | its keyword arguments |
 
 What the options mean stands in the function of each format: `load_openimages`, `read_voc_content`, ….
@@ -18,7 +19,9 @@ What the options mean stands in the function of each format: `load_openimages`, 
 
 import ast
 import importlib
+import inspect
 import os
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -58,7 +61,12 @@ def load_split(cfg: Config, name: str, class_names: Sequence[str] = (), training
     """
     spec = cfg.DATA.DATASETS.get(name)
     if spec is None or spec[0].endswith(".json"):
-        return dataset_coco.load(name, cfg, class_names, training)
+        _, words, options = _parse_spec(spec or [name], name)
+        if len(words) > 1:
+            raise UserError(
+                f"DATA.DATASETS: {name}: after the image folder come options as 'key=value', not {words[1]}"
+            )
+        return _call(dataset_coco.load, f"DATA.DATASETS: {name}", name, cfg, class_names, training, **options)
     return load_format(spec, cfg, name, class_names, training)
 
 
@@ -80,9 +88,9 @@ def load_format(
         module, _, function = form.partition(":")
         try:
             loader = getattr(importlib.import_module(module), function)
-        except (ImportError, AttributeError) as e:
-            raise UserError(f"DATA.DATASETS: {name}: cannot import {form}: {e}") from None
-        return loader(name, *words, **common, **options)
+        except Exception as e:  # whatever the module does when it is imported
+            raise UserError(f"DATA.DATASETS: {name}: cannot import {form}: {type(e).__name__}: {e}") from None
+        return _call_own(loader, f"DATA.DATASETS: {name}: {form}", name, *words, **common, **options)
     if form not in FORMATS:
         raise UserError(f"DATA.DATASETS: {name}: unknown format '{form}'; known are {', '.join(sorted(FORMATS))}")
     if len(words) != 2:
@@ -90,12 +98,38 @@ def load_format(
     path = own_path(Path(cfg.DATA.BASEDIR).expanduser(), words[0])
     if not path.exists():
         raise UserError(f"DATA.DATASETS: {name}: {path} does not exist")
+    where = f"DATA.DATASETS: {name}: format '{form}'"
+    return _call(FORMATS[form], where, name, path, words[1], **common, **options)
+
+
+def _call(load: Callable[..., DatasetSplit], where: str, *args: Any, **options: Any) -> DatasetSplit:
+    """load(*args, **options), with one line for options that it does not take."""
     try:
-        return FORMATS[form](name, path, words[1], **common, **options)
+        inspect.signature(load).bind(*args, **options)
     except TypeError as e:
-        if "unexpected keyword argument" not in str(e):
-            raise
-        raise UserError(f"DATA.DATASETS: {name}: format '{form}' has no option {str(e).split()[-1]}") from None
+        unknown = str(e).rpartition("unexpected keyword argument ")[2]
+        raise UserError(f"{where} has no option {unknown}" if unknown != str(e) else f"{where}: {e}") from None
+    except ValueError:
+        pass  # a function without a signature
+    return load(*args, **options)
+
+
+def _call_own(load: Callable[..., DatasetSplit], where: str, *args: Any, **options: Any) -> DatasetSplit:
+    """As `_call`, for a function of the user's own, whose errors are told with their place in it."""
+    try:
+        split = _call(load, where, *args, **options)
+    except UserError:
+        raise
+    except Exception as e:
+        frames = traceback.extract_tb(e.__traceback__)
+        file = getattr(getattr(load, "__code__", None), "co_filename", "")
+        own = [f for f in frames if f.filename == file] or frames
+        raise UserError(
+            f"{where}: {type(e).__name__} in {own[-1].filename}, line {own[-1].lineno} ({own[-1].name}): {e}"
+        ) from e
+    if not isinstance(split, DatasetSplit):
+        raise UserError(f"{where}: it returns {type(split).__name__}, not a DatasetSplit (see split_from_coco)")
+    return split
 
 
 def _parse_spec(spec: Sequence[str], name: str) -> tuple[str, list[str], dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import time
 from array import array
 from collections import Counter
@@ -15,19 +16,25 @@ from tabulate import tabulate
 from common import UserError, logger
 from config import Config
 from dataset_split import MIN_SIDE, DatasetSplit, pack_texts, select_images, to_offsets, unpack_texts
-from eval import evaluate_coco
-from eval_protocols import lvis_scores, only_images, voc_scores
 from utils import polygons
-from utils.cityscapes_eval import evaluate_cityscapes
+from utils.coco_format import (
+    REASONS,
+    Unusable,
+    look_like_corners,
+    read_annotation,
+    read_categories,
+    read_image,
+    refuse_normalised,
+)
+from utils.image_header import similar_file
 
 __all__ = [
     "COCO_KEYPOINTS",
-    "REASONS",
     "AnnotationCollector",
-    "FormatSplit",
     "build_columns",
     "count_keypoints",
     "leave_out_missing_images",
+    "make_split",
     "match_classes",
     "mirrored_keypoints",
     "order_categories",
@@ -43,22 +50,21 @@ COCO_KEYPOINTS = [
     "right_ankle",
 ]  # fmt: skip
 
-# Why an annotation is left out (index = code in the columns), in the order in which the reasons are looked for.
-_KEPT, _BROKEN, _IMAGE, _CATEGORY, _NUMBER, _NO_PLACE, _EMPTY, _NO_OUTLINE = range(8)
-
-REASONS = [
-    "", "entry is not in COCO's format", "image id is not in the file", "category is unknown or not trained",
-    "a coordinate is not a finite number", "neither a box nor an outline", "box is empty inside the image",
-    "no outline (MODE_MASK trains masks)",
+# Why an annotation that could be read is left out (index = code in the columns), in the order in which the reasons are
+# looked for.
+_KEPT, _IMAGE, _CATEGORY, _NO_PLACE, _EMPTY, _NO_OUTLINE = range(6)
+_REASONS = [
+    "", REASONS["unknown image"], "category is unknown or not trained", REASONS["place"],
+    "box has no area inside the image", "no outline (MODE_MASK trains masks)",
 ]  # fmt: skip
-IMAGE_UNKNOWN, CLASS_UNKNOWN, WITHOUT_OUTLINE = REASONS[_IMAGE], REASONS[_CATEGORY], REASONS[_NO_OUTLINE]
+IMAGE_UNKNOWN, CLASS_UNKNOWN, WITHOUT_OUTLINE = (_REASONS[_IMAGE], _REASONS[_CATEGORY], _REASONS[_NO_OUTLINE])
 
 
 class AnnotationCollector:
     """Columns that grow while the annotation file is read, in the order of the file."""
 
-    def __init__(self, path: str, with_keypoints: bool):
-        self.path = path
+    def __init__(self, origin: str, with_keypoints: bool):
+        self.origin = origin
         self.with_keypoints = with_keypoints
         self.image_entries: list[tuple[str, int, int]] = []  # file name, height, width
         self.image_ids: list = []
@@ -69,7 +75,9 @@ class AnnotationCollector:
         # classes with objects that are not annotated.
         self.is_federated = False
         self.verified, self.incomplete = array("i"), array("i")
-        self.broken = 0
+        # {key of coco_format.REASONS: how many} annotations, and parts of outlines, that cannot be used.
+        self.unusable: Counter = Counter()
+        self.parts_left_out: Counter = Counter()
         self.image, self.category = array("i"), array("i")  # per annotation
         self.crowd = array("b")
         self.boxes = array("d")  # x y w h; NaN when not given
@@ -78,105 +86,69 @@ class AnnotationCollector:
         self.ring_sizes = array("i")
         self.coordinates = array("f")
         self.masks: list[tuple[int, dict]] = []  # annotation, RLE
-        self.short_rings = 0
         self.keypoints: list[tuple[int, list]] = []
 
     def add_image(self, entry: Any) -> None:
-        try:
-            image_id = entry["id"]
-            height, width = int(entry["height"]), int(entry["width"])
-            name = entry.get("file_name") or "/".join(entry["coco_url"].split("/")[-2:])
-            number = self.image_numbers.setdefault(image_id, len(self.image_numbers))
-            self.is_federated |= "neg_category_ids" in entry
-            for key in ("pos_category_ids", "neg_category_ids", "not_exhaustive_category_ids"):
-                pairs = self.incomplete if key.startswith("not") else self.verified
-                for category in entry.get(key) or ():
-                    pairs.extend((number, self.category_numbers.setdefault(category, len(self.category_numbers))))
-        except (KeyError, TypeError, ValueError, AttributeError):
-            shown = entry.get("id", entry) if isinstance(entry, dict) else entry
-            raise UserError(
-                f"annotation file {self.path}: image {str(shown)[:60]} needs an id, file_name, height and width"
-            ) from None
-        if not isinstance(image_id, (int, str)) or height < 1 or width < 1:
-            raise UserError(f"annotation file {self.path}: image {image_id!r} has id or size {height}x{width} unusable")
-        self.image_ids.append(image_id)
+        image = read_image(entry, self.origin)
+        number = self.image_numbers.setdefault(image.id, len(self.image_numbers))
+        self.is_federated |= image.is_federated
+        for pairs, ids in (
+            (self.verified, image.present), (self.verified, image.absent), (self.incomplete, image.incomplete)
+        ):  # fmt: skip
+            for category in ids:
+                pairs.extend((number, self.category_numbers.setdefault(category, len(self.category_numbers))))
+        self.image_ids.append(image.id)
         self.image_of_entry.append(number)
-        self.image_entries.append((name, height, width))
+        self.image_entries.append((image.file_name, image.height, image.width))
 
     def add_annotation(self, entry: Any) -> None:
-        number, rings, values, masks = len(self.image), len(self.ring_sizes), len(self.coordinates), len(self.masks)
         try:
-            image = self.image_numbers.setdefault(entry["image_id"], len(self.image_numbers))
-            category = self.category_numbers.setdefault(entry["category_id"], len(self.category_numbers))
-            box = entry.get("bbox")
-            if box:
-                x, y, width, height = map(float, box)
-            crowd = bool(int(entry.get("iscrowd") or 0))
-            outline = entry.get("segmentation")
-            short = 0
-            if isinstance(outline, dict):
-                rle = _compact_rle(outline)
-                if not crowd or not box:
-                    self.masks.append((number, rle))
-            elif outline:
-                for ring in [outline] if isinstance(outline[0], (int, float)) else outline:
-                    if len(ring) < 6:
-                        short += 1
-                        continue
-                    if len(ring) % 2:
-                        raise ValueError
-                    self.coordinates.extend(ring)
-                    self.ring_sizes.append(len(ring) // 2)
-            if self.with_keypoints and entry.get("keypoints"):
-                points = [float(v) for v in entry["keypoints"]]
-                if len(points) % 3:
-                    raise ValueError
-                self.keypoints.append((number, points))
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
-            self.broken += 1
-            del self.ring_sizes[rings:], self.coordinates[values:], self.masks[masks:]
+            a = read_annotation(entry, self.with_keypoints)
+        except Unusable as e:
+            self.unusable[e.reason] += 1
             return
-        self.image.append(image)
-        self.category.append(category)
-        self.crowd.append(crowd)
-        self.has_box.append(bool(box))
-        self.boxes.extend((x, y, width, height) if box else (0.0, 0.0, 0.0, 0.0))
-        self.ring_counts.append(len(self.ring_sizes) - rings)
-        self.short_rings += short
+        number = len(self.image)
+        self.image.append(self.image_numbers.setdefault(a.image_id, len(self.image_numbers)))
+        self.category.append(self.category_numbers.setdefault(a.category_id, len(self.category_numbers)))
+        self.crowd.append(a.is_crowd)
+        self.has_box.append(a.box is not None)
+        self.boxes.extend(a.box or (0.0, 0.0, 0.0, 0.0))
+        for ring in a.rings:
+            self.coordinates.extend(ring)
+            self.ring_sizes.append(len(ring) // 2)
+        self.ring_counts.append(len(a.rings))
+        if a.box is None or not a.is_crowd:
+            self.masks.extend((number, _compact_rle(rle)) for rle in a.masks)
+        if a.keypoints:
+            self.keypoints.append((number, a.keypoints))
+        for reason, _ in a.left_out:
+            self.parts_left_out[reason] += 1
 
 
 def _compact_rle(rle: dict) -> dict:
-    counts = rle["counts"]
-    return {"size": rle.get("size"), "counts": counts if isinstance(counts, str) else np.asarray(counts, np.int32)}
+    return {**rle, "counts": rle["counts"] if isinstance(rle["counts"], str) else np.asarray(rle["counts"], np.int64)}
 
 
-def order_categories(path: str, categories: Any) -> tuple[list, list[str]]:
+# ------------------------------------------------------------------------------------------------ columns of a split
+def order_categories(origin: str, categories: Any) -> tuple[list, list[str]]:
     """Category ids and names in the order of the ids, which is the order of the labels."""
-    if not isinstance(categories, list) or not all(isinstance(c, dict) and "id" in c for c in categories):
-        raise UserError(f"annotation file {path} is not in COCO's format: 'categories' must be a list with ids")
-    names: dict[Any, str] = {}
-    for category in categories:
-        key, name = category["id"], str(category.get("name", category["id"]))
-        if names.setdefault(key, name) != name:
-            raise UserError(f"annotation file {path}: category id {key!r} stands for both '{names[key]}' and '{name}'")
-    ids = sorted(names, key=lambda i: (isinstance(i, str), i))
+    names = read_categories(categories, origin)
     twice = [n for n, count in Counter(names.values()).items() if count > 1]
     if twice:
-        same = " and ".join(repr(i) for i in ids if names[i] == twice[0])
-        raise UserError(f"annotation file {path}: categories {same} are both named '{twice[0]}'; rename one")
-    if not ids:
-        raise UserError(f"annotation file {path} has no categories")
-    return ids, [names[i] for i in ids]
+        same = " and ".join(repr(i) for i in names if names[i] == twice[0])
+        raise UserError(f"{origin}: categories {same} are both named '{twice[0]}'; rename one")
+    if not names:
+        raise UserError(f"{origin} has no categories")
+    return list(names), list(names.values())
 
 
-def match_classes(path: str, ids: list, names: list[str], class_names: Sequence[str]) -> list:
+def match_classes(origin: str, ids: list, names: list[str], class_names: Sequence[str]) -> list:
     """The category id of each of the wanted classes, None for those that this file does not have."""
     by_name = dict(zip(names, ids))
     matched = [by_name.get(n) for n in class_names]
     if not any(n in by_name for n in class_names):
         raise UserError(
-            f"annotation file {path} has none of the model's classes: it has {some_names(names)}, "
-            f"the model {some_names(class_names)}"
+            f"{origin} has none of the model's classes: it has {some_names(names)}, the model {some_names(class_names)}"
         )
     return matched
 
@@ -195,10 +167,10 @@ def _unique_images(raw: AnnotationCollector) -> tuple[np.ndarray, np.ndarray]:
             original = first[np.searchsorted(kept, numbers[entry])]
             if raw.image_entries[entry] != raw.image_entries[original]:
                 raise UserError(
-                    f"annotation file {raw.path}: image id {raw.image_ids[entry]!r} stands for both "
+                    f"{raw.origin}: image id {raw.image_ids[entry]!r} stands for both "
                     f"{raw.image_entries[original][0]} and {raw.image_entries[entry][0]}"
                 )
-        logger.warning(f"{raw.path}: {len(numbers) - len(kept)} images are listed more than once; used once")
+        logger.warning(f"{raw.origin}: {len(numbers) - len(kept)} images are listed more than once; used once")
     first = np.sort(first)
     rows[numbers[first]] = np.arange(len(first))
     return first, rows
@@ -218,7 +190,7 @@ def _trace_masks(
                 {k: v for k, v in rle.items() if v is not None}, int(sizes[row, 0]), int(sizes[row, 1])
             )
         except (ValueError, TypeError) as e:
-            logger.warning(f"{raw.path}: image id {raw.image_ids[row]!r}: RLE mask left out: {e}")
+            logger.warning(f"{raw.origin}: image id {raw.image_ids[row]!r}: RLE mask left out: {e}")
             bad.append(number)
             continue
         vertices += rings
@@ -240,6 +212,42 @@ def _gather_ragged(values: np.ndarray, starts: np.ndarray, sizes: np.ndarray, ba
     return result
 
 
+def _bound_rings(
+    vertices: np.ndarray, ring_sizes: np.ndarray, ring_owners: np.ndarray, rows: np.ndarray, sizes: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rings that reach several times the image's size beyond it are clipped to the image: float32 could not compute
+    with a point at 1e30, nor anything draw a line to it. The others stay as they are."""
+    if not len(vertices) or np.abs(vertices).max() <= 4 * sizes.min(initial=1):
+        return vertices, ring_sizes, ring_owners
+    known = rows[ring_owners] >= 0
+    reach = np.maximum.reduceat(np.abs(vertices).max(1), np.cumsum(ring_sizes) - ring_sizes)
+    far = known & (reach > 4.0 * sizes[np.maximum(rows[ring_owners], 0)].max(1))
+    if not far.any():
+        return vertices, ring_sizes, ring_owners
+    rings = np.split(vertices, np.cumsum(ring_sizes)[:-1])
+    for i in np.flatnonzero(far):
+        rings[i] = polygons.clip_ring(rings[i].astype(np.float64), *sizes[rows[ring_owners[i]]].tolist())
+    kept = np.array([len(ring) > 0 for ring in rings])
+    rings = [ring.astype(np.float32) for ring in rings if len(ring)]
+    vertices = np.concatenate(rings) if rings else np.zeros((0, 2), np.float32)
+    return vertices, np.array([len(ring) for ring in rings], np.int64), ring_owners[kept]
+
+
+def _check_coordinates(
+    raw: AnnotationCollector, boxes: np.ndarray, used: np.ndarray, sizes: np.ndarray, rows: np.ndarray
+) -> None:
+    """Refuses boxes (x1 y1 x2 y2) in 0..1, and warns of x1 y1 x2 y2 where x y width height should be."""
+    given = boxes[used].copy()
+    given[:, 2:] -= given[:, :2]
+    if not len(given):
+        return
+    refuse_normalised(given, float(sizes.min()), raw.origin)
+    if look_like_corners(given, sizes[rows[used]]):
+        logger.warning(
+            f"{raw.origin}: its boxes look like x1 y1 x2 y2; COCO's are x y width height, and they are read as such"
+        )
+
+
 def build_columns(
     raw: AnnotationCollector, label_of_category: dict, mask_required: bool, num_keypoints: int
 ) -> tuple[dict[str, Any], Counter]:
@@ -254,21 +262,18 @@ def build_columns(
     vertices = np.frombuffer(raw.coordinates, np.float32).reshape(-1, 2)
     ring_sizes = np.asarray(raw.ring_sizes, np.int64)
     ring_owners = np.repeat(np.arange(len(raw.image)), np.asarray(raw.ring_counts, np.int64))
+    rows = image_rows[np.asarray(raw.image, np.int64)] if len(raw.image) else np.zeros(0, np.int64)
+    vertices, ring_sizes, ring_owners = _bound_rings(vertices, ring_sizes, ring_owners, rows, sizes)
     inverted = polygons.ring_areas(vertices, ring_sizes) < 0
-    finite = np.ones(len(ring_sizes), bool)
-    if not np.isfinite(vertices).all():
-        finite = np.logical_and.reduceat(np.isfinite(vertices).all(1), np.cumsum(ring_sizes) - ring_sizes)
     traced, traced_sizes, traced_owners, bad_masks = _trace_masks(raw, image_rows, sizes)
     if len(traced_sizes):
         vertices = np.concatenate([vertices, traced])
         ring_sizes = np.concatenate([ring_sizes, traced_sizes])
         ring_owners = np.concatenate([ring_owners, traced_owners])
         inverted = np.concatenate([inverted, np.zeros(len(traced_sizes), bool)])
-        finite = np.concatenate([finite, np.ones(len(traced_sizes), bool)])
     ring_starts = np.cumsum(ring_sizes) - ring_sizes
 
     count = len(raw.image)
-    rows = image_rows[np.asarray(raw.image, np.int64)] if count else np.zeros(0, np.int64)
     label_of_number = np.array([label_of_category.get(c, 0) for c in raw.category_numbers] or [0], np.int32)
     labels = label_of_number[np.asarray(raw.category, np.int64)]
     crowd = np.asarray(raw.crowd, np.int8).astype(bool)
@@ -276,8 +281,8 @@ def build_columns(
     boxes[:, 2:] += boxes[:, :2]
     has_box = np.asarray(raw.has_box, np.int8).astype(bool)
     has_outline = np.zeros(count, bool)
-    has_outline[ring_owners[finite]] = True
-    wants = np.flatnonzero(~has_box[ring_owners] & finite)  # rings that must give their annotation a box
+    has_outline[ring_owners] = True
+    wants = np.flatnonzero(~has_box[ring_owners])  # rings that must give their annotation a box
     if len(wants):
         points = _gather_ragged(vertices, ring_starts[wants], ring_sizes[wants], np.zeros(len(wants), bool))
         owners = np.repeat(ring_owners[wants], ring_sizes[wants])
@@ -287,29 +292,28 @@ def build_columns(
         np.maximum.at(boxes, (owners[:, None], [2, 3]), points)
     on_image = sizes[np.maximum(rows, 0)].astype(np.float64) if len(sizes) else np.zeros((count, 2))
     limits = on_image[:, [1, 0, 1, 0]]
-    with np.errstate(invalid="ignore"):
-        clipped = np.minimum(np.maximum(boxes, 0), limits).astype(np.float32)
-        empty = ((clipped[:, 2:] - clipped[:, :2]) < MIN_SIDE).any(1)
+    clipped = np.minimum(np.maximum(boxes, 0), limits).astype(np.float32)
+    empty = ((clipped[:, 2:] - clipped[:, :2]) < MIN_SIDE).any(1)
+    _check_coordinates(raw, boxes, has_box & ~crowd & (rows >= 0), sizes, rows)
 
     reason = np.zeros(count, np.int8)
     for code, bad in (
         (_NO_OUTLINE, ~has_outline & ~crowd if mask_required else np.zeros(count, bool)),
         (_EMPTY, empty),
-        (_NUMBER, ~np.isfinite(boxes).all(1)),
         (_NO_PLACE, ~has_box & ~has_outline),
         (_CATEGORY, labels == 0),
         (_IMAGE, rows < 0),
     ):
         reason[bad] = code
-    dropped = Counter({REASONS[code]: n for code, n in enumerate(np.bincount(reason).tolist()) if code and n})
-    if raw.broken:
-        dropped[REASONS[_BROKEN]] += raw.broken
+    dropped = Counter({_REASONS[code]: n for code, n in enumerate(np.bincount(reason).tolist()) if code and n})
+    for key, number in (raw.unusable + raw.parts_left_out).items():
+        dropped[REASONS[key]] += number
 
     kept = np.flatnonzero(reason == _KEPT)
     kept = kept[np.argsort(rows[kept], kind="stable")]
     place = np.full(count, -1, np.int64)
     place[kept] = np.arange(len(kept))
-    rings = np.flatnonzero(finite & (place[ring_owners] >= 0)) if count else np.zeros(0, np.int64)
+    rings = np.flatnonzero(place[ring_owners] >= 0) if count else np.zeros(0, np.int64)
     rings = rings[np.argsort(place[ring_owners[rings]], kind="stable")]
     columns = {
         "folder": np.zeros(len(sizes), np.int16),
@@ -336,12 +340,8 @@ def build_columns(
             len(sizes),
             max(label_of_category.values(), default=0),
         )  # fmt: skip
-    if raw.short_rings:
-        dropped["polygon part with fewer than 3 points"] += raw.short_rings
-    if not finite.all():
-        dropped["polygon part with a coordinate that is not a finite number"] += int((~finite).sum())
     if bad_masks:
-        dropped["RLE mask that does not fit its image"] += len(bad_masks)
+        dropped[REASONS["rle"]] += len(bad_masks)
     return columns, dropped
 
 
@@ -375,7 +375,7 @@ def _keypoint_column(raw: AnnotationCollector, place: np.ndarray, count: int, nu
         if len(points) != 3 * num_keypoints:
             image_id = list(raw.image_numbers)[raw.image[number]]
             raise UserError(
-                f"annotation file {raw.path}: image {image_id!r} has an object of {len(points) // 3} keypoints, "
+                f"{raw.origin}: image {image_id!r} has an object of {len(points) // 3} keypoints, "
                 f"others have {num_keypoints}"
             )
         column[place[number]] = np.array(points, np.float32).reshape(-1, 3)
@@ -385,29 +385,80 @@ def _keypoint_column(raw: AnnotationCollector, place: np.ndarray, count: int, nu
     return column
 
 
-def mirrored_keypoints(categories: list[dict], num_keypoints: int) -> np.ndarray:
-    """Which keypoint each becomes in the mirrored image, by the names left_x and right_x."""
+def mirrored_keypoints(
+    categories: list[dict], num_keypoints: int, pairs: Sequence[Sequence[str | int]] = ()
+) -> np.ndarray:
+    """int64 [K], which keypoint each becomes in the mirrored image.
+
+    pairs: the left and right ones by name or number from 0 (KRCNN.FLIP_PAIRS); without any they are found by their
+    names: left_eye and right_eye, LeftEye, l_eye, eye_L, "left eye" and the like.
+    """
     names = next((c["keypoints"] for c in categories if c.get("keypoints")), [])
     if not names and num_keypoints == len(COCO_KEYPOINTS):
         names = COCO_KEYPOINTS
-    number = {name: i for i, name in enumerate(names)}
+    names = list(names)[:num_keypoints]
+    flip = np.arange(num_keypoints)
+    if pairs:
+        for pair in pairs:
+            first, second = (_keypoint_number(k, names, num_keypoints) for k in pair)
+            flip[first], flip[second] = second, first
+        return flip
+    found: dict[tuple, int] = {}
+    for i, name in enumerate(names):
+        side, rest = _side_of(str(name))
+        if side:
+            found[side, rest] = i
+    for (side, rest), i in found.items():
+        flip[i] = found.get(("right" if side == "left" else "left", rest), i)
+    return flip
 
-    def mirrored(name: str) -> str:
-        if "left" in name:
-            return name.replace("left", "right")
-        return name.replace("right", "left")
 
-    return np.array([number.get(mirrored(n), i) for i, n in enumerate(names)] or range(num_keypoints), np.int64)
+def _keypoint_number(key: str | int, names: Sequence[str], count: int) -> int:
+    if isinstance(key, str) and key in names:
+        return names.index(key)
+    if isinstance(key, int) and 0 <= key < count:
+        return key
+    raise UserError(f"setting KRCNN.FLIP_PAIRS: {key!r} is not one of the {count} keypoints {', '.join(names)}")
 
 
-def count_keypoints(cfg: Config, path: str, categories: list[dict], raw: AnnotationCollector) -> int:
+def _side_of(name: str) -> tuple[str, str]:
+    """("left", "right" or "", the name without its side)."""
+    words = [w.lower() for w in re.findall(r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z]+|[A-Z]+|[^\W\d_a-zA-Z]+|\d+", name)]
+    for side, short in (("left", "l"), ("right", "r")):
+        for word in (side, short):
+            if words.count(word) == 1:
+                place = words.index(word)
+                return side, "_".join([*words[:place], "*", *words[place + 1 :]])
+    for side in ("left", "right"):
+        if name.lower().count(side) == 1:
+            return side, name.lower().replace(side, "*")
+    return "", name
+
+
+def _check_keypoint_settings(cfg: Config, split: DatasetSplit, training: bool) -> None:
+    count = len(split.keypoint_flip)
+    if cfg.KRCNN.OKS_SIGMAS and len(cfg.KRCNN.OKS_SIGMAS) != count:
+        raise UserError(
+            f"setting KRCNN.OKS_SIGMAS has {len(cfg.KRCNN.OKS_SIGMAS)} numbers, {split.name} has {count} keypoints"
+        )
+    if training and cfg.PREPROC.FLIP and count > 1 and (split.keypoint_flip == np.arange(count)).all():
+        logger.warning(
+            f"{split.name}: no left and right among its {count} keypoints, so mirrored images keep all of them as "
+            "they are; name the pairs by KRCNN.FLIP_PAIRS, or set PREPROC.FLIP=False"
+        )
+
+
+def count_keypoints(cfg: Config, origin: str, categories: list[dict], raw: AnnotationCollector) -> int:
+    """How many keypoints an object has; 0 without MODE_KEYPOINT."""
     if not cfg.MODE_KEYPOINT:
         return 0
-    counts = {len(c["keypoints"]) for c in categories if c.get("keypoints")}
-    counts = counts or {len(points) // 3 for _, points in raw.keypoints[:1]}
+    listed = [c["keypoints"] for c in categories if c.get("keypoints")]
+    if not all(isinstance(names, list) and all(isinstance(n, str) for n in names) for names in listed):
+        raise UserError(f"{origin}: 'keypoints' of a category must be a list of names")
+    counts = {len(names) for names in listed} or {len(points) // 3 for _, points in raw.keypoints[:1]}
     if len(counts) != 1:
         raise UserError(
-            f"annotation file {path}: its categories have {len(counts) or 'no'} "
+            f"{origin}: its categories have {len(counts) or 'no'} "
             f"{'different numbers of ' if counts else ''}keypoints; MODE_KEYPOINT=True needs one kind of skeleton"
         )
     return counts.pop()
@@ -436,7 +487,9 @@ def leave_out_missing_images(cfg: Config, split: DatasetSplit, folder: str) -> N
     if len(missing) == 0:
         return
     first = os.path.join(folder, files[missing[0]])
-    what = f"{split.name}: {len(missing)} of {len(files)} images are missing, e.g. {first}"
+    near = similar_file(folder, files[missing[0]])
+    hint = f" (did you mean {near}?)" if near else ""
+    what = f"{split.name}: {len(missing)} of {len(files)} images are missing, e.g. {first}{hint}"
     if not cfg.DATA.KEEP_MISSING_IMAGES or len(missing) == len(files):
         raise UserError(f"{what}; DATA.KEEP_MISSING_IMAGES=True goes on without them")
     logger.warning(f"{what}: going on without them")
@@ -451,41 +504,9 @@ def report_split(split: DatasetSplit, seconds: float) -> None:
     if split.dropped:
         rows = sorted(split.dropped.items(), key=lambda r: -r[1])
         table = tabulate(rows, ["left out", "count"], tablefmt="pipe")
-        logger.warning(f"{split.name}: not everything among its {split.num_annotations} annotations is used\n{table}")
-
-
-class FormatSplit(DatasetSplit):
-    """A split whose ground truth is no COCO json on disk: `content()` gives it in COCO's form, for scoring.
-
-    Attributes:
-        read_content: picklable function without arguments that reads the ground truth again.
-        protocol: which scores `evaluate` adds to COCO's: "coco" (none), "voc", "cityscapes" or "lvis" (instead).
-    """
-
-    read_content: Callable[[], dict[str, Any]]
-    protocol: str = "coco"
-
-    def content(self) -> dict[str, Any]:
-        return self.read_content()
-
-    def evaluate(self, results: list[dict], **options: Any) -> dict[str, float]:
-        """COCO's scores; for VOC also "voc07/mAP", "voc12/mAP" and their "AP_per_class/<name>", for Cityscapes with
-        masks "cityscapes/AP", "cityscapes/AP50" and by class; for LVIS its own.
-
-        Options are those of eval.evaluate_coco.
-        """
-        content = self.content()
-        ids = [self.image_id(i) for i in range(len(self))]
-        results = [r for r in results if r["category_id"] is not None]
-        if self.protocol == "lvis":
-            return lvis_scores(content, results, ids, **options)
-        metrics = evaluate_coco(content, results, **{"image_ids": ids, **options})
-        if self.protocol == "voc":
-            metrics |= voc_scores(only_images(content, ids), results)
-        if self.protocol == "cityscapes" and all(r.get("segmentation") for r in results):
-            scores = evaluate_cityscapes(only_images(content, ids), results)
-            metrics |= {f"cityscapes/{k}": v for k, v in scores.items()}
-        return metrics
+        logger.warning(
+            f"{split.name}: some of its {split.num_annotations} annotations, or parts of them, were left out\n{table}"
+        )
 
 
 def split_from_coco(
@@ -496,8 +517,8 @@ def split_from_coco(
     class_names: Sequence[str] = (),
     training: bool = False,
     origin: str = "",
-    protocol: str = "coco",
-) -> FormatSplit:
+    protocols: Sequence[str] = ("coco",),
+) -> DatasetSplit:
     """A split from COCO-like content: {"images": […], "annotations": […], "categories": […]}.
 
     Args:
@@ -505,25 +526,49 @@ def split_from_coco(
             function of a module, or functools.partial of one).
         folder: where the images' file_name are found.
         origin: what error messages call the source; `name` if empty.
+        protocols: how it is scored, names of eval_protocols.PROTOCOLS.
     """
     started = time.time()
-    origin = origin or name
     content = read_content()
-    raw = AnnotationCollector(origin, cfg.MODE_KEYPOINT)
+    raw = AnnotationCollector(origin or name, cfg.MODE_KEYPOINT)
     for image in content["images"]:
         raw.add_image(image)
     for annotation in content["annotations"]:
         raw.add_annotation(annotation)
-    ids, names = order_categories(origin, content["categories"])
-    category_ids = match_classes(origin, ids, names, class_names) if class_names else ids
+    split = make_split(name, origin or name, raw, content["categories"], folder, cfg, class_names, training, started)
+    split.read_content, split.protocols = read_content, protocols
+    return split
+
+
+def make_split(
+    name: str,
+    annotation_file: str,
+    raw: AnnotationCollector,
+    categories: Any,
+    folder: str | Path,
+    cfg: Config,
+    class_names: Sequence[str],
+    training: bool,
+    started: float,
+) -> DatasetSplit:
+    """The split of everything that was collected; images that are missing on disk are an error, or left out."""
+    ids, names = order_categories(raw.origin, categories)
+    category_ids = match_classes(raw.origin, ids, names, class_names) if class_names else ids
     label_of_category = {c: label for label, c in enumerate(category_ids, 1) if c is not None}
-    num_keypoints = count_keypoints(cfg, origin, content["categories"], raw)
+    num_keypoints = count_keypoints(cfg, raw.origin, categories, raw)
     columns, dropped = build_columns(raw, label_of_category, training and cfg.MODE_MASK, num_keypoints)
-    split = FormatSplit(
-        name, origin, [str(Path(folder).absolute())], list(class_names) or names, category_ids, columns, dict(dropped),
-        len(content["annotations"]), mirrored_keypoints(content["categories"], num_keypoints),
+    number = len(raw.image) + sum(raw.unusable.values())
+    if number and dropped[IMAGE_UNKNOWN] == number:
+        raise UserError(
+            f"{raw.origin}: none of its {number} annotations has the image id of one of its {len(raw.image_ids)} images"
+        )
+    split = DatasetSplit(
+        name, annotation_file, [str(Path(folder).absolute())], list(class_names) or names, category_ids, columns,
+        dict(dropped), number, mirrored_keypoints(categories, num_keypoints, cfg.KRCNN.FLIP_PAIRS),
     )  # fmt: skip
-    split.read_content, split.protocol = read_content, protocol
+    split.oks_sigmas = list(cfg.KRCNN.OKS_SIGMAS)
+    if num_keypoints:
+        _check_keypoint_settings(cfg, split, training)
     leave_out_missing_images(cfg, split, str(folder))
     report_split(split, time.time() - started)
     return split

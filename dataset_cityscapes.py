@@ -3,6 +3,7 @@
 import functools
 import os
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,11 @@ import cv2
 import numpy as np
 
 from common import UserError, read_json
-from dataset_build import FormatSplit, split_from_coco
+from config import Config
+from dataset_build import split_from_coco
+from dataset_split import DatasetSplit
 from utils.cityscapes_eval import INSTANCE_IDS, LABEL_IDS, VOID_IDS
+from utils.image_header import decode_image
 from utils.polygons import encode_part
 
 __all__ = ["CITYSCAPES_CLASSES", "load", "read_cityscapes_content"]
@@ -20,11 +24,14 @@ __all__ = ["CITYSCAPES_CLASSES", "load", "read_cityscapes_content"]
 CITYSCAPES_CLASSES = list(INSTANCE_IDS)
 
 
-def load(name, path, split, **common) -> FormatSplit:
+def load(
+    name: str, path: Path, split: str, cfg: Config, class_names: Sequence[str] = (), training: bool = False
+) -> DatasetSplit:
+    """See `read_cityscapes_content`."""
     read = functools.partial(read_cityscapes_content, path, split)
     return split_from_coco(
-        name, read, path / "leftImg8bit" / split, **common, origin=f"Cityscapes data {path} {split}",
-        protocol="cityscapes",
+        name, read, path / "leftImg8bit" / split, cfg, class_names, training, f"Cityscapes data {path} {split}",
+        ["coco", "cityscapes"],
     )  # fmt: skip
 
 
@@ -53,8 +60,8 @@ def read_cityscapes_content(directory: str | Path, split: str) -> dict[str, Any]
 def _read_cityscapes_image(path: str) -> tuple[dict, list[dict]]:
     drawn = f"{path}_gtFine_instanceIds.png"
     if os.path.isfile(drawn):
-        ids = cv2.imread(drawn, cv2.IMREAD_UNCHANGED)
-        if ids is None or ids.ndim != 2:
+        ids = decode_image(drawn, cv2.IMREAD_UNCHANGED, f"Cityscapes annotation {drawn}")
+        if ids.ndim != 2:
             raise UserError(f"Cityscapes annotation {drawn} is not a readable image of one channel")
         ids = ids.astype(np.int32)
     else:

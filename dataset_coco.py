@@ -1,29 +1,17 @@
 """Data sets in COCO's format (https://cocodataset.org/#format-data): where they are, and reading their json."""
 
 import difflib
-import json
-import mmap
-import os
-import re
+import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from common import UserError, logger
 from config import Config
-from dataset_build import (
-    IMAGE_UNKNOWN,
-    AnnotationCollector,
-    build_columns,
-    count_keypoints,
-    leave_out_missing_images,
-    match_classes,
-    mirrored_keypoints,
-    order_categories,
-    report_split,
-)
+from dataset_build import AnnotationCollector, make_split, split_from_coco
 from dataset_split import DatasetSplit, own_path
+from utils.coco_format import check_lists, in_pixels, read_document, scan_document
 
 __all__ = ["COCO_FOLDERS", "find_files_of", "load"]
 
@@ -38,36 +26,30 @@ COCO_FOLDERS = {
 }
 
 
-def load(name: str, cfg: Config, class_names: Sequence[str] = (), training: bool = False) -> DatasetSplit:
-    """One set in COCO's format; the arguments are those of `dataset.load_split`."""
+def load(
+    name: str, cfg: Config, class_names: Sequence[str] = (), training: bool = False, normalised: bool = False
+) -> DatasetSplit:
+    """One set in COCO's format; the arguments are those of `dataset.load_split`.
+
+    normalised: its coordinates are fractions of the image's width and height.
+    """
     started = time.time()
     annotation_file, folder = find_files_of(cfg, name)
-    raw = AnnotationCollector(annotation_file, cfg.MODE_KEYPOINT)
-    rest = _scan_json(annotation_file, raw.add_image, raw.add_annotation)
-    for key in ("images", "categories"):
-        if key not in rest:
-            raise UserError(f"annotation file {annotation_file} is not in COCO's format: it has no '{key}'")
-    for key in ("images", "annotations"):
-        if rest.get(key, True) is not True:
-            raise UserError(f"annotation file {annotation_file} is not in COCO's format: '{key}' must be a list")
-    ids, names = order_categories(annotation_file, rest["categories"])
-    category_ids = match_classes(annotation_file, ids, names, class_names) if class_names else ids
-    label_of_category = {c: label for label, c in enumerate(category_ids, 1) if c is not None}
-    num_keypoints = count_keypoints(cfg, annotation_file, rest["categories"], raw)
-    columns, dropped = build_columns(raw, label_of_category, training and cfg.MODE_MASK, num_keypoints)
-    num_annotations = len(raw.image) + raw.broken
-    if num_annotations and dropped[IMAGE_UNKNOWN] == num_annotations:
-        raise UserError(
-            f"annotation file {annotation_file}: none of its {num_annotations} annotations has the image id of one of "
-            f"its {len(raw.image_ids)} images"
-        )
-    split = DatasetSplit(
-        name, annotation_file, [folder], list(class_names) or names, category_ids, columns, dict(dropped),
-        num_annotations, mirrored_keypoints(rest["categories"], num_keypoints),
+    if normalised:
+        read = functools.partial(_read_in_pixels, annotation_file)
+        return split_from_coco(name, read, folder, cfg, class_names, training, f"annotation file {annotation_file}")
+    what = f"annotation file {annotation_file}"
+    raw = AnnotationCollector(what, cfg.MODE_KEYPOINT)
+    streams = {"images": raw.add_image, "annotations": raw.add_annotation}
+    rest = scan_document(annotation_file, "annotation file", streams)
+    check_lists(rest, what)
+    return make_split(
+        name, annotation_file, raw, rest["categories"], folder, cfg, class_names, training, started
     )  # fmt: skip
-    leave_out_missing_images(cfg, split, folder)
-    report_split(split, time.time() - started)
-    return split
+
+
+def _read_in_pixels(path: str) -> dict[str, Any]:
+    return in_pixels(read_document(path), f"annotation file {path}")
 
 
 def find_files_of(cfg: Config, name: str) -> tuple[str, str]:
@@ -75,7 +57,7 @@ def find_files_of(cfg: Config, name: str) -> tuple[str, str]:
     base = Path(cfg.DATA.BASEDIR).expanduser()
     own = cfg.DATA.DATASETS.get(name)
     if own is not None:
-        annotation_file, folder = (own_path(base, p) for p in own)
+        annotation_file, folder = (own_path(base, p) for p in own[:2])
         where = f"DATA.DATASETS: {name}"
     else:
         short = name.removeprefix("coco_")
@@ -119,67 +101,3 @@ def _near_folder(folder: Path) -> str:
     there = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
     near = difflib.get_close_matches(folder.name, there, 1, 0.5)
     return str(folder.parent / near[0]) if near else ""
-
-
-def _read_text(path: str) -> str:
-    """The file's text, decoded from the page cache so that it is in memory once."""
-    try:
-        with open(path, "rb") as f:
-            if os.fstat(f.fileno()).st_size == 0:
-                raise UserError(f"annotation file {path} is empty")
-            with mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as content:
-                return str(content, "utf-8-sig")
-    except OSError as e:
-        raise UserError(f"annotation file {path} cannot be read: {e.strerror}") from None
-    except UnicodeDecodeError as e:
-        raise UserError(f"annotation file {path} is not UTF-8 text: {e.reason} at byte {e.start}") from None
-
-
-def _scan_json(path: str, on_image: Callable[[Any], None], on_annotation: Callable[[Any], None]) -> dict[str, Any]:
-    """Reads a COCO json, handing over one image and one annotation at a time; returns the rest of the top level.
-
-    The 860,000 annotations of COCO are 3 GB as Python objects; this way one of them exists at a time.
-    """
-    text = _read_text(path)
-    space = re.compile(r"[ \t\n\r]*").match
-    decode = json.JSONDecoder().raw_decode
-    streams = {"images": on_image, "annotations": on_annotation}
-    rest: dict[str, Any] = {}
-
-    def fail(what: str, at: int) -> None:
-        raise json.JSONDecodeError(what, text, at)
-
-    try:
-        at = space(text, 0).end()
-        if text[at : at + 1] != "{":
-            raise UserError(f"annotation file {path} is not in COCO's format: it must be one json object")
-        at = space(text, at + 1).end()
-        while text[at : at + 1] != "}":
-            key, at = decode(text, at)
-            at = space(text, at).end()
-            if not isinstance(key, str) or text[at : at + 1] != ":":
-                fail("Expecting a key and ':'", at)
-            at = space(text, at + 1).end()
-            if key in streams and text[at : at + 1] == "[":
-                rest[key] = True
-                handle = streams[key]
-                at = space(text, at + 1).end()
-                while text[at : at + 1] != "]":
-                    entry, at = decode(text, at)
-                    handle(entry)
-                    at = space(text, at).end()
-                    if text[at : at + 1] == ",":
-                        at = space(text, at + 1).end()
-                    elif text[at : at + 1] != "]":
-                        fail("Expecting ',' or ']'", at)
-                at += 1
-            else:
-                rest[key], at = decode(text, at)
-            at = space(text, at).end()
-            if text[at : at + 1] == ",":
-                at = space(text, at + 1).end()
-            elif text[at : at + 1] != "}":
-                fail("Expecting ',' or '}'", at)
-    except json.JSONDecodeError as e:
-        raise UserError(f"annotation file {path} is not valid JSON: {e.msg} at byte {e.pos}") from None
-    return rest

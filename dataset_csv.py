@@ -2,13 +2,17 @@
 
 import csv
 import functools
+import io
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common import UserError
-from dataset_build import FormatSplit, split_from_coco
-from dataset_split import own_path
+from common import UserError, read_text
+from config import Config
+from dataset_build import split_from_coco
+from dataset_split import DatasetSplit, own_path
+from utils.coco_format import Unusable, in_pixels, read_flag, read_number
 from utils.image_header import header_sizes
 
 __all__ = ["load", "read_csv_content"]
@@ -26,25 +30,32 @@ _CSV_COLUMNS = {
 _CSV_HEADLESS = ["image", "x1", "y1", "x2", "y2", "label"]
 
 
-def load(name, path, folder, cfg, classes=None, **common) -> FormatSplit:
+def load(
+    name: str, path: Path, folder: str, cfg: Config, class_names: Sequence[str] = (), training: bool = False,
+    classes: str | None = None, normalised: bool = False,
+) -> DatasetSplit:  # fmt: skip
+    """See `read_csv_content`."""
     base = Path(cfg.DATA.BASEDIR).expanduser()
-    folder = own_path(base, folder)
-    read = functools.partial(read_csv_content, path, folder, classes and own_path(base, classes))
-    return split_from_coco(name, read, folder, cfg, **common, origin=str(path))
+    images = own_path(base, folder)
+    read = functools.partial(read_csv_content, path, images, classes and own_path(base, classes), normalised)
+    return split_from_coco(name, read, images, cfg, class_names, training, f"csv of boxes {path}")
 
 
-def read_csv_content(path: str | Path, folder: str | Path, classes: str | Path | None = None) -> dict[str, Any]:
+def read_csv_content(
+    path: str | Path, folder: str | Path, classes: str | Path | None = None, normalised: bool = False
+) -> dict[str, Any]:
     """A csv of boxes in COCO's form; image ids are the file names, sizes are those of the image files.
 
     The header names the columns: an image (image, file, filename, path, …), a label (label, class, …), and x1 y1 x2 y2
     (or xmin, left, …) in continuous pixels; iscrowd marks ignored regions. Without a header, the columns are image,
     x1, y1, x2, y2, label. A row with an image alone is an image without objects. `classes` is a file of class names,
-    one a line, in the order of their ids; without it they are the labels that occur, sorted.
+    one a line, in the order of their ids; without it they are the labels that occur, sorted. `normalised`: coordinates
+    are fractions of the image's width and height.
     """
+    text = read_text(path, "csv of boxes")
     try:
-        with open(path, newline="", encoding="utf-8-sig") as f:
-            rows = [row for row in csv.reader(f) if any(cell.strip() for cell in row)]
-    except (OSError, UnicodeDecodeError, csv.Error) as e:
+        rows = [row for row in csv.reader(io.StringIO(text, newline="")) if any(cell.strip() for cell in row)]
+    except csv.Error as e:
         raise UserError(f"csv of boxes {path} cannot be read: {e}") from None
     if not rows:
         raise UserError(f"csv of boxes {path} is empty")
@@ -61,24 +72,25 @@ def read_csv_content(path: str | Path, folder: str | Path, classes: str | Path |
     boxes: dict[str, list] = {}
     for number, row in enumerate(rows, first):
         cells = {key: row[i].strip() if i < len(row) else "" for key, i in columns.items()}
+        if not cells["image"] or "\0" in cells["image"]:
+            raise UserError(f"csv of boxes {path}, row {number}: no image")
         objects = boxes.setdefault(cells["image"], [])
         if not any(cells[key] for key in _CSV_HEADLESS[1:]):
             continue
         try:
-            x1, y1, x2, y2 = (float(cells[key]) for key in ("x1", "y1", "x2", "y2"))
-            crowd = int(float(cells.get("crowd") or 0)) == 1
-        except ValueError:
-            raise UserError(f"csv of boxes {path}, row {number}: a coordinate is not a number") from None
+            x1, y1, x2, y2 = (read_number(cells[key]) for key in ("x1", "y1", "x2", "y2"))
+            crowd = read_flag(cells.get("crowd"))
+        except Unusable as e:
+            what = "a coordinate is not a number" if e.reason == "number" else "the flag is not 0 or 1"
+            raise UserError(f"csv of boxes {path}, row {number}: {what}: {e.detail}") from None
         if not cells["label"]:
             raise UserError(f"csv of boxes {path}, row {number}: no label")
         objects.append((cells["label"], [x1, y1, x2 - x1, y2 - y1], crowd))
     found = sorted({label for objects in boxes.values() for label, _, _ in objects})
     names = found
     if classes:
-        try:
-            names = [line.split(",")[0].strip() for line in Path(classes).read_text().splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError) as e:
-            raise UserError(f"csv of boxes {path}: class list {classes} cannot be read: {e}") from None
+        lines = read_text(classes, f"csv of boxes {path}: class list").splitlines()
+        names = [line.split(",")[0].strip() for line in lines if line.strip()]
     unknown = [n for n in found if n not in names]
     if unknown:
         raise UserError(f"csv of boxes {path}: label '{unknown[0]}' is not in {classes}")
@@ -95,4 +107,5 @@ def read_csv_content(path: str | Path, folder: str | Path, classes: str | Path |
     for number, annotation in enumerate(annotations, 1):
         annotation["id"] = number
     categories = [{"id": i, "name": n} for n, i in ids.items()]
-    return {"images": images, "annotations": annotations, "categories": categories}
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    return in_pixels(content, f"csv of boxes {path}") if normalised else content

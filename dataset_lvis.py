@@ -1,17 +1,21 @@
 """LVIS v1 (Gupta et al., CVPR 2019): COCO's json with the classes that people looked for in each image."""
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 
-from common import read_json
-from dataset_build import FormatSplit, split_from_coco
-from dataset_split import own_path
+from config import Config
+from dataset_build import split_from_coco
+from dataset_split import DatasetSplit, own_path
+from utils.coco_format import read_document
 
 __all__ = ["load"]
 
 
-def load(name, path, folder, cfg, **common) -> FormatSplit:
+def load(
+    name: str, path: Path, folder: str, cfg: Config, class_names: Sequence[str] = (), training: bool = False
+) -> DatasetSplit:
     """LVIS's json is COCO's with more keys; images are <folder>/<last two parts of coco_url>, or file_name."""
-    folder = own_path(Path(cfg.DATA.BASEDIR).expanduser(), folder)
-    read = functools.partial(read_json, path, "annotation file")
-    return split_from_coco(name, read, folder, cfg, **common, origin=str(path), protocol="lvis")
+    images = own_path(Path(cfg.DATA.BASEDIR).expanduser(), folder)
+    read = functools.partial(read_document, path)
+    return split_from_coco(name, read, images, cfg, class_names, training, f"annotation file {path}", ["lvis"])

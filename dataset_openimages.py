@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -15,6 +16,7 @@ import numpy as np
 from pycocotools import mask as mask_utils
 
 from common import UserError, logger, write_json
+from config import Config
 from dataset_build import report_split, verified_columns
 from dataset_split import MIN_SIDE, DatasetSplit, own_path, range_indices, to_offsets
 from eval_protocols import named_scores
@@ -145,7 +147,9 @@ class OpenImagesSplit(DatasetSplit):
             oid_eval.write_submission_csv(written[-1], rows, images, bool(mark))
         return written
 
-    def evaluate(self, results: list[dict], verbose: bool = True, **_: Any) -> dict[str, float]:
+    def evaluate(
+        self, results: list[dict], image_ids: Sequence[int | str] | None = None, verbose: bool = True, **_: Any
+    ) -> dict[str, float]:
         """The official metrics: oid-v2/mAP and, with a hierarchy, oid-challenge/mAP, with masks oid-challenge-segm/mAP;
         each with AP_per_class/<class name>. Images missing on disk are not scored.
 
@@ -157,7 +161,8 @@ class OpenImagesSplit(DatasetSplit):
             any(r.get("segmentation") for r in results) and find_files(self.directory, self.split).masks is not None
         )
         truth = oid_eval.read_truth(self.directory, self.split, masked)
-        truth = _only_truth_of(truth, [str(self.image_id(i)).encode() for i in range(len(self))])
+        scored = [self.image_id(i) for i in range(len(self))] if image_ids is None else image_ids
+        truth = _only_truth_of(truth, [str(i).encode() for i in scored])
         rows = list(self._result_rows(results))
         class_of = {c: i for i, c in enumerate(truth.class_ids)}
         ids = np.array([str(r["image_id"]).encode() for r in rows], truth.image_ids.dtype)
@@ -182,30 +187,36 @@ class OpenImagesSplit(DatasetSplit):
         metrics: dict[str, float] = {}
         for protocol, found in protocols.items():
             scores = oid_eval.evaluate(truth, found, protocol, protocol != "v2" and not self.expanded)
-            metrics |= named_scores(f"oid-{protocol}", scores, truth.class_ids, truth.class_names)
+            named = named_scores(f"oid-{protocol}", scores, truth.class_ids, truth.class_names)
+            metrics |= {key: value for key, value in named.items() if "/num_" not in key}
             if verbose:
                 logger.info(f"{self.name}: Open Images {protocol} mAP {metrics[f'oid-{protocol}/mAP']:.4f}")
         return metrics
 
 
-def load(name, path, split, cfg, class_names, training, **options) -> OpenImagesSplit:
-    images = options.pop("images", None)
+def load(
+    name: str, path: Path, split: str, cfg: Config, class_names: Sequence[str] = (), training: bool = False,
+    group_of: str = "ignore", expand: bool = False, images: str | None = None, check_images: bool = True,
+) -> OpenImagesSplit:  # fmt: skip
+    """See `load_openimages`."""
     result = load_openimages(
         name,
         path,
         split,
         class_names,
+        group_of=group_of,
+        expand=expand,
         masks=cfg.MODE_MASK,
         need_masks=training and cfg.MODE_MASK,
         keep_missing=cfg.DATA.KEEP_MISSING_IMAGES,
         image_folder=images and own_path(Path(cfg.DATA.BASEDIR).expanduser(), images),
-        **options,
+        check_images=check_images,
     )
     groups = int(result.columns["crowd"].sum())
     off = [k for k in ("RPN", "FRCNN") if cfg.get(f"{k}.CROWD_OVERLAP_THRESH") > 1]
     if training and groups and off:
         logger.warning(
-            f"{name}: what lies in its {groups} group-of boxes is background to the model; to ignore it, set "
+            f"{name}: regions inside its {groups} group-of boxes are trained as background; to ignore them, set "
             + " ".join(f"{k}.CROWD_OVERLAP_THRESH=0.7" for k in off)
         )
     return result
@@ -294,7 +305,7 @@ def _with_masks(detections: oid_eval.DetectionTable, rows: list[dict]) -> oid_ev
     keep = np.array([bool(r["segmentation"]) for r in rows], bool)
     rows = [r for r in rows if r["segmentation"]]
     sizes = np.array([r["segmentation"]["size"] for r in rows], np.int32).reshape(-1, 2)
-    counts = [oid_eval.coco_run_lengths(r["segmentation"], *r["segmentation"]["size"]) for r in rows]
+    counts = [polygons.encode_segmentation(r["segmentation"], *r["segmentation"]["size"])["counts"] for r in rows]
     boxes = np.array([mask_utils.toBbox({"counts": c, "size": s.tolist()}) for c, s in zip(counts, sizes)]).reshape(
         -1, 4
     )
@@ -365,23 +376,28 @@ def _read_cache(directory: Path, entry: str, stamps: dict) -> tuple[dict | None,
 def _write_cache(directory: Path, entry: str, stamps: dict, columns: dict, meta: dict) -> dict | None:
     """Writes a folder, renames it into place and returns its columns as memory maps; None if nothing can be written."""
     for parent in _cache_folders(directory):
-        temporary = parent / f".{entry}.{os.getpid()}"
+        temporary = old = parent
         try:
-            temporary.mkdir(parents=True)
+            parent.mkdir(parents=True, exist_ok=True)
+            # Process numbers are not unique among machines, containers and a process that was killed.
+            temporary = Path(tempfile.mkdtemp(dir=parent, prefix=f".{entry}."))
+            os.chmod(temporary, 0o755)
+            old = temporary.with_name(f"{temporary.name}.old")
             for name in _OPEN_IMAGES_COLUMNS:
                 np.save(temporary / f"{name}.npy", columns[name])
             write_json(temporary / "meta.json", {**meta, "stamps": stamps})
             if (parent / entry).exists():
-                os.rename(parent / entry, parent / f".{entry}.{os.getpid()}.old")
+                os.rename(parent / entry, old)
             os.rename(temporary, parent / entry)
         except OSError as e:
-            shutil.rmtree(temporary, ignore_errors=True)
+            if temporary != parent:
+                shutil.rmtree(temporary, ignore_errors=True)
             cached, _ = _read_cache(directory, entry, stamps)  # another process may have been faster
             if cached is not None:
                 return cached
             logger.info(f"no cache in {parent}: {e.strerror}")
             continue
-        shutil.rmtree(parent / f".{entry}.{os.getpid()}.old", ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
         logger.info(f"cache of the annotations: {parent / entry}")
         return _read_cache(directory, entry, stamps)[0]
     return None

@@ -7,19 +7,19 @@ some hundred megabytes once, in memory that all data workers share, instead of g
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from common import UserError, logger
-from eval import evaluate_coco
+from eval_protocols import PROTOCOLS, only_images
+from utils.coco_format import as_truth, read_document
 
 __all__ = [
     "EVERY_CLASS",
     "MIN_SIDE",
-    "ConcatenatedSplit",
     "DatasetSplit",
     "Objects",
     "concatenate_splits",
@@ -64,6 +64,10 @@ class DatasetSplit:
         dropped: {reason: number of annotations left out}.
         num_annotations: how many annotations the file has.
         keypoint_flip: int [K], the keypoint that each becomes in a mirrored image; empty without keypoints.
+        oks_sigmas: falloff of each keypoint's similarity in the scores, [] for the published ones.
+        read_content: picklable function that reads the ground truth again in COCO's form; None: annotation_file is a
+            COCO json.
+        protocols: names of the scores that `evaluate` computes, in eval_protocols.PROTOCOLS.
     """
 
     def __init__(
@@ -87,6 +91,9 @@ class DatasetSplit:
         self.folders = folders
         self.category_ids = category_ids
         self.columns = columns
+        self.oks_sigmas: list[float] = []
+        self.read_content: Callable[[], dict[str, Any]] | None = None
+        self.protocols: Sequence[str] = ("coco",)
 
     def __len__(self) -> int:
         return len(self.columns["sizes"])
@@ -194,26 +201,39 @@ class DatasetSplit:
         """The inverse of `label_to_category_id`; None for a category that is not among the classes."""
         return self.category_ids.index(category_id) + 1 if category_id in self.category_ids else None
 
-    def evaluate(self, results: list[dict], **options: Any) -> dict[str, float]:
-        """COCO scores of results in COCO's format; options are those of eval.evaluate_coco."""
+    def content(self) -> dict[str, Any]:
+        """The ground truth as it stands in its files, in COCO's form."""
+        return self.read_content() if self.read_content else read_document(self.annotation_file)
+
+    def evaluate(
+        self, results: list[dict], image_ids: Sequence[int | str] | None = None, **options: Any
+    ) -> dict[str, float]:
+        """Scores of results in COCO's format by the protocols of this set, see eval_protocols.py.
+
+        Args:
+            image_ids: the images to score; all of the set if not given.
+            options: those of a protocol, iou_types and verbose.
+        """
+        if not self.protocols:
+            raise ValueError(f"{self.name}: sets are scored one by one, each by its own protocol")
         known = [r for r in results if r["category_id"] is not None]
         if len(known) < len(results):
             logger.warning(
                 f"{self.name}: {len(results) - len(known)} detections of classes that its annotations do not have "
                 "are not scored"
             )
-        return evaluate_coco(self, known, **options)
+        if image_ids is None:
+            image_ids = [self.image_id(i) for i in range(len(self))]
+        content = only_images(as_truth(self.content(), self.annotation_file), image_ids)
+        content["oks_sigmas"] = self.oks_sigmas
+        metrics: dict[str, float] = {}
+        for protocol in self.protocols:
+            metrics |= PROTOCOLS[protocol](content, known, **options)
+        return {name: value for name, value in metrics.items() if "/num_" not in name}
 
     def move_columns(self, moved: "DatasetSplit") -> None:
         """Takes the columns of an equal split, e.g. a copy in shared memory, so that its own memory can go."""
         self.columns = moved.columns
-
-
-class ConcatenatedSplit(DatasetSplit):
-    """The images of several sets, to train on."""
-
-    def evaluate(self, results: list[dict], **options: Any) -> dict[str, float]:
-        raise ValueError(f"{self.name}: sets are scored one by one, each by its own protocol")
 
 
 def concatenate_splits(splits: Sequence[DatasetSplit]) -> DatasetSplit:
@@ -254,10 +274,12 @@ def concatenate_splits(splits: Sequence[DatasetSplit]) -> DatasetSplit:
     for s in splits:
         dropped.update(s.dropped)
     first = splits[0]
-    return ConcatenatedSplit(
+    joined = DatasetSplit(
         "+".join(s.name for s in splits), first.annotation_file, folders, first.class_names, first.category_ids,
         columns, dict(dropped), sum(s.num_annotations for s in splits), first.keypoint_flip,
     )  # fmt: skip
+    joined.protocols = ()  # they are scored one by one, each in its own way
+    return joined
 
 
 def select_images(columns: dict[str, Any], images: np.ndarray) -> dict[str, Any]:
@@ -292,8 +314,8 @@ def own_path(base: Path, given: str) -> Path:
 
 # ------------------------------------------------------------------------------------------------ columns
 def pack_texts(texts: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
-    """uint8 bytes of all strings and int64 offsets [n + 1]."""
-    encoded = [t.encode() for t in texts]
+    """uint8 bytes of all strings and int64 offsets [n + 1]. File names may hold surrogates, as in os.fsdecode."""
+    encoded = [os.fsencode(t) for t in texts]
     offsets = np.zeros(len(encoded) + 1, np.int64)
     np.cumsum([len(e) for e in encoded], out=offsets[1:])
     return np.frombuffer(b"".join(encoded), np.uint8), offsets
@@ -301,12 +323,12 @@ def pack_texts(texts: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
 
 def text_at(column: tuple[np.ndarray, np.ndarray], i: int) -> str:
     content, offsets = column
-    return content[offsets[i] : offsets[i + 1]].tobytes().decode()
+    return content[offsets[i] : offsets[i + 1]].tobytes().decode(errors="surrogateescape")
 
 
 def unpack_texts(column: tuple[np.ndarray, np.ndarray]) -> list[str]:
     content, offsets = column[0].tobytes(), column[1].tolist()
-    return [content[a:b].decode() for a, b in zip(offsets, offsets[1:])]
+    return [content[a:b].decode(errors="surrogateescape") for a, b in zip(offsets, offsets[1:])]
 
 
 def _select_texts(column: tuple[np.ndarray, np.ndarray], rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -1,6 +1,8 @@
 """Pascal VOC (Everingham et al., IJCV 2010): Annotations/*.xml, ImageSets/Main/<split>.txt, SegmentationObject/."""
 
 import functools
+import os
+import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,9 +11,12 @@ from typing import Any
 import cv2
 import numpy as np
 
-from common import UserError, logger
-from dataset_build import FormatSplit, split_from_coco
-from utils.image_header import image_header_size
+from common import UserError, logger, read_text
+from config import Config
+from dataset_build import split_from_coco
+from dataset_split import DatasetSplit
+from utils.coco_format import Unusable, read_flag, read_number
+from utils.image_header import IMAGE_SUFFIXES, decode_image, image_header_size
 from utils.polygons import encode_part
 
 __all__ = ["VOC_CLASSES", "load", "read_voc_content", "read_voc_detections"]
@@ -22,11 +27,15 @@ VOC_CLASSES = [
 ]  # fmt: skip
 
 
-def load(name, path, split, cfg, difficult="ignore", **common) -> FormatSplit:
+def load(
+    name: str, path: Path, split: str, cfg: Config, class_names: Sequence[str] = (), training: bool = False,
+    difficult: str = "ignore",
+) -> DatasetSplit:  # fmt: skip
+    """See `read_voc_content`."""
     read = functools.partial(read_voc_content, path, split, difficult, masks=cfg.MODE_MASK)
     return split_from_coco(
-        name, read, _voc_directory(path) / "JPEGImages", cfg, **common, origin=f"VOC data {path} {split}",
-        protocol="voc",
+        name, read, _voc_directory(path) / "JPEGImages", cfg, class_names, training, f"VOC data {path} {split}",
+        ["coco", "voc07", "voc12"],
     )  # fmt: skip
 
 
@@ -55,40 +64,31 @@ def read_voc_content(
     stems = sorted(p.stem for p in (directory / "Annotations").glob("*.xml"))
     if not stems:
         raise UserError(f"VOC data {directory}: Annotations/ holds no xml file")
-    wanted = stems
-    if split:
-        listing = directory / "ImageSets" / ("" if "/" in split else "Main") / f"{split}.txt"
-        try:
-            wanted = [line.split()[0] for line in listing.read_text().splitlines() if line.strip()]
-        except OSError as e:
-            raise UserError(f"VOC data: image list {listing} cannot be read: {e.strerror}") from None
-        lacking = sorted(set(wanted) - set(stems))
-        if lacking:
-            raise UserError(f"VOC data {directory}: {listing.name} names {lacking[0]}, which has no xml file")
+    wanted = _listed_stems(directory, split, set(stems)) if split else stems
     roots = {stem: _read_xml(directory / "Annotations" / f"{stem}.xml") for stem in stems}
-    names = {o.findtext("name", "").strip() for root in roots.values() for o in root.iter("object")}
+    names = {_class_of(o, stem) for stem, root in roots.items() for o in root.iter("object")}
     classes = VOC_CLASSES if names <= set(VOC_CLASSES) else sorted(names)
     ids = {n: i for i, n in enumerate(classes, 1)}
     folder = Path(image_folder) if image_folder else directory / "JPEGImages"
+    files = _images_by_stem(folder)
     images, annotations, maskless = [], [], []
     for stem in wanted:
         file = directory / "Annotations" / f"{stem}.xml"
         root = roots[stem]
         try:
-            file_name = (root.findtext("filename") or f"{stem}.jpg").strip()
-            if not Path(file_name).suffix:
-                file_name += ".jpg"
-            height, width = (int(float(root.findtext(f"size/{k}") or 0)) for k in ("height", "width"))
-            if height < 1 or width < 1:
+            file_name = _file_of(root.findtext("filename") or "", stem, folder, files)
+            height, width = (int(read_number(root.findtext(f"size/{k}") or 0)) for k in ("height", "width"))
+            if (height < 1 or width < 1) and (folder / file_name).is_file():
                 height, width = image_header_size(folder / file_name)
+            height, width = max(1, height), max(1, width)  # of a missing image, which the caller counts
             images.append({"id": stem, "file_name": file_name, "height": height, "width": width})
             drawn = directory / "SegmentationObject" / f"{stem}.png"
             numbers = _read_voc_numbers(drawn, height, width) if masks and drawn.is_file() else None
             for place, o in enumerate(root.iter("object"), 1):
-                x1, y1, x2, y2 = (float(o.findtext(f"bndbox/{k}")) for k in ("xmin", "ymin", "xmax", "ymax"))
-                hard = int(o.findtext("difficult") or 0) == 1
+                x1, y1, x2, y2 = (read_number(o.findtext(f"bndbox/{k}")) for k in ("xmin", "ymin", "xmax", "ymax"))
+                hard = read_flag(o.findtext("difficult"))
                 annotations.append({
-                    "id": len(annotations) + 1, "image_id": stem, "category_id": ids[o.findtext("name", "").strip()],
+                    "id": len(annotations) + 1, "image_id": stem, "category_id": ids[_class_of(o, stem)],
                     "bbox": [x1 - 1, y1 - 1, x2 - x1 + 1, y2 - y1 + 1], "area": (x2 - x1 + 1) * (y2 - y1 + 1),
                     "iscrowd": int(hard and difficult == "ignore"), "difficult": int(hard),
                 })  # fmt: skip
@@ -96,12 +96,57 @@ def read_voc_content(
                     mask = _voc_mask(numbers == place, (x1 - 1, y1 - 1, x2, y2))
                     annotations[-1] |= mask
                     maskless += [f"object {place} of {drawn}"] * (not mask)
-        except (TypeError, ValueError) as e:
-            raise UserError(f"VOC annotation {file}: an object lacks a number in bndbox or difficult: {e}") from None
+        except Unusable as e:
+            raise UserError(
+                f"VOC annotation {file}: a number is missing from size or from an object's bndbox or difficult: "
+                f"{e.detail} is not one"
+            ) from None
     if maskless:
         logger.warning(f"VOC data {directory}: {len(maskless)} objects have no mask in their box, e.g. {maskless[0]}")
     categories = [{"id": i, "name": n} for n, i in ids.items()]
     return {"images": images, "annotations": annotations, "categories": categories}
+
+
+def _listed_stems(directory: Path, split: str, stems: set[str]) -> list[str]:
+    """The xml files' stems that a list of ImageSets names, one a line; lines of a class's list end with 1, -1 or 0."""
+    listing = directory / "ImageSets" / ("" if "/" in split else "Main") / f"{split}.txt"
+    wanted = []
+    for line in read_text(listing, "VOC data: image list").splitlines():
+        line = line.strip()
+        if not line:
+            continue
+        # Names may hold spaces, and some lists carry the files' suffixes.
+        ways = [line, line.rpartition(" ")[0].strip(), line.split()[0]]
+        ways += [os.path.splitext(way)[0] for way in ways]
+        found = next((way for way in ways if way in stems), None)
+        if found is None:
+            raise UserError(f"VOC data {directory}: {listing.name} names '{line}', which has no xml file")
+        wanted.append(found)
+    return wanted
+
+
+def _class_of(element: ElementTree.Element, stem: str) -> str:
+    name = (element.findtext("name") or "").strip()
+    if not name:
+        raise UserError(f"VOC annotation {stem}.xml: an object has no name")
+    return name
+
+
+def _images_by_stem(folder: Path) -> dict[str, str]:
+    """{stem: file name} of the images in the folder."""
+    names = sorted(os.listdir(folder), reverse=True) if folder.is_dir() else []
+    return {os.path.splitext(n)[0]: n for n in names if os.path.splitext(n)[1].lower() in IMAGE_SUFFIXES}
+
+
+def _file_of(given: str, stem: str, folder: Path, files: dict[str, str]) -> str:
+    """The image of an xml file: what its <filename> says, with the folders of another machine left out, with a suffix;
+    else the image that has the name of the xml file."""
+    given = given.strip()
+    plain = given.replace("\\", "/").rpartition("/")[2]
+    for name in (given, plain):
+        if name and "\0" not in name and (folder / name).is_file():
+            return name
+    return files.get(plain) or files.get(stem) or plain or f"{stem}.jpg"
 
 
 def _read_voc_numbers(path: Path, height: int, width: int) -> np.ndarray:
@@ -110,8 +155,8 @@ def _read_voc_numbers(path: Path, height: int, width: int) -> np.ndarray:
     The image has VOC's palette, in which the bits of a number are dealt to red, green, blue, red, … from the highest
     bit of the colour on; or one channel, with the number itself.
     """
-    image = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
-    if image is None or image.shape[:2] != (height, width):
+    image = decode_image(path, cv2.IMREAD_UNCHANGED, f"VOC segmentation {path}")
+    if image.shape[:2] != (height, width):
         raise UserError(f"VOC segmentation {path} is not an image of {width}x{height} pixels, as its xml file says")
     if image.ndim == 2:
         return image
@@ -151,30 +196,48 @@ def _voc_directory(directory: Path) -> Path:
 
 
 def _read_xml(path: Path) -> ElementTree.Element:
+    """The root. Encodings that the parser does not know, such as gb2312, are those of Python."""
     try:
-        return ElementTree.parse(path).getroot()
-    except (OSError, ElementTree.ParseError) as e:
+        content = path.read_bytes()
+        try:
+            return ElementTree.fromstring(content)
+        except (ElementTree.ParseError, ValueError, LookupError):
+            declared = re.match(rb"\s*<\?xml[^>]*?encoding\s*=\s*[\"']([\w.:-]+)[\"'][^>]*\?>", content)
+            if not declared:
+                raise
+            return ElementTree.fromstring(content[declared.end() :].decode(declared[1].decode()))
+    except OSError as e:
+        raise UserError(f"VOC annotation {path} cannot be read: {e.strerror}") from None
+    except (ElementTree.ParseError, ValueError, LookupError, RecursionError) as e:
         raise UserError(f"VOC annotation {path} cannot be read: {e}") from None
 
 
 def read_voc_detections(folder: str | Path, content: dict[str, Any]) -> list[dict[str, Any]]:
     """VOC result files <anything>_<class>.txt (image id, confidence, xmin, ymin, xmax, ymax a line) as COCO results."""
+    names = {str(category["name"]): category["id"] for category in content["categories"]}
+    ids = {str(image["id"]): image["id"] for image in content["images"]}
     results = []
-    for category in content["categories"]:
-        files = sorted(Path(folder).glob(f"*_{category['name']}.txt")) + sorted(
-            Path(folder).glob(f"{category['name']}.txt")
-        )
-        for path in files:
-            for number, line in enumerate(path.read_text().splitlines(), 1):
-                words = line.split()
-                try:
-                    score, x1, y1, x2, y2 = map(float, words[1:])
-                except ValueError:
-                    raise UserError(f"detections {path}, line {number}: not 'image score x1 y1 x2 y2'") from None
-                results.append({
-                    "image_id": words[0], "category_id": category["id"], "score": score,
-                    "bbox": [x1 - 1, y1 - 1, x2 - x1 + 1, y2 - y1 + 1],
-                })  # fmt: skip
+    for path in sorted(Path(folder).iterdir()):
+        # Of several class names that a file's name ends with, such as "cup" and "big_cup", the longest is meant.
+        stem = path.name.removesuffix(".txt")
+        fits = [n for n in names if stem == n or stem.endswith(f"_{n}")] if path.name.endswith(".txt") else []
+        if not fits or not path.is_file():
+            continue
+        category_id = names[max(fits, key=len)]
+        for number, line in enumerate(read_text(path, "detections").splitlines(), 1):
+            if not line.strip():
+                continue
+            words = line.rsplit(maxsplit=5)
+            try:
+                score, x1, y1, x2, y2 = map(read_number, words[1:])
+            except ValueError:
+                raise UserError(f"detections {path}, line {number}: not 'image score x1 y1 x2 y2'") from None
+            if words[0] not in ids:
+                raise UserError(f"detections {path}, line {number}: image {words[0]} is not among the annotations")
+            results.append({
+                "image_id": ids[words[0]], "category_id": category_id, "score": score,
+                "bbox": [x1 - 1, y1 - 1, x2 - x1 + 1, y2 - y1 + 1],
+            })  # fmt: skip
     if not results:
         raise UserError(f"detections: {folder} holds no file *_<class>.txt with a detection")
     return results

@@ -9,16 +9,14 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
-import pycocotools.mask as coco_mask
 
 from common import UserError
+from utils.polygons import encode_runs
 
 __all__ = [
     "Detections",
     "Rle",
     "coco_results",
-    "decode_mask",
-    "encode_counts",
     "paste_counts",
     "paste_masks",
     "to_original_frame",
@@ -45,7 +43,7 @@ def paste_masks(masks: np.ndarray, boxes: np.ndarray, height: int, width: int, t
             centres are bilinear, and outside of the box they fall to 0 within half a cell.
         boxes: [D, 4] in the frame of the height x width image; they may reach beyond it.
     """
-    return [encode_counts(c, height, width) for c in paste_counts(masks, boxes, height, width, threshold)]
+    return [encode_runs(c, height, width) for c in paste_counts(masks, boxes, height, width, threshold)]
 
 
 def paste_counts(
@@ -91,17 +89,6 @@ def _counts(cells: np.ndarray, box: list[float], height: int, width: int, thresh
     odd = np.diff(groups, append=len(starts)) % 2 == 1
     counts = np.diff(starts[groups[odd]], prepend=0, append=height * width)
     return (counts if counts[-1] > 0 or len(counts) == 1 else counts[:-1]).astype(np.uint32)
-
-
-def encode_counts(counts: np.ndarray, height: int, width: int) -> Rle:
-    """The compressed RLE of uncompressed counts (column by column, zeros first)."""
-    rle = coco_mask.frPyObjects({"size": [height, width], "counts": counts}, height, width)
-    return {"size": [height, width], "counts": rle["counts"].decode()}
-
-
-def decode_mask(rle: Rle) -> np.ndarray:
-    """bool [height, width]."""
-    return coco_mask.decode(rle).astype(bool)
 
 
 def to_original_frame(

@@ -19,10 +19,10 @@ from pycocotools.cocoeval import COCOeval
 from tabulate import tabulate
 
 from common import UserError, atomic_write, logger, read_json
-from detections import Rle
+from utils.coco_format import as_results, as_truth, read_truth
+from utils.polygons import encode_segmentation
 
 __all__ = [
-    "check_results",
     "evaluate_coco",
     "evaluate_proposals",
     "format_class_table",
@@ -53,7 +53,7 @@ def write_results(path: str | os.PathLike, results: Iterable[dict[str, Any]]) ->
             if entry["category_id"] is None:
                 unknown += 1
                 continue
-            f.write(separator + json.dumps(entry, ensure_ascii=False))
+            f.write(separator + json.dumps(entry))
             separator = ",\n"
         f.write("\n]\n" if separator != "[\n" else "[]\n")
     if unknown:
@@ -62,96 +62,7 @@ def write_results(path: str | os.PathLike, results: Iterable[dict[str, Any]]) ->
 
 def read_results(path: str | os.PathLike, ground_truth: Any) -> list[dict[str, Any]]:
     """A COCO results file whose every entry was checked against the ground truth's images and classes."""
-    results = read_json(path, "results file")
-    content, _ = _read_ground_truth(ground_truth)
-    check_results(results, content, f"results file {path}")
-    return results
-
-
-def check_results(results: Any, ground_truth: dict[str, Any], origin: str) -> None:
-    """UserError naming `origin` and the first entry that is not a valid COCO result for the ground truth."""
-    if not isinstance(results, list):
-        raise UserError(f"{origin}: must hold a list of detections, not {type(results).__name__}")
-    sizes = {image["id"]: (image.get("height"), image.get("width")) for image in ground_truth["images"]}
-    categories = {category["id"] for category in ground_truth["categories"]}
-    for i, entry in enumerate(results):
-        problem = _entry_problem(entry, sizes, categories)
-        if problem:
-            raise UserError(f"{origin}: entry {i}: {problem}")
-
-
-def _entry_problem(entry: Any, sizes: dict, categories: set) -> str | None:
-    if not isinstance(entry, dict):
-        return f"must be an object, not {type(entry).__name__}"
-    for key in ("image_id", "category_id", "score"):
-        if key not in entry:
-            return f"has no {key}"
-    for key, known in (("image_id", sizes), ("category_id", categories)):
-        if isinstance(entry[key], (list, dict)) or entry[key] not in known:
-            return f"{key} {entry[key]!r} is not in the annotation file"
-    if not _numbers([entry["score"]]):
-        return f"score {entry['score']!r} is not a finite number"
-    if not any(key in entry for key in RESULT_KEY.values()):
-        return "has none of bbox, segmentation, keypoints"
-    if "bbox" in entry:
-        box = entry["bbox"]
-        if not (_numbers(box) and len(box) == 4 and box[2] >= 0 and box[3] >= 0):
-            return f"bbox {box!r} must be four finite numbers x, y, width, height"
-    if "keypoints" in entry:
-        points = entry["keypoints"]
-        if not (_numbers(points) and points and len(points) % 3 == 0):
-            return "keypoints must be finite numbers x, y, v for each point"
-    if "segmentation" in entry:
-        return _segmentation_problem(entry["segmentation"], sizes[entry["image_id"]])
-    return None
-
-
-def _numbers(values: Any) -> bool:
-    return isinstance(values, list) and all(
-        isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in values
-    )
-
-
-def _segmentation_problem(segmentation: Any, image_hw: tuple[int | None, int | None]) -> str | None:
-    """Why a user's mask is unusable; pycocotools itself would read or write out of bounds, or give IoU -1."""
-    if isinstance(segmentation, list):
-        good = segmentation and all(_numbers(part) and len(part) >= 6 and len(part) % 2 == 0 for part in segmentation)
-        return None if good else "segmentation: a polygon needs three or more points as a list x1, y1, x2, y2, …"
-    if not (isinstance(segmentation, dict) and _numbers(segmentation.get("size")) and len(segmentation["size"]) == 2):
-        return "segmentation must be an RLE object with size [height, width] and counts, or a list of polygons"
-    size = tuple(segmentation["size"])
-    if None not in image_hw and size != image_hw:
-        return f"segmentation has size {list(size)}, the image has height and width {list(image_hw)}"
-    counts = segmentation.get("counts")
-    counts = np.array(counts, np.float64) if _numbers(counts) else _decode_counts(counts)
-    if counts is None or (counts < 0).any() or (counts % 1).any() or counts.sum() != size[0] * size[1]:
-        return "segmentation: its RLE counts are broken or do not add up to height x width"
-    return None
-
-
-def _decode_counts(text: Any) -> np.ndarray | None:
-    """Uncompressed counts of a compressed RLE's string, None if it is malformed.
-
-    Each count is stored as the difference to the count two places before (from the fourth on), in groups of 5 bits,
-    lowest first, with bit 5 set when another group follows, as the character with code 48 + group; the highest bit of
-    the last group is the sign.
-    """
-    if not isinstance(text, str) or not text or not text.isascii():
-        return None
-    groups = np.frombuffer(text.encode(), np.uint8).astype(np.int64) - 48
-    ends = np.flatnonzero(groups & 32 == 0)
-    if groups.min() < 0 or groups.max() > 63 or len(ends) == 0 or ends[-1] != len(groups) - 1:
-        return None
-    begins = np.concatenate([[0], ends[:-1] + 1])
-    lengths = ends - begins + 1
-    if lengths.max() > 8:
-        return None
-    shift = 5 * (np.arange(len(groups)) - np.repeat(begins, lengths))
-    counts = np.add.reduceat((groups & 31) << shift, begins)
-    counts -= np.where(groups[ends] & 16, 1 << (5 * lengths), 0)
-    counts[1::2] = np.cumsum(counts[1::2])
-    counts[2::2] = np.cumsum(counts[2::2])
-    return counts
+    return as_results(read_json(path, "results file"), _read_ground_truth(ground_truth)[0], f"results file {path}")
 
 
 def evaluate_coco(
@@ -182,17 +93,20 @@ def evaluate_coco(
         image_ids = split_ids
     if iou_types is None:
         sources = results or content["annotations"]
-        keys = {key for key in RESULT_KEY.values() if any(isinstance(e, dict) and e.get(key) for e in sources)}
-        iou_types = [t for t, key in RESULT_KEY.items() if t == "bbox" or key in keys]
+        keys = {key for key in RESULT_KEY.values() if any(e.get(key) for e in sources)}
+        if not (results and keys):
+            keys.add("bbox")
+        iou_types = [t for t, key in RESULT_KEY.items() if key in keys]
     classes, images = _number_anew(content, image_ids)
     annotations = _prepare_annotations(content["annotations"], images, classes, iou_types)
     detections = _prepare_results(results, images, classes, {a["id"] for a in content["images"]})
     if not any(not a["iscrowd"] for a in annotations):
         logger.warning(f"the {len(images)} images to score have no annotated object: their AP is undefined (nan)")
     names = _distinct_names(content["categories"])
+    sigmas = content.get("oks_sigmas") or ()
     metrics: dict[str, float] = {}
     for iou_type in iou_types:
-        metrics.update(_score(iou_type, annotations, detections, images, classes, names))
+        metrics.update(_score(iou_type, annotations, detections, images, classes, names, sigmas))
     if verbose:
         counts = Counter(a["category_id"] for a in annotations if not a["iscrowd"])
         shown = {names[c]: counts[i] for c, i in classes.items() if counts[i] or len(classes) <= 100}
@@ -204,20 +118,13 @@ def evaluate_coco(
 
 
 def _read_ground_truth(ground_truth: Any) -> tuple[dict[str, Any], list | None]:
-    """The content of the annotation file and, for a split, the ids of its images."""
+    """The typed content of the annotation file and, for a split, the ids of its images."""
     if isinstance(ground_truth, dict):
-        return {"annotations": [], **ground_truth}, None
+        return as_truth(ground_truth), None
     if isinstance(ground_truth, (str, os.PathLike)):
-        path, ids = ground_truth, None
-    else:
-        path, ids = ground_truth.annotation_file, [ground_truth.image_id(i) for i in range(len(ground_truth))]
-        if hasattr(ground_truth, "content"):  # sets that are no COCO json on disk
-            return {"annotations": [], **ground_truth.content()}, ids
-    content = read_json(path, "annotation file")
-    for key in ("images", "categories"):
-        if not isinstance(content, dict) or not isinstance(content.get(key), list):
-            raise UserError(f"annotation file {path} has no list '{key}': it is not in COCO's format")
-    return {"annotations": [], **content}, ids
+        return read_truth(ground_truth), None
+    ids = [ground_truth.image_id(i) for i in range(len(ground_truth))]
+    return as_truth(ground_truth.content(), ground_truth.annotation_file), ids
 
 
 def _number_anew(content: dict[str, Any], image_ids: Sequence | None) -> tuple[dict, dict]:
@@ -248,75 +155,40 @@ def _distinct_names(categories: list[dict[str, Any]]) -> dict[Any, str]:
     return {i: name if often[name] == 1 else f"{name} ({i})" for i, name in names.items()}
 
 
-def _to_rle(segmentation: Any, height: int | None, width: int | None) -> Rle | None:
-    """One RLE of polygons, uncompressed or compressed RLE; None for a mask without any usable part."""
-    if isinstance(segmentation, dict) and segmentation.get("counts"):
-        if isinstance(segmentation["counts"], list):
-            counts = {**segmentation, "counts": np.array(segmentation["counts"], np.uint32)}
-            return coco_mask.frPyObjects(counts, *segmentation["size"])
-        return segmentation
-    parts = segmentation if isinstance(segmentation, list) else []
-    parts = [parts] if parts and isinstance(parts[0], (int, float)) else parts
-    parts = [p for p in parts if len(p) >= 6]
-    if not parts:
-        return None
-    if height is None or width is None:
-        raise UserError("annotation file: scoring masks given as polygons needs height and width of every image")
-    return coco_mask.merge(coco_mask.frPyObjects(parts, height, width))
-
-
 def _prepare_annotations(
     annotations: list[dict[str, Any]], images: dict, classes: dict, iou_types: Sequence[str]
 ) -> list[dict[str, Any]]:
     """The annotations of `images` with new ids and every field that COCOeval reads; the given ones stay untouched."""
     prepared = []
-    unusable = maskless = 0
+    maskless = 0
     for a in annotations:
-        try:
-            if a["category_id"] not in classes:
-                raise ValueError
-            image = images.get(a["image_id"])
-            entry = None if image is None else _prepare_annotation(a, image, "segm" in iou_types)
-        except (KeyError, TypeError, ValueError, AttributeError):
-            unusable += 1
+        image = images.get(a["image_id"])
+        if image is None:
             continue
-        if entry is not None:
-            entry.update(id=len(prepared) + 1, category_id=classes[a["category_id"]])
-            maskless += "segm" in iou_types and entry["segmentation"] is None
-            prepared.append(entry)
-    if unusable:
-        logger.warning(f"{unusable} annotations of an unknown category, or without box and mask, are not scored")
+        mask = None
+        if "segm" in iou_types:
+            mask = _mask(a["segmentation"], image) if a["segmentation"] else None
+            maskless += mask is None
+        prepared.append({
+            **{key: a[key] for key in ("bbox", "area", "iscrowd", "keypoints", "num_keypoints")},
+            "id": len(prepared) + 1, "image_id": image["id"], "category_id": classes[a["category_id"]],
+            "segmentation": mask, "_image": image,
+        })  # fmt: skip
     if maskless:
         logger.warning(f"{maskless} annotations have no mask: mask scores ignore detections inside their boxes")
     return prepared
 
 
-def _prepare_annotation(a: dict[str, Any], image: dict[str, Any], with_mask: bool) -> dict[str, Any]:
-    rle = None
-    box, area, points = a.get("bbox") or None, a.get("area"), a.get("keypoints") or []
-    if with_mask or box is None or area is None:
-        outline = a.get("segmentation")
-        # pycocotools does not check what it decodes.
-        if not isinstance(outline, dict) or _segmentation_problem(outline, (image["height"], image["width"])) is None:
-            rle = _to_rle(outline, image["height"], image["width"])
-    if box is None:
-        if rle is None:
-            raise ValueError
-        box = coco_mask.toBbox(rle).tolist()
-    x, y, width, height = (float(v) for v in box)
-    if area is None:
-        area = float(coco_mask.area(rle)) if rle is not None else width * height
-    visible = sum(v > 0 for v in points[2::3])
-    return {
-        "image_id": image["id"],
-        "bbox": [x, y, width, height],
-        "area": float(area),
-        "iscrowd": int(a.get("iscrowd") or 0),
-        "segmentation": rle,
-        "keypoints": points,
-        "num_keypoints": a.get("num_keypoints", visible) if points else 0,
-        "_image": image,
-    }
+def _mask(segmentation: Any, image: dict[str, Any]) -> dict[str, Any]:
+    """One compressed RLE of a typed segmentation."""
+    height, width = image["height"], image["width"]
+    if height is None or width is None:
+        parts = [segmentation] if isinstance(segmentation, dict) else segmentation
+        sizes = [part["size"] for part in parts if isinstance(part, dict)]
+        if len(sizes) < len(parts) or not sizes:
+            raise UserError("annotation file: scoring masks given as polygons needs height and width of every image")
+        height, width = sizes[0]
+    return encode_segmentation(segmentation, height, width)
 
 
 def _prepare_results(results: list[dict], images: dict, classes: dict, known_images: set) -> list[dict]:
@@ -333,7 +205,13 @@ def _prepare_results(results: list[dict], images: dict, classes: dict, known_ima
 
 
 def _score(
-    iou_type: str, annotations: list[dict], detections: list[dict], images: dict, classes: dict, names: dict
+    iou_type: str,
+    annotations: list[dict],
+    detections: list[dict],
+    images: dict,
+    classes: dict,
+    names: dict,
+    sigmas: Sequence[float],
 ) -> dict[str, float]:
     """The summary and the AP of each class for one IoU type."""
     truth = [_truth_entry(a, iou_type) for a in annotations]
@@ -345,9 +223,7 @@ def _score(
         )
         if iou_type == "keypoints":
             points = max((len(a["keypoints"]) // 3 for a in annotations), default=17)
-            if points != len(scorer.params.kpt_oks_sigmas):
-                # Falloffs are published for COCO's 17 body points alone; others get their mean for every point.
-                scorer.params.kpt_oks_sigmas = np.full(points, scorer.params.kpt_oks_sigmas.mean())
+            scorer.params.kpt_oks_sigmas = _falloffs(points, sigmas, scorer.params.kpt_oks_sigmas)
         scorer.evaluate()
         scorer.accumulate()
     precision, recall = scorer.eval["precision"], scorer.eval["recall"]  # [T, R, K, A, M], [T, K, A, M]
@@ -360,27 +236,45 @@ def _score(
     return metrics
 
 
+def _falloffs(points: int, given: Sequence[float], published: np.ndarray) -> np.ndarray:
+    """Falloff of the object keypoint similarity (OKS) for each point: COCO publishes those of its 17 body points."""
+    if given:
+        if len(given) != points:
+            raise UserError(f"KRCNN.OKS_SIGMAS has {len(given)} numbers, the annotations have {points} keypoints")
+        return np.array(given, np.float64)
+    if points == len(published):
+        return published
+    logger.warning(
+        f"keypoint scores of {points} points use a guessed falloff, {published.mean():.3f} for each point: none is "
+        "published but for COCO's 17; give yours by KRCNN.OKS_SIGMAS"
+    )
+    return np.full(points, published.mean())
+
+
 def _truth_entry(annotation: dict, iou_type: str) -> dict:
     if iou_type == "segm" and annotation["segmentation"] is None:
         # Without a mask nothing can be right or wrong here: its box becomes a region to ignore, like a crowd.
         x, y, w, h = annotation["bbox"]
         image = annotation["_image"]
         corners = [[x, y, x + w, y, x + w, y + h, x, y + h]]
-        return {**annotation, "iscrowd": 1, "segmentation": _to_rle(corners, image["height"], image["width"])}
+        return {**annotation, "iscrowd": 1, "segmentation": _mask(corners, image)}
     return dict(annotation)
 
 
 def _found_entry(detection: dict, iou_type: str, new_id: int) -> dict:
     """A detection with the area that decides its size range: of what is scored, not of its box in any case."""
     key = RESULT_KEY[iou_type]
+    if iou_type == "bbox" and detection.get("bbox") is None and detection.get("segmentation"):
+        # COCO's mask results need no boxes: the mask has one.
+        mask = _mask(detection["segmentation"], detection["_image"])
+        detection = {**detection, "bbox": coco_mask.toBbox(mask).tolist()}
     if detection.get(key) is None:
         raise UserError(f"results: entry {detection['_entry']} has no {key}, which {iou_type} scores need")
     entry = {"id": new_id, "iscrowd": 0, **{k: detection[k] for k in ("image_id", "category_id", "score", key)}}
     if iou_type == "bbox":
         entry["area"] = detection["bbox"][2] * detection["bbox"][3]
     elif iou_type == "segm":
-        image = detection["_image"]
-        entry["segmentation"] = _to_rle(detection["segmentation"], image["height"], image["width"])
+        entry["segmentation"] = _mask(detection["segmentation"], detection["_image"])
         entry["area"] = int(coco_mask.area(entry["segmentation"]))
     else:
         x, y = detection["keypoints"][0::3], detection["keypoints"][1::3]

@@ -1,45 +1,36 @@
-"""The other published protocols: Pascal VOC, LVIS, Cityscapes and Open Images on content in COCO's form."""
+"""The published protocols by name: one dict that data sets, training and tools/score.py share.
 
-from collections.abc import Iterable, Sequence
+A protocol is a function (content, results, iou_types=None, verbose=True) -> {name: float}: content as
+utils/coco_format.py types it, results in COCO's form. A number that has no ground truth is nan. To add one, write the
+function and give it a line in PROTOCOLS.
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from tabulate import tabulate
 
 from common import logger
+from eval import evaluate_coco
 from utils import oid_eval
+from utils.cityscapes_eval import evaluate_cityscapes
 from utils.lvis_eval import evaluate_lvis
 from utils.voc_eval import evaluate_voc
 
-__all__ = ["lvis_scores", "named_scores", "only_images", "voc_scores"]
+__all__ = ["PROTOCOLS", "named_scores", "only_images"]
+
+Scores = dict[str, float]
 
 
-def only_images(content: dict[str, Any], ids: Iterable) -> dict[str, Any]:
-    wanted = set(ids)
-    if len(wanted) == len(content["images"]):
-        return content
-    images = [image for image in content["images"] if image["id"] in wanted]
-    return {**content, "images": images, "annotations": [a for a in content["annotations"] if a["image_id"] in wanted]}
+def coco(content: dict, results: list[dict], iou_types: Sequence[str] | None = None, verbose: bool = True) -> Scores:
+    """See `eval.evaluate_coco`."""
+    return evaluate_coco(content, results, iou_types, verbose=verbose)
 
 
-def voc_scores(content: dict[str, Any], results: list[dict]) -> dict[str, float]:
-    truth = oid_eval.truth_from_coco(content)
-    detections = oid_eval.detections_from_coco(results, content, truth)
-    metrics = {}
-    for mark, eleven in (("voc07", True), ("voc12", False)):
-        scores = evaluate_voc(truth, detections, eleven)
-        metrics |= named_scores(mark, scores, truth.class_ids, truth.class_names)
-    return metrics
-
-
-def named_scores(mark: str, scores: dict[str, Any], ids: Sequence, names: Sequence[str]) -> dict[str, float]:
-    nan = float("nan")
-    per_class = {f"{mark}/AP_per_class/{n}": scores["per_class_AP"][i] for i, n in zip(ids, names)}
-    return {k: nan if v is None else v for k, v in {f"{mark}/mAP": scores["mAP"], **per_class}.items()}
-
-
-def lvis_scores(content, results, ids, iou_types=None, image_ids=None, verbose=True) -> dict[str, float]:
-    content = only_images(content, image_ids or ids)
-    metrics: dict[str, float] = {}
+def lvis(content: dict, results: list[dict], iou_types: Sequence[str] | None = None, verbose: bool = True) -> Scores:
+    """ "bbox/AP" …, and "segm/AP" … where results have masks; see `evaluate_lvis`."""
+    metrics: Scores = {}
     for kind, key in (("bbox", "bbox"), ("segm", "segmentation")):
         if kind in iou_types if iou_types else kind == "bbox" or any(r.get(key) for r in results):
             scores = evaluate_lvis(content, results, kind)
@@ -49,3 +40,58 @@ def lvis_scores(content, results, ids, iou_types=None, image_ids=None, verbose=T
                 table = tabulate([list(shown.values())], list(shown), floatfmt=".3f")
                 logger.info(f"LVIS {kind} scores of {len(content['images'])} images\n{table}")
     return metrics
+
+
+def voc(mark: str, eleven_points: bool, content: dict, results: list[dict], **_: Any) -> Scores:
+    """ "voc07/mAP" or "voc12/mAP" and more, see `named_scores`."""
+    truth = oid_eval.truth_from_coco(content)
+    detections = oid_eval.detections_from_coco(results, content, truth)
+    return named_scores(mark, evaluate_voc(truth, detections, eleven_points), truth.class_ids, truth.class_names)
+
+
+def cityscapes(content: dict, results: list[dict], **_: Any) -> Scores:
+    """ "cityscapes/AP", "cityscapes/AP50" and those of each class; nothing for results without masks."""
+    if not all(r.get("segmentation") for r in results):
+        return {}
+    return {f"cityscapes/{k}": v for k, v in evaluate_cityscapes(content, results).items()}
+
+
+def open_images(protocol: str, content: dict, results: list[dict], **_: Any) -> Scores:
+    """ "oid-v2/mAP" and more, see `named_scores`; without a class hierarchy, so nothing is expanded."""
+    truth = oid_eval.truth_from_coco(content, protocol == "challenge-segm")
+    detections = oid_eval.detections_from_coco(results, content, truth)
+    scores = oid_eval.evaluate(truth, detections, protocol)
+    return named_scores(f"oid-{protocol}", scores, truth.class_ids, truth.class_names)
+
+
+PROTOCOLS: dict[str, Callable[..., Scores]] = {
+    "coco": coco,
+    "oid-v2": functools.partial(open_images, "v2"),
+    "oid-challenge": functools.partial(open_images, "challenge"),
+    "oid-challenge-segm": functools.partial(open_images, "challenge-segm"),
+    "voc07": functools.partial(voc, "voc07", True),
+    "voc12": functools.partial(voc, "voc12", False),
+    "lvis": lvis,
+    "cityscapes": cityscapes,
+}
+
+
+def named_scores(mark: str, scores: dict[str, Any], ids: Sequence[str], names: Sequence[str]) -> Scores:
+    """What evaluate_voc or oid_eval.evaluate returns, by names: <mark>/mAP, and by class <mark>/AP_per_class/<name> and
+    the counts <mark>/num_gt/<name> …. A name that several classes share gets the id added."""
+    nan = float("nan")
+    shown = [n if names.count(n) == 1 else f"{n} ({i})" for i, n in zip(ids, names)]
+    metrics = {f"{mark}/mAP": nan if scores["mAP"] is None else scores["mAP"]}
+    kinds = {"per_class_AP": "AP_per_class"} | {key: key for key in scores if key.startswith("num_")}
+    for key, kind in kinds.items():
+        metrics |= {f"{mark}/{kind}/{n}": nan if scores[key][i] is None else scores[key][i] for i, n in zip(ids, shown)}
+    return metrics
+
+
+def only_images(content: dict[str, Any], ids: Iterable) -> dict[str, Any]:
+    """The content of these images alone."""
+    wanted = set(ids)
+    if len(wanted) == len(content["images"]):
+        return content
+    images = [image for image in content["images"] if image["id"] in wanted]
+    return {**content, "images": images, "annotations": [a for a in content["annotations"] if a["image_id"] in wanted]}

@@ -20,7 +20,8 @@ import cv2
 import numpy as np
 
 from common import UserError, atomic_write
-from detections import Detections, decode_mask
+from detections import Detections
+from utils.polygons import decode_mask
 
 __all__ = [
     "class_color", "draw_detections", "draw_annotations", "side_by_side", "contact_sheet", "write_prediction",

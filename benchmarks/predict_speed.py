@@ -30,6 +30,7 @@ from tabulate import tabulate
 
 import detections
 from common import UserError
+from utils import polygons
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -93,7 +94,7 @@ def paste_report(cells: int, repeats: int) -> str:
         counts = detections.paste_counts(masks, boxes, HEIGHT, WIDTH)
         stages = {
             "paste": lambda b=boxes: detections.paste_counts(masks, b, HEIGHT, WIDTH),
-            "encode": lambda c=counts: [detections.encode_counts(x, HEIGHT, WIDTH) for x in c],
+            "encode": lambda c=counts: [polygons.encode_runs(x, HEIGHT, WIDTH) for x in c],
             "together": lambda b=boxes: detections.paste_masks(masks, b, HEIGHT, WIDTH),
             "usual": lambda b=boxes: usual_way(masks, b),
         }

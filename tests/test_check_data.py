@@ -66,6 +66,11 @@ def same_file(source: DataSource) -> None:
     (Path(source.folder) / "2.jpg").write_bytes((Path(source.folder) / "0.jpg").read_bytes())
 
 
+def twelve_bits(source: DataSource) -> None:
+    cv2.imwrite(str(Path(source.folder) / "2.png"), picture(2).astype(np.uint16) * 16)
+    source.content["images"][2]["file_name"] = "2.png"
+
+
 def object_twice(source: DataSource) -> None:
     source.content["annotations"].append({**source.content["annotations"][4], "id": 99})
 
@@ -101,7 +106,14 @@ PLANTED = {
     "area not positive": edit_annotation(area=0),
     "object twice": object_twice,
     "object of an absent class": edit_image(neg_category_ids=[1]),
+    "annotation unusable": edit_annotation(category_id=[1, 2]),
+    "image uses few of its bits": twelve_bits,
 }
+# Of a whole set, see test_what_training_leaves_out_or_refuses_is_reported.
+OF_A_SET = {
+    "same image in two sets", "similar image in two sets", "boxes look like x1 y1 x2 y2", "left out of training",
+    "object without an outline", "refused by training",
+}  # fmt: skip
 
 
 @pytest.mark.quick
@@ -125,7 +137,7 @@ def test_planted_mistake_is_found_where_it_is(clean, check):
 
 @pytest.mark.quick
 def test_every_check_has_a_test():
-    assert set(PLANTED) | {"same image in two sets", "similar image in two sets"} == set(CHECKS)
+    assert set(PLANTED) | OF_A_SET == set(CHECKS)
 
 
 @pytest.mark.quick

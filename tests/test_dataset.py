@@ -390,11 +390,13 @@ def test_every_annotation_left_out_is_counted_by_its_reason(tmp_path, log):
     assert split.dropped == {
         "image id is not in the file": 1,
         "category is unknown or not trained": 1,
-        "box is empty inside the image": 2,
+        "box has no area inside the image": 2,
         "a coordinate is not a finite number": 1,
         "neither a box nor an outline": 1,
-        "entry is not in COCO's format": 4,
-        "polygon part with fewer than 3 points": 1,
+        "entry is not an object with image_id and category_id": 2,
+        "box is not four numbers x, y, width, height": 1,
+        "outline is neither polygons nor RLE": 1,
+        "polygon part with fewer than 3 points or an odd number of coordinates": 1,
         "polygon part with a coordinate that is not a finite number": 1,
         "RLE mask that does not fit its image": 1,
     }
@@ -546,16 +548,19 @@ def test_missing_images_are_counted_before_training(tmp_path, log):
     [
         ("", "is empty"),
         ("[1, 2]", "not in COCO's format: it must be one json object"),
-        ('{"images": [', "is not valid JSON: Expecting value at byte 12"),
+        ('{"images": [', "is not valid JSON: Expecting value: line 1 column 13"),
         ('{"images": [{}', "needs an id, file_name, height and width"),
-        ('{"images": [] "categories": []}', "not valid JSON: Expecting ',' or '}' at byte 14"),
+        ('{"images": [] "categories": []}', "not valid JSON: Expecting ',' or '}': line 1 column 15"),
         ('{"images": []}', "not in COCO's format: it has no 'categories'"),
         ('{"categories": [{"id": 1}]}', "not in COCO's format: it has no 'images'"),
         ('{"images": {}, "categories": [{"id": 1}]}', "'images' must be a list"),
         ('{"images": [], "categories": []}', "has no categories"),
-        ('{"images": [], "categories": [3]}', "'categories' must be a list with ids"),
-        ('{"images": [{"id": 1, "file_name": "1.png", "height": 0, "width": 5}]}', "size 0x5 unusable"),
-        (b"\xff\xfe\x00{", "is not UTF-8 text"),
+        ('{"images": [], "categories": [3]}', "'categories' must be a list of objects with id and name"),
+        (
+            '{"images": [{"id": 1, "file_name": "1.png", "height": 0, "width": 5}]}',
+            "image 1: height and width must be whole numbers of pixels, not 0",
+        ),
+        (b"\xc3{}", "is not UTF-8 text"),
     ],
 )
 def test_broken_annotation_files_are_one_line_naming_the_file(tmp_path, content, message):

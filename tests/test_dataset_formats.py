@@ -67,7 +67,7 @@ def test_header_sizes_equal_decoding(tmp_path):
         cv2.imwrite(str(files[-1]), image, options)
     assert [image_header_size(f) for f in files] == [(31, 47)] * 4
     (tmp_path / "e.jpg").write_bytes(b"\xff\xd8\xff\xe0\x00")
-    with pytest.raises(UserError, match="e.jpg is not a readable image"):
+    with pytest.raises(UserError, match="e.jpg is not an image that OpenCV can read"):
         image_header_size(tmp_path / "e.jpg")
 
 
@@ -152,12 +152,12 @@ def test_voc_segmentations_that_do_not_fit_are_named(tmp_path, caplog, monkeypat
 
 @pytest.mark.quick
 def test_voc_errors_name_the_file(tmp_path):
-    with pytest.raises(UserError, match="ImageSets/Main/val.txt cannot be read"):
+    with pytest.raises(UserError, match="ImageSets/Main/val.txt does not exist"):
         load_format(["voc", "voc_mini", "val"], settings(DATA), "voc")
     shutil.copytree(DATA / "voc_mini", tmp_path / "voc")
     file = tmp_path / "voc/Annotations/000001.xml"
     file.write_text(file.read_text().replace("<xmin>5</xmin>", "<xmin>five</xmin>"))
-    with pytest.raises(UserError, match="000001.xml: an object lacks a number"):
+    with pytest.raises(UserError, match="000001.xml: a number is missing from size or from an object's bndbox"):
         load_format(["voc", "voc", ""], settings(tmp_path), "voc")
     file.write_text("<annotation>")
     with pytest.raises(UserError, match="000001.xml cannot be read"):

@@ -223,21 +223,17 @@ WITH_BOXES = ["lvis", "voc07", "oid-v2", "oid-challenge-segm"]
 
 
 @pytest.mark.parametrize("protocols, truth, results, message", [
-    (score.PROTOCOLS, {"images": {"id": None}}, [], "entry 0 of 'images' has no id"),
-    (score.PROTOCOLS, {"categories": [3]}, [], "entry 0 of 'categories' has no id"),
-    (score.PROTOCOLS, {"annotations": 3}, [], "has no list 'annotations'"),
+    (score.PROTOCOLS, {"images": {"id": None}}, [], "needs an id, file_name, height and width"),
+    (score.PROTOCOLS, {"categories": [3]}, [], "'categories' must be a list of objects with id and name"),
+    (score.PROTOCOLS, {"annotations": 3}, [], "'annotations' must be a list"),
     (score.PROTOCOLS, {}, {}, "must hold a list of detections"),
     (score.PROTOCOLS, {}, [{**BOX, "category_id": 9}], "entry 0: category_id 9 is not in the annotation file"),
     (score.PROTOCOLS, {}, [{**BOX, "image_id": 9}], "entry 0: image_id 9 is not in the annotation file"),
     (score.PROTOCOLS, {}, [{**BOX, "score": None}], "entry 0: score None is not a finite number"),
-    ([*WITH_BOXES, "cityscapes"], {"annotations": {"category_id": 9}}, [], "has no image_id and category_id that are"),
-    ([*WITH_BOXES, "cityscapes"], {"annotations": {"image_id": 9}}, [], "has no image_id and category_id that are"),
-    ([*WITH_BOXES, "cityscapes"], {"annotations": [5]}, [], "has no image_id and category_id that are"),
-    (WITH_BOXES, {"annotations": {"bbox": [1, 2]}}, [], "has no bbox of four numbers"),
     (["oid-challenge-segm", "cityscapes"], {"annotations": {"segmentation": None}}, [], "has no segmentation"),
-    (["oid-challenge-segm", "cityscapes"], {"images": {"width": None}}, [], "image 1 has no height and width"),
+    (["oid-challenge-segm", "cityscapes"], {"images": {"width": None}}, [], "needs an id, file_name, height and width"),
     (["oid-challenge-segm", "cityscapes"], {}, [BOX], "has no segmentation"),
-    (["coco", "voc12", "oid-v2"], {}, [SQUARE], "has no bbox"),
+    (["voc12", "oid-v2"], {}, [SQUARE], "has no bbox"),
 ])  # fmt: skip
 def test_wrong_files_are_one_line_and_exit_code_2(tmp_path, capsys, protocols, truth, results, message):
     write_truth(tmp_path / "gt.json", **truth)
@@ -247,6 +243,31 @@ def test_wrong_files_are_one_line_and_exit_code_2(tmp_path, capsys, protocols, t
         assert score.main(args) == 2, protocol
         error = capsys.readouterr().err
         assert error.startswith("error: ") and message in error and error.count("\n") == 1, (protocol, error)
+
+
+@pytest.mark.parametrize("protocol", score.PROTOCOLS)
+@pytest.mark.parametrize("broken, message", [
+    ({"category_id": 9}, "category id is not in the file (e.g. entry 1: 9)"),
+    ({"category_id": [1, 2]}, "image id or category id is not a number or a text (e.g. entry 1: [1, 2])"),
+    ({"image_id": 9}, "image id is not in the file (e.g. entry 1: 9)"),
+    ({"image_id": "1"}, "(e.g. entry 1: '1'; 1 is: use the same type in both files)"),
+    (5, "entry is not an object with image_id and category_id (e.g. entry 1: 5)"),
+    ({"bbox": [1, 2]}, "box is not four numbers x, y, width, height (e.g. entry 1: [1, 2])"),
+    ({"bbox": [1, 2, 3, None]}, "a coordinate is not a finite number"),
+    ({"iscrowd": [0]}, "iscrowd or ignore is neither 0 nor 1 (e.g. entry 1: [0])"),
+])  # fmt: skip
+def test_an_annotation_that_training_leaves_out_is_left_out_and_named(tmp_path, capsys, protocol, broken, message):
+    good = {"id": 1, **BOX, **SQUARE, "area": 25, "iscrowd": 0}
+    bad = {**good, "id": 2, **broken} if isinstance(broken, dict) else broken
+    (tmp_path / "r.json").write_text(json.dumps([{**BOX, **SQUARE}]))
+    scores = []
+    for annotations in ([good], [good, bad]):
+        write_truth(tmp_path / "gt.json", annotations=annotations)
+        args = ["--protocol", protocol, "--gt", tmp_path / "gt.json", "--detections", tmp_path / "r.json"]
+        scores.append(run(tmp_path, *args))
+    assert scores[0] == scores[1]
+    error = capsys.readouterr().err
+    assert "1 × " in error and message in error, error
 
 
 def test_every_protocol_names_map_and_classes(tmp_path):

@@ -14,7 +14,6 @@ import import_path
 import argparse
 import html
 import itertools
-import math
 import os
 import random
 import sys
@@ -30,11 +29,27 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 import dataset_coco
-from common import UserError, atomic_write, logger, read_json, write_json
+from common import UserError, atomic_write, logger, write_json
 from config import default_config, finalize_config
 from data_check import Finding, ImageFacts, look_at_image
-from dataset import load_format
-from utils.polygons import decode_rle, orient_outer, rle_to_rings, signed_area
+from dataset import load_split
+from dataset_build import WITHOUT_OUTLINE
+from dataset_split import DatasetSplit
+from utils.coco_format import (
+    REASONS,
+    Annotation,
+    ImageEntry,
+    Unusable,
+    look_like_corners,
+    read_annotation,
+    read_categories,
+    read_document,
+    read_id,
+    read_image,
+    read_number,
+)
+from utils.image_header import decode_image
+from utils.polygons import clip_ring, decode_rle, orient_outer, rle_to_rings, signed_area
 from viz import draw_annotations
 
 __all__ = ["DataSource", "check_source", "check_leakage", "fixed_content"]
@@ -48,6 +63,7 @@ CHECKS = {
     "image unreadable": "error",
     "image cut off": "error",
     "image size differs": "error",
+    "image uses few of its bits": "warning",
     "same image twice": "warning",
     "same image in two sets": "error",
     "similar image in two sets": "warning",
@@ -68,6 +84,11 @@ CHECKS = {
     "area not positive": "warning",
     "object twice": "warning",
     "object of an absent class": "warning",
+    "annotation unusable": "error",
+    "boxes look like x1 y1 x2 y2": "error",
+    "left out of training": "error",
+    "object without an outline": "warning",
+    "refused by training": "error",
 }
 PICTURE_SIDE = 1000  # pixels
 TOLERANCE = 1.0  # pixels by which rounding may carry a coordinate beyond the border
@@ -76,54 +97,67 @@ TOLERANCE = 1.0  # pixels by which rounding may carry a coordinate beyond the bo
 class DataSource(NamedTuple):
     """A set in COCO's form: what its annotation file holds, and where its images are.
 
-    `split`, if given, is the loaded set, whose annotations are drawn because `content` has no outlines.
+    `split`, if given, is the loaded set, whose annotations are drawn because `content` has no outlines. `training` is
+    what training refuses, or leaves out, of the set.
     """
 
     name: str
     content: dict[str, Any]
     folder: str
     split: Any = None
+    training: Sequence[Finding] = ()
 
 
 # ------------------------------------------------------------------------------------------------ images
-def image_path(source: DataSource, image: dict[str, Any]) -> str:
-    name = image.get("file_name") or "/".join(str(image.get("coco_url", "")).split("/")[-2:])
-    return os.path.join(source.folder, name)
+def image_path(source: DataSource, image: ImageEntry) -> str:
+    return os.path.join(source.folder, image.file_name)
+
+
+def read_images(source: DataSource) -> list[tuple[dict[str, Any], ImageEntry | None, str]]:
+    """Of each entry of "images": as it stands, typed, and what makes it unusable."""
+    result = []
+    for raw in source.content["images"]:
+        try:
+            result.append((raw, read_image(raw, source.name), ""))
+        except UserError as e:
+            result.append((raw, None, str(e)))
+    return result
+
+
+def read_annotations(source: DataSource) -> Iterable[tuple[Any, Annotation | None, Unusable | None]]:
+    """Of each entry of "annotations": as it stands, as training reads it, and why training leaves it out."""
+    for raw in source.content["annotations"]:
+        try:
+            yield raw, read_annotation(raw), None
+        except Unusable as e:
+            yield raw, None, e
 
 
 def look_at_images(source: DataSource) -> dict[Any, ImageFacts]:
     """ImageFacts by image id; images with an incomplete entry are left out."""
-    images = [i for i in source.content["images"] if _entry_complete(i)]
+    images = [image for _, image, _ in read_images(source) if image is not None]
 
-    def look(image: dict[str, Any]) -> ImageFacts:
-        return look_at_image(image_path(source, image), (int(image["height"]), int(image["width"])))
+    def look(image: ImageEntry) -> ImageFacts:
+        return look_at_image(image_path(source, image), (image.height, image.width))
 
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         bar = tqdm(pool.map(look, images), source.name, len(images), unit="image", disable=not sys.stderr.isatty())
-        facts = {image["id"]: fact for image, fact in zip(images, bar)}
+        facts = {image.id: fact for image, fact in zip(images, bar)}
     if facts and all(fact.problem == "image missing" for fact in facts.values()):
         first = next(iter(facts.values())).detail
         raise UserError(f"{source.name}: none of its {len(facts)} images exists, e.g. {first}; is the folder right?")
     return facts
 
 
-def _entry_complete(image: dict[str, Any]) -> bool:
-    try:
-        named = bool(image.get("file_name") or image.get("coco_url"))
-        return named and image["id"] is not None and int(image["height"]) > 0 and int(image["width"]) > 0
-    except (AttributeError, KeyError, TypeError, ValueError):
-        return False
-
-
 def _check_images(source: DataSource, facts: dict[Any, ImageFacts]) -> Iterable[Finding]:
     seen: dict[Any, str] = {}
     files: dict[str, Any] = {}
-    for image in source.content["images"]:
-        if not _entry_complete(image):
-            shown = image.get("id") if isinstance(image, dict) else None
-            yield Finding("image entry incomplete", source.name, shown, None, f"{image}"[:120])
+    for raw, image, problem in read_images(source):
+        if image is None:
+            shown = raw.get("id") if isinstance(raw, dict) else None
+            yield Finding("image entry incomplete", source.name, _plain(shown), None, problem)
             continue
-        key, path = image["id"], image_path(source, image)
+        key, path = image.id, image_path(source, image)
         if key in seen:
             yield Finding("image id used twice", source.name, key, None, f"{seen[key]} and {path}")
         elif path in files:
@@ -138,6 +172,11 @@ def _check_images(source: DataSource, facts: dict[Any, ImageFacts]) -> Iterable[
             first = by_digest.setdefault(fact.digest, key)
             if first != key and seen.get(first) != seen.get(key):
                 yield Finding("same image twice", source.name, key, None, f"the content of image {first}")
+
+
+def _plain(value: Any) -> Any:
+    """An id that may be of any type, as something that can be a key and be printed."""
+    return value if isinstance(value, (int, str, float, type(None))) else str(value)[:60]
 
 
 def check_leakage(
@@ -184,39 +223,27 @@ def _gradient_hashes(thumbnails: np.ndarray) -> np.ndarray:
 
 
 # ------------------------------------------------------------------------------------------------ annotations
-def _numbers(values: Any, count: int | None = None) -> list[float] | None:
-    """The values as finite floats, None if they are not (`count` of) such."""
-    try:
-        numbers = [float(v) for v in values]
-    except (TypeError, ValueError):
-        return None
-    good = all(map(math.isfinite, numbers)) and (count is None or len(numbers) == count)
-    return numbers if good else None
-
-
-def _outline_problem(segmentation: Any, height: int, width: int) -> tuple[str, str, list[float] | None]:
+def _outline_problem(
+    rings: Sequence[Sequence[float]], masks: Sequence[dict], height: int, width: int
+) -> tuple[str, str, list[float] | None]:
     """(check or "", detail, x1 y1 x2 y2 of the outline or None)."""
-    if isinstance(segmentation, dict):
+    corners, area = [], 0.0
+    for rle in masks:
         try:
-            mask = decode_rle(segmentation, height, width)
-        except (ValueError, TypeError, KeyError, OverflowError) as e:
+            mask = decode_rle(rle, height, width)
+        except ValueError as e:
             return "outline invalid", f"run lengths: {e}", None
         if not mask.any():
             return "outline without area", "run lengths without a pixel", None
         x, y, w, h = cv2.boundingRect(np.ascontiguousarray(mask).view(np.uint8))
-        return "", "", [x, y, x + w, y + h]
-    if not isinstance(segmentation, list):
-        return "outline invalid", f"neither polygons nor run lengths: {segmentation!r}"[:120], None
-    rings = [segmentation] if segmentation and not isinstance(segmentation[0], (list, tuple)) else segmentation
-    corners, area = [], 0.0
+        corners += [(x, y), (x + w, y + h)]
+        area += 1
     for ring in rings:
-        numbers = _numbers(ring)
-        if numbers is None or len(numbers) < 6 or len(numbers) % 2:
-            shown = "a coordinate is not a finite number" if numbers is None else f"{len(numbers)} coordinates"
-            return "outline invalid", f"polygon part: {shown}", None
-        points = np.array(numbers).reshape(-1, 2)
+        points = np.array(ring).reshape(-1, 2)
         corners += [points.min(0), points.max(0)]
         area += abs(signed_area(points))
+    if not corners:
+        return "", "", None
     low, high = np.min(corners, 0), np.max(corners, 0)
     extent = [*low.tolist(), *high.tolist()]
     if area <= 0:
@@ -239,60 +266,85 @@ def _box_problem(box: list[float], height: int, width: int) -> tuple[str, str]:
 
 
 def _check_annotations(source: DataSource) -> Iterable[Finding]:
-    sizes = {i["id"]: (int(i["height"]), int(i["width"])) for i in source.content["images"] if _entry_complete(i)}
-    categories = {c.get("id") for c in source.content["categories"]}
-    absent = {
-        i["id"]: set(i["neg_category_ids"])
-        for i in source.content["images"]
-        if _entry_complete(i) and i.get("neg_category_ids")
-    }
+    images = {image.id: image for _, image, _ in read_images(source) if image is not None}
+    categories = _category_names(source)
+    absent = {image.id: set(image.absent) for image in images.values() if image.absent}
     used: Counter = Counter()
     ids: set = set()
     objects: dict[int, Any] = {}  # hashes, since millions of tuples take gigabytes
-    for a in source.content["annotations"]:
-        key, image_id, category = a.get("id"), a.get("image_id"), a.get("category_id")
+    boxes, sizes = [], []
+    for raw, a, unusable in read_annotations(source):
+        key = _plain(raw.get("id")) if isinstance(raw, dict) else None
+        if unusable is not None:
+            image_id = _plain(raw.get("image_id")) if isinstance(raw, dict) else None
+            check = "box not four finite numbers" if unusable.reason in ("box", "number") else "annotation unusable"
+            if isinstance(raw, dict) and raw.get("category_id", 0) is None:
+                check = "annotation of unknown category"
+            yield Finding(check, source.name, image_id, key, str(unusable))
+            continue
 
-        def found(check: str, detail: str, a=a) -> Finding:
-            return Finding(check, source.name, a.get("image_id"), a.get("id"), detail)
+        def found(check: str, detail: str, a=a, key=key) -> Finding:
+            return Finding(check, source.name, a.image_id, key, detail)
 
         if key is not None and key in ids:
             yield found("annotation id used twice", "the second one")
         ids.add(key)
-        if category not in categories:
-            yield found("annotation of unknown category", f"category_id {category!r}")
+        if a.category_id not in categories:
+            yield found("annotation of unknown category", f"category_id {a.category_id!r}")
         else:
-            used[category] += 1
-        if category in absent.get(image_id, ()):
-            yield found("object of an absent class", f"neg_category_ids of the image has category_id {category!r}")
-        if image_id not in sizes:
-            yield found("annotation of unknown image", f"image_id {image_id!r}")
+            used[a.category_id] += 1
+        if a.category_id in absent.get(a.image_id, ()):
+            yield found("object of an absent class", f"neg_category_ids of the image has category_id {a.category_id!r}")
+        if a.image_id not in images:
+            yield found("annotation of unknown image", f"image_id {a.image_id!r}")
             continue
-        height, width = sizes[image_id]
-        extent = None
-        if a.get("segmentation"):
-            check, detail, extent = _outline_problem(a["segmentation"], height, width)
-            if check:
-                yield found(check, detail)
-        box = _numbers(a["bbox"], 4) if a.get("bbox") else None
-        if box is None:
-            if a.get("bbox") or not a.get("segmentation"):
-                yield found("box not four finite numbers", f"{a.get('bbox')!r}"[:120])
-            continue
-        check, detail = _box_problem(box, height, width)
+        height, width = images[a.image_id].height, images[a.image_id].width
+        for reason, detail in a.left_out:
+            yield found("outline invalid", f"{REASONS[reason]}: {detail}")
+        check, detail, extent = _outline_problem(a.rings, a.masks, height, width)
         if check:
             yield found(check, detail)
-        elif extent is not None and _iou(box, extent) < 0.5:
-            yield found("outline and box disagree", f"box {[round(v, 1) for v in box]}, outline {extent}")
-        if "area" in a and (_numbers([a["area"]]) or [0])[0] <= 0:
-            yield found("area not positive", f"area {a['area']!r}")
-        place = hash((image_id, category, *(round(v, 2) for v in box), bool(a.get("iscrowd"))))
+        if a.box is None:
+            if extent is None:
+                yield found("box not four finite numbers", "neither a box nor an outline")
+            continue
+        boxes.append(a.box)
+        sizes.append((height, width))
+        check, detail = _box_problem(a.box, height, width)
+        if check:
+            yield found(check, detail)
+        elif extent is not None and _iou(a.box, extent) < 0.5:
+            yield found("outline and box disagree", f"box {[round(v, 1) for v in a.box]}, outline {extent}")
+        if raw.get("area") is not None and not _area_of(raw) > 0:
+            yield found("area not positive", f"area {raw['area']!r}"[:60])
+        place = hash((a.image_id, a.category_id, *(round(v, 2) for v in a.box), a.is_crowd))
         if place in objects:
             yield found("object twice", f"the same category and box as annotation {objects[place]}")
         objects.setdefault(place, key)
-    for c in source.content["categories"]:
-        if not used[c.get("id")]:
-            detail = f"{c.get('name')} (id {c.get('id')})"
-            yield Finding("category without objects", source.name, None, None, detail)
+    if look_like_corners(boxes, sizes):
+        detail = f"e.g. {list(boxes[0])} in {sizes[0][1]}x{sizes[0][0]}; COCO's boxes are x y width height"
+        yield Finding("boxes look like x1 y1 x2 y2", source.name, None, None, detail)
+    for key, name in categories.items():
+        if not used[key]:
+            yield Finding("category without objects", source.name, None, None, f"{name} (id {key})")
+
+
+def _area_of(raw: dict[str, Any]) -> float:
+    try:
+        return read_number(raw.get("area"))
+    except Unusable:
+        return 0.0
+
+
+def _category_names(source: DataSource) -> dict[Any, str]:
+    """{id: name} of the categories whose id and name can be used."""
+    names = {}
+    for entry in source.content["categories"]:
+        try:
+            names |= read_categories([entry], source.name)
+        except UserError:
+            continue  # reported by _check_categories
+    return names
 
 
 def _iou(box: list[float], extent: list[float]) -> float:
@@ -305,15 +357,19 @@ def _iou(box: list[float], extent: list[float]) -> float:
 
 
 def _check_categories(source: DataSource) -> Iterable[Finding]:
+    entries = [c for c in source.content["categories"] if isinstance(c, dict)]
     for key, check in (("id", "category id used twice"), ("name", "category name used twice")):
-        for value, count in Counter(c.get(key) for c in source.content["categories"]).items():
+        for value, count in Counter(_plain(c.get(key)) for c in entries).items():
             if count > 1:
                 yield Finding(check, source.name, None, None, f"{value!r}")
 
 
 def check_source(source: DataSource, facts: dict[Any, ImageFacts]) -> list[Finding]:
     """Everything that can be said about one set; `facts` from `look_at_images`, or {} to look at no image."""
-    return [*_check_categories(source), *_check_images(source, facts), *_check_annotations(source)]
+    found = [*_check_categories(source), *_check_images(source, facts), *_check_annotations(source)]
+    if any(CHECKS[f.check] == "error" for f in found):
+        return found  # which say more than what training makes of them
+    return [*found, *source.training]
 
 
 # ------------------------------------------------------------------------------------------------ repair
@@ -327,40 +383,49 @@ def fixed_content(source: DataSource, facts: dict[Any, ImageFacts]) -> tuple[dic
     done: Counter = Counter()
     images: dict[Any, dict] = {}
     files = set()
-    for image in source.content["images"]:
-        fact = facts.get(image.get("id")) if isinstance(image, dict) else None
-        if not isinstance(image, dict) or not _entry_complete(image):
+    for raw, image, _ in read_images(source):
+        fact = facts.get(image.id) if image is not None else None
+        if image is None:
             done["image entries left out: incomplete"] += 1
-        elif image["id"] in images or image_path(source, image) in files:
+        elif image.id in images or image_path(source, image) in files:
             done["image entries left out: listed before"] += 1
         elif fact is not None and fact.problem in ("image missing", "image unreadable", "image cut off"):
             done[f"images left out: {fact.problem.removeprefix('image ')}"] += 1
         else:
+            entry = {**raw, "id": image.id, "height": image.height, "width": image.width}
             if fact is not None and fact.problem == "image size differs":
-                image = {**image, "height": fact.height, "width": fact.width}
+                entry |= {"height": fact.height, "width": fact.width}
                 done["image sizes corrected"] += 1
-            images[image["id"]] = image
+            images[image.id] = entry
             files.add(image_path(source, image))
-    known: set = set()
-    categories = []
+    known = _category_names(source)
+    categories, kept = [], set()
     for category in source.content["categories"]:
-        if category.get("id") is None or category["id"] in known:
+        try:
+            key = read_id(category["id"])
+        except (KeyError, TypeError, Unusable):
+            key = None
+        if key not in known or key in kept:
             done["categories left out: no id, or used before"] += 1
             continue
-        known.add(category["id"])
-        categories.append(category)
+        kept.add(key)
+        categories.append({**category, "id": key, "name": known[key]})
     annotations: list[dict] = []
     places: set = set()
-    ids = {a["id"] for a in source.content["annotations"] if type(a.get("id")) is int}
+    ids = {raw["id"] for raw in source.content["annotations"] if isinstance(raw, dict) and type(raw.get("id")) is int}
     free, taken = max(ids, default=0) + 1, set()
-    for original in source.content["annotations"]:
-        a = dict(original)
-        if a.get("image_id") not in images or a.get("category_id") not in known:
+    for raw, typed, _ in read_annotations(source):
+        if typed is None:
+            done["annotations left out: unusable"] += 1
+            continue
+        if typed.image_id not in images or typed.category_id not in known:
             done["annotations left out: unknown image or category"] += 1
             continue
-        height, width = (int(images[a["image_id"]][k]) for k in ("height", "width"))
-        extent = _fix_outline(a, height, width, done)
-        box = _numbers(a["bbox"], 4) if a.get("bbox") else None
+        a = {**raw, "image_id": typed.image_id, "category_id": typed.category_id, "iscrowd": int(typed.is_crowd)}
+        a.pop("ignore", None)
+        height, width = (images[typed.image_id][k] for k in ("height", "width"))
+        extent = _fix_outline(a, typed, height, width, done)
+        box = typed.box and list(typed.box)
         if box is None and extent is not None:
             box = [extent[0], extent[1], extent[2] - extent[0], extent[3] - extent[1]]
             done["boxes made from the outline"] += 1
@@ -373,41 +438,38 @@ def fixed_content(source: DataSource, facts: dict[Any, ImageFacts]) -> tuple[dic
             box = [x1, y1, x2 - x1, y2 - y1]
             done["boxes clipped to the image"] += 1
         a["bbox"] = box
-        if (_numbers([a.get("area")]) or [0])[0] <= 0:
+        if not _area_of(raw) > 0:
             a["area"] = box[2] * box[3]
             done["areas set to the box's"] += 1
-        place = (a["image_id"], a["category_id"], *(round(v, 2) for v in box), bool(a.get("iscrowd")))
+        place = (typed.image_id, typed.category_id, *(round(v, 2) for v in box), typed.is_crowd)
         if place in places:
             done["annotations left out: object twice"] += 1
             continue
         places.add(place)
-        if a.get("id") is None or a["id"] in taken:
-            a["id"], free = free, free + 1
+        key = _plain(a.get("id"))
+        if key is None or key in taken:
+            a["id"] = key = free
+            free += 1
             done["annotation ids renewed"] += 1
-        taken.add(a["id"])
+        taken.add(key)
         annotations.append(a)
     others = {k: v for k, v in source.content.items() if k not in ("images", "annotations", "categories")}
     content = {**others, "images": list(images.values()), "annotations": annotations, "categories": categories}
     return content, done
 
 
-def _fix_outline(a: dict[str, Any], height: int, width: int, done: Counter) -> list[float] | None:
-    """Removes what is invalid from an annotation's segmentation; the extent of what is left."""
-    segmentation = a.get("segmentation")
-    if not segmentation:
+def _fix_outline(a: dict[str, Any], typed: Annotation, height: int, width: int, done: Counter) -> list[float] | None:
+    """Sets an annotation's segmentation to what of it can be used; the extent of that."""
+    if not a.get("segmentation"):
         return None
-    if isinstance(segmentation, list):
-        rings = [segmentation] if not isinstance(segmentation[0], (list, tuple)) else segmentation
-        good = [r for r in rings if _outline_problem([r], height, width)[0] in ("", "outline outside the image")]
-        if len(good) < len(rings):
-            done["polygon parts left out"] += len(rings) - len(good)
-            a["segmentation"] = good
-        return _outline_problem(good, height, width)[2] if good else None
-    check, _, extent = _outline_problem(segmentation, height, width)
-    if check:
-        a["segmentation"] = []
+    rings = [r for r in typed.rings if _outline_problem([r], (), height, width)[0] in ("", "outline outside the image")]
+    masks = [m for m in typed.masks if not _outline_problem((), [m], height, width)[0]]
+    if len(rings) < len(typed.rings) + len(typed.left_out):
+        done["polygon parts left out"] += len(typed.rings) + len(typed.left_out) - len(rings)
+    if len(masks) < len(typed.masks):
         done["run lengths left out"] += 1
-    return extent
+    a["segmentation"] = masks[0] if len(masks) == 1 and not rings else rings
+    return _outline_problem(rings, masks, height, width)[2]
 
 
 # ------------------------------------------------------------------------------------------------ page
@@ -418,9 +480,9 @@ def write_page(folder: str | Path, sources: Sequence[DataSource], findings: Sequ
     folder.mkdir(parents=True, exist_ok=True)
     body = [f"<pre>{html.escape(sets_table(sources, findings))}\n\n{html.escape(summary_table(findings))}</pre>"]
     for source in sources:
-        names = {c["id"]: str(c.get("name", c["id"])) for c in source.content["categories"]}
+        names = _category_names(source)
         labels = {c: i for i, c in enumerate(names, 1)}
-        images = {i["id"]: i for i in source.content["images"] if _entry_complete(i)}
+        images = {image.id: image for _, image, _ in read_images(source) if image is not None}
         notes = defaultdict(list)
         by_check = defaultdict(list)
         for f in findings:
@@ -432,10 +494,11 @@ def write_page(folder: str | Path, sources: Sequence[DataSource], findings: Sequ
         chosen = [*list(dict.fromkeys(turns))[:count], *random.Random(0).sample(rest, min(count, len(rest)))]
         objects, counts = defaultdict(list), Counter()
         wanted = set(chosen)
-        for a in source.content["annotations"]:
-            counts[a.get("category_id")] += 1
-            if a.get("image_id") in wanted:
-                objects[a["image_id"]].append(a)
+        for raw, a, _ in read_annotations(source):
+            if a is not None:
+                counts[a.category_id] += 1
+                if a.image_id in wanted:
+                    objects[a.image_id].append((_plain(raw.get("id")), a))
         split_rows = _rows_in_split(source.split, wanted)
         body.append(f"<h2>{html.escape(source.name)}: {len(images)} images</h2>")
         shown = ", ".join(f"{n} {counts[c]}" for c, n in sorted(names.items(), key=lambda c: -counts[c[0]])[:100])
@@ -443,15 +506,19 @@ def write_page(folder: str | Path, sources: Sequence[DataSource], findings: Sequ
         for number, key in enumerate(chosen):
             path = image_path(source, images[key])
             flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
-            image = cv2.imread(path, flags) if os.path.isfile(path) else None
-            if image is None:
+            try:
+                image = decode_image(path, flags)
+            except UserError:
                 image = np.full((120, 160, 3), 128, np.uint8)
             if key in split_rows:
                 drawable, class_names = source.split.annotations(split_rows[key]), source.split.class_names
             else:
-                drawable, class_names = _drawable(objects[key], image.shape[:2], labels), list(names.values())
+                drawable, class_names = (
+                    _drawable([a for _, a in objects[key]], *image.shape[:2], labels),
+                    list(names.values()),
+                )
             bad = {f.annotation_id for f in notes[key] if f.annotation_id is not None}
-            picture = _shrunk(image, drawable, class_names, [a for a in objects[key] if a.get("id") in bad])
+            picture = _shrunk(image, drawable, class_names, [a for number, a in objects[key] if number in bad])
             name = f"{''.join(ch if ch.isalnum() else '_' for ch in source.name)}-{number:03d}.png"
             with atomic_write(folder / name, "wb") as f:
                 f.write(cv2.imencode(".png", picture)[1].tobytes())
@@ -477,7 +544,7 @@ def _rows_in_split(split: Any, image_ids: set) -> dict[Any, int]:
     return {} if split is None else {i: n for n in range(len(split)) if (i := split.image_id(n)) in image_ids}
 
 
-def _shrunk(image: np.ndarray, drawable: dict, class_names: Sequence[str], bad: Sequence[dict]) -> np.ndarray:
+def _shrunk(image: np.ndarray, drawable: dict, class_names: Sequence[str], bad: Sequence[Annotation]) -> np.ndarray:
     """The image at PICTURE_SIDE pixels a side at most, with its annotations, and red frames around the bad ones."""
     height, width = image.shape[:2]
     scale = min(1.0, PICTURE_SIDE / max(height, width))
@@ -493,9 +560,8 @@ def _shrunk(image: np.ndarray, drawable: dict, class_names: Sequence[str], bad: 
     picture = draw_annotations(image, drawable, class_names)
     height, width = picture.shape[:2]
     for a in bad:
-        box = _numbers(a["bbox"], 4) if a.get("bbox") else None
-        if box is not None:
-            x, y, w, h = (v * scale for v in box)
+        if a.box is not None:
+            x, y, w, h = (v * scale for v in a.box)
             corners = np.clip([[x, y], [x + max(w, 0), y + max(h, 0)]], 2, [max(2, width - 3), max(2, height - 3)])
             first, second = (tuple(map(int, corner)) for corner in corners - [[3, 3], [-3, -3]])
             cv2.rectangle(picture, first, second, (255, 255, 255), 5)
@@ -503,25 +569,21 @@ def _shrunk(image: np.ndarray, drawable: dict, class_names: Sequence[str], bad: 
     return picture
 
 
-def _drawable(objects: Sequence[dict], size: tuple[int, int], labels: dict) -> dict[str, Any]:
-    """Raw annotations as viz.draw_annotations wants them; what cannot be drawn is left out."""
+def _drawable(objects: Sequence[Annotation], height: int, width: int, labels: dict) -> dict[str, Any]:
+    """Annotations as viz.draw_annotations wants them; what cannot be drawn is left out."""
     boxes, numbers, crowds, outlines = [], [], [], []
     for a in objects:
-        box = _numbers(a["bbox"], 4) if a.get("bbox") else None
-        extent, rings, segmentation = None, [], a.get("segmentation")
-        if segmentation:
-            check, _, extent = _outline_problem(segmentation, *size)
-            if isinstance(segmentation, dict) and not check:
-                rings = rle_to_rings(segmentation, *size)
-            elif extent is not None:
-                parts = segmentation if isinstance(segmentation[0], (list, tuple)) else [segmentation]
-                rings = [orient_outer(np.array(r, np.float32).reshape(-1, 2)) for r in parts]
-        if box is None and extent is None:
+        check, _, extent = _outline_problem(a.rings, a.masks, height, width)
+        rings = [orient_outer(clip_ring(np.array(r).reshape(-1, 2), height, width)) for r in a.rings]
+        rings = [r.astype(np.float32) for r in rings if len(r)]
+        if not check:
+            rings += [r for rle in a.masks for r in rle_to_rings(rle, height, width)]
+        if a.box is None and extent is None:
             continue
-        x1, y1, x2, y2 = (box[0], box[1], box[0] + box[2], box[1] + box[3]) if box else extent
+        x1, y1, x2, y2 = (a.box[0], a.box[1], a.box[0] + a.box[2], a.box[1] + a.box[3]) if a.box else extent
         boxes.append(np.clip([x1, y1, max(x1, x2), max(y1, y2)], -1e4, 1e5))
-        numbers.append(labels.get(a.get("category_id"), 0))
-        crowds.append(bool(a.get("iscrowd")))
+        numbers.append(labels.get(a.category_id, 0))
+        crowds.append(a.is_crowd)
         outlines.append(rings)
     return {
         "boxes": np.array(boxes, np.float32).reshape(-1, 4), "labels": np.array(numbers, np.int32),
@@ -552,34 +614,58 @@ def summary_table(findings: Sequence[Finding]) -> str:
 
 
 def read_source(name: str, annotation_file: str, folder: str) -> DataSource:
-    content = read_json(annotation_file, "annotation file")
+    content = read_document(annotation_file)
     for key in ("images", "annotations", "categories"):
-        value = content.get(key) if isinstance(content, dict) else None
-        if not isinstance(value, list) or (key != "images" and not all(isinstance(v, dict) for v in value)):
+        if not isinstance(content[key], list):
             raise UserError(f"annotation file {annotation_file} is not in COCO's format: no list '{key}' of entries")
     if not Path(folder).is_dir():
         raise UserError(f"image folder {folder} does not exist")
-    return DataSource(name, content, folder)
+    spec = {name: [os.path.abspath(annotation_file), os.path.abspath(folder)]}
+    cfg = finalize_config(default_config().update_args([f"DATA.DATASETS={spec!r}", "MODE_MASK=False", *_ANY_IMAGES]))
+    return DataSource(name, content, folder, None, training_findings(cfg, name)[1])
+
+
+# Missing images are findings of the check itself.
+_ANY_IMAGES = ["DATA.KEEP_MISSING_IMAGES=True"]
+
+
+def training_findings(cfg: Any, name: str) -> tuple[DatasetSplit | None, list[Finding]]:
+    """The set as training loads it, and what training refuses or leaves out of it, with how often."""
+    try:
+        split = load_split(cfg, name, training=name in cfg.DATA.TRAIN)
+    except UserError as e:
+        return None, [Finding("refused by training", name, None, None, str(e))]
+    return split, left_out_findings(split)
+
+
+def left_out_findings(split: DatasetSplit) -> list[Finding]:
+    return [
+        Finding(
+            "object without an outline" if reason == WITHOUT_OUTLINE else "left out of training",
+            split.name, None, None, f"{count} × {reason}",
+        )
+        for reason, count in split.dropped.items()
+    ]  # fmt: skip
 
 
 def configured_sources(settings: Sequence[str]) -> list[tuple[DataSource, str]]:
     """The sets of DATA.TRAIN and DATA.VAL, each with its annotation file ("" if it has no json)."""
-    # Missing images are findings here.
-    cfg = finalize_config(default_config().update_args([*settings, "DATA.KEEP_MISSING_IMAGES=True"]))
+    cfg = finalize_config(default_config().update_args([*settings, *_ANY_IMAGES]))
     sources = []
     for name in dict.fromkeys([*cfg.DATA.TRAIN, *cfg.DATA.VAL]):
         entry = cfg.DATA.DATASETS.get(name)
         if entry is None or str(entry[0]).endswith(".json"):
             annotation_file, folder = dataset_coco.find_files_of(cfg, name)
-            sources.append((read_source(name, annotation_file, folder), annotation_file))
+            split, training = training_findings(cfg, name)
+            content = read_document(annotation_file) if split is None else split.content()
+            sources.append((DataSource(name, content, folder, None, training), annotation_file))
             continue
-        split = load_format(entry, cfg, name)
-        if not hasattr(split, "content"):
-            raise UserError(f"{name}: {entry[0]} gives a set without content(), which could be checked")
+        split = load_split(cfg, name, training=name in cfg.DATA.TRAIN)
+        training = left_out_findings(split)
         if hasattr(split, "image_root"):
-            sources.append((DataSource(name, split.content(), split.image_root(), split), ""))
+            sources.append((DataSource(name, split.content(), split.image_root(), split, training), ""))
         else:
-            sources.append((DataSource(name, split.content(), split.folders[0]), ""))
+            sources.append((DataSource(name, split.content(), split.folders[0], None, training), ""))
     return sources
 
 

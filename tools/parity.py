@@ -348,7 +348,8 @@ def nchw(x: np.ndarray) -> np.ndarray:
 def mask_errors(masks: np.ndarray, boxes: np.ndarray, reference: np.ndarray) -> tuple[float, float]:
     """Probabilities [D,M,M] and boxes [D,4] pasted into the frame of reference [D,H,W] -> mean of 1 - IoU, and the
     worst of 1 - IoU without the pixels whose probability is within its own tolerance of the threshold."""
-    from detections import decode_mask, paste_masks
+    from detections import paste_masks
+    from utils.polygons import decode_mask
 
     h, w = reference.shape[1:]
     slack = TOLERANCES["mask probabilities"]

@@ -12,7 +12,7 @@ What --gt and --detections may be:
                     or a COCO json and a COCO results json
 
 The json written holds mAP, per_class_AP by class name (null: the class has no ground truth) and the protocol's other
-numbers, as fractions.
+numbers, as fractions. `ignore: 1` of an annotation means what `iscrowd: 1` does.
 """
 
 import import_path
@@ -23,19 +23,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from common import UserError, logger, read_json, write_json
+from common import UserError, logger, write_json
 from dataset_cityscapes import read_cityscapes_content
 from dataset_voc import read_voc_content, read_voc_detections
-from eval import evaluate_coco, read_results
+from eval import format_scores, read_results
+from eval_protocols import PROTOCOLS, named_scores
 from utils import oid_eval
-from utils.cityscapes_eval import evaluate_cityscapes, read_cityscapes_detections
-from utils.lvis_eval import evaluate_lvis
-from utils.oid_eval import detections_from_coco, truth_from_coco
+from utils.cityscapes_eval import read_cityscapes_detections
+from utils.coco_format import as_truth, in_pixels, read_document
 from utils.oid_format import read_ancestors
-from utils.voc_eval import evaluate_voc
-
-PROTOCOLS = ["coco", "oid-v2", "oid-challenge", "oid-challenge-segm", "voc07", "voc12", "lvis", "cityscapes"]
-
 
 # Which protocols a flag is for, by the beginnings of their names.
 _FLAGS = {
@@ -44,104 +40,87 @@ _FLAGS = {
 }  # fmt: skip
 
 
-def read_content(path: str, needs: str = "") -> dict[str, Any]:
-    """A COCO-format annotation file whose images have ids.
-
-    needs: "bbox" or "segmentation": every annotation must have it, a known image and category, and the images a size.
-    """
-    content = read_json(path, "annotation file")
-    for key in ("images", "annotations", "categories"):
-        if not isinstance(content, dict) or not isinstance(content.get(key), list):
-            raise UserError(f"annotation file {path} has no list '{key}': it is not in COCO's format")
-    for key in ("images", "categories"):
-        for number, entry in enumerate(content[key]):
-            if not (isinstance(entry, dict) and isinstance(entry.get("id"), (int, str))):
-                raise UserError(f"annotation file {path}: entry {number} of '{key}' has no id")
-    images = {image["id"]: image for image in content["images"]}
-    categories = {category["id"] for category in content["categories"]}
-    if needs == "segmentation":
-        for image in content["images"]:
-            if not all(type(image.get(k)) is int and image[k] > 0 for k in ("height", "width")):
-                raise UserError(f"annotation file {path}: image {image['id']!r} has no height and width")
-    for number, a in enumerate(content["annotations"] if needs else ()):
-        what = f"annotation file {path}: entry {number} of 'annotations'"
-        if not isinstance(a, dict) or a.get("image_id") not in images or a.get("category_id") not in categories:
-            raise UserError(f"{what} has no image_id and category_id that are in the file")
-        if needs == "bbox" and not (isinstance(a.get("bbox"), list) and len(a["bbox"]) == 4):
-            raise UserError(f"{what} has no bbox of four numbers")
-        if needs == "segmentation" and not isinstance(a.get("segmentation"), (list, dict)):
-            raise UserError(f"{what} has no segmentation")
-    return content
+def read_content(args: argparse.Namespace, need_size: bool = False) -> dict[str, Any]:
+    """The annotation json of --gt, every value typed; need_size: its images must have height and width."""
+    document = read_document(args.gt)
+    if args.normalised:
+        document = in_pixels(document, f"annotation file {args.gt}")
+    return as_truth(document, f"annotation file {args.gt}", need_size)
 
 
-def by_name(values: dict[str, Any], ids: list[str], names: list[str]) -> dict[str, Any]:
-    """`values` by class name; a name that several classes share gets the id added."""
-    return {n if names.count(n) == 1 else f"{n} ({i})": values[i] for i, n in zip(ids, names)}
-
-
-def from_columns(result: dict[str, Any], truth) -> dict[str, Any]:
-    counts = {
-        key: by_name(result[key], truth.class_ids, truth.class_names)
-        for key in ("per_class_AP", "num_gt", "num_scored_detections", "num_true_positives")
-        if key in result
-    }
-    return {"mAP": result["mAP"], **counts}
+def by_protocol(metrics: dict[str, float], mark: str) -> dict[str, Any]:
+    """The numbers of VOC's and Open Images' protocols as written to the json: mAP and by class."""
+    plain = _without_nan(metrics)
+    kinds = {"AP_per_class": "per_class_AP", "num_gt": "num_gt", "num_scored_detections": "num_scored_detections",
+             "num_true_positives": "num_true_positives"}  # fmt: skip
+    result: dict[str, Any] = {"mAP": plain[f"{mark}/mAP"]}
+    for key, value in plain.items():
+        kind, _, name = key.removeprefix(f"{mark}/").partition("/")
+        if kind in kinds:
+            result.setdefault(kinds[kind], {})[name] = value
+    return result
 
 
 def from_metrics(metrics: dict[str, float], prefix: str = "") -> dict[str, Any]:
     """COCO-like numbers: the AP averaged over IoU 0.5 to 0.95 and everything else under "metrics"."""
     mark = f"{prefix}AP_per_class/"
-    plain = {k: None if math.isnan(v) else v for k, v in metrics.items()}
+    plain = _without_nan(metrics)
     per_class = {k[len(mark) :]: v for k, v in plain.items() if k.startswith(mark)}
     others = {k: v for k, v in plain.items() if "_per_class/" not in k}
     return {"mAP": plain[f"{prefix}AP"], "per_class_AP": per_class, "metrics": others}
 
 
+def _without_nan(metrics: dict[str, float]) -> dict[str, float | None]:
+    return {k: None if math.isnan(v) else v for k, v in metrics.items()}
+
+
 def score_coco(args: argparse.Namespace) -> dict[str, Any]:
     if Path(args.gt).is_dir():
         raise UserError(f"--gt {args.gt}: the coco protocol needs an annotation json, not a folder")
-    content = read_content(args.gt)
+    content = read_content(args)
     results = read_results(args.detections, content)
     types = [args.iou_type] if args.iou_type else None
-    metrics = evaluate_coco(content, results, types, verbose=False)
+    metrics = PROTOCOLS["coco"](content, results, types, verbose=False)
+    print(format_scores(metrics))
     kind = args.iou_type or next((t for t in ("bbox", "segm", "keypoints") if f"{t}/AP" in metrics), "bbox")
     return from_metrics(metrics, f"{kind}/")
 
 
 def score_lvis(args: argparse.Namespace) -> dict[str, Any]:
-    content = read_content(args.gt, "bbox")
+    content = read_content(args)
     results = read_results(args.detections, content)
     kind = args.iou_type or ("segm" if any(r.get("segmentation") for r in results) else "bbox")
-    return from_metrics(evaluate_lvis(content, results, kind)) | {"iou_type": kind}
+    metrics = PROTOCOLS["lvis"](content, results, [kind], verbose=False)
+    return from_metrics({k.removeprefix(f"{kind}/"): v for k, v in metrics.items()}) | {"iou_type": kind}
 
 
 def score_voc(args: argparse.Namespace) -> dict[str, Any]:
-
     if Path(args.gt).is_dir():
-        content = read_voc_content(args.gt, args.split or "")
+        content = as_truth(read_voc_content(args.gt, args.split or ""), f"VOC data {args.gt}")
     else:
-        content = read_content(args.gt, "bbox")
-    truth = truth_from_coco(content)
+        content = read_content(args)
     if Path(args.detections).is_dir():
         results = read_voc_detections(args.detections, content)
     else:
         results = read_results(args.detections, content)
-    return from_columns(
-        evaluate_voc(truth, detections_from_coco(results, content, truth), args.protocol == "voc07"), truth
-    )
+    return by_protocol(PROTOCOLS[args.protocol](content, results), args.protocol)
 
 
 def score_cityscapes(args: argparse.Namespace) -> dict[str, Any]:
-
     if Path(args.gt).is_dir():
-        content = read_cityscapes_content(args.gt, args.split or "val")
+        content = as_truth(read_cityscapes_content(args.gt, args.split or "val"), f"Cityscapes data {args.gt}")
     else:
-        content = read_content(args.gt, "segmentation")
+        content = read_content(args, need_size=True)
     if Path(args.detections).is_dir():
         results = read_cityscapes_detections(args.detections, content)
     else:
         results = read_results(args.detections, content)
-    return from_metrics(evaluate_cityscapes(content, results))
+    metrics = PROTOCOLS["cityscapes"](content, results)
+    if not metrics:
+        raise UserError(
+            f"--detections {args.detections}: a result has no segmentation; Cityscapes' metric scores masks"
+        )
+    return from_metrics({k.removeprefix("cityscapes/"): v for k, v in metrics.items()})
 
 
 def score_open_images(args: argparse.Namespace) -> dict[str, Any]:
@@ -157,9 +136,10 @@ def score_open_images(args: argparse.Namespace) -> dict[str, Any]:
         truth = oid_eval.read_truth(args.gt, split, masked, args.classes, args.hierarchy, args.masks)
         detections = oid_eval.read_detections(args.detections, truth)
     else:
-        content = read_content(args.gt, "bbox")
-        if masked:
-            content = read_content(args.gt, "segmentation")
+        content = read_content(args, need_size=masked)
+        for number, annotation in enumerate(content["annotations"] if masked else ()):
+            if not annotation["segmentation"]:
+                raise UserError(f"annotation file {args.gt}: entry {number} of 'annotations' has no segmentation")
         truth = oid_eval.truth_from_coco(content, masked)
         if args.hierarchy:
             truth = truth._replace(ancestors=read_ancestors(args.hierarchy, truth.class_ids))
@@ -167,14 +147,15 @@ def score_open_images(args: argparse.Namespace) -> dict[str, Any]:
     if protocol != "v2" and truth.ancestors is None:
         logger.warning("no class hierarchy was found, so nothing is expanded; give one by --hierarchy")
     result = oid_eval.evaluate(truth, detections, protocol, args.expand_detections)
-    return from_columns(result, truth) | {"per_class_AP_by_id": result["per_class_AP"]}
+    metrics = named_scores(args.protocol, result, truth.class_ids, truth.class_names)
+    return by_protocol(metrics, args.protocol) | {"per_class_AP_by_id": result["per_class_AP"]}
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--protocol", required=True, choices=PROTOCOLS)
+    parser.add_argument("--protocol", required=True, choices=list(PROTOCOLS))
     parser.add_argument("--gt", required=True, metavar="DIR_OR_JSON")
     parser.add_argument("--detections", required=True, metavar="FILE")
     parser.add_argument("--json", metavar="OUT", help="where to write the scores")
@@ -182,6 +163,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--split",
         help="of a folder; Open Images: validation; Cityscapes: val; VOC: all images, or ImageSets/Main/SPLIT",
+    )
+    parser.add_argument(
+        "--normalised", action="store_true", help="--gt is a json whose boxes and outlines are fractions of the image"
     )
     parser.add_argument("--classes", help="Open Images: class description csv, if not the one in the folder")
     parser.add_argument("--hierarchy", help="Open Images: hierarchy json, if not the one in the folder")

@@ -15,8 +15,10 @@ import cv2
 import numpy as np
 from pycocotools import mask as mask_utils
 
-from common import UserError
-from utils.oid_eval import coco_run_lengths
+from common import UserError, read_text
+from utils.coco_format import read_number
+from utils.image_header import decode_image
+from utils.polygons import encode_mask, encode_segmentation
 
 __all__ = ["INSTANCE_IDS", "LABEL_IDS", "VOID_IDS", "evaluate_cityscapes", "read_cityscapes_detections"]
 
@@ -68,7 +70,7 @@ def _run(segmentation: Any, image: dict[str, Any], what: str) -> dict[str, Any]:
     size = [image["height"], image["width"]]
     if not segmentation:
         raise UserError(f"image {image['id']}: {what} has no segmentation; Cityscapes' metric scores masks")
-    return {"size": size, "counts": coco_run_lengths(segmentation, *size)}
+    return encode_segmentation(segmentation, *size)
 
 
 def _overlaps(objects: list[tuple], found: list[tuple], void: dict | None) -> tuple:
@@ -128,22 +130,21 @@ def read_cityscapes_detections(folder: str | Path, content: dict[str, Any]) -> l
         matches = [f for f in files if f.name.startswith(f"{image['id']}")]
         if len(matches) != 1:
             raise UserError(f"detections {folder}: {len(matches)} files {image['id']}*.txt; every image needs one")
-        for number, line in enumerate(matches[0].read_text().splitlines(), 1):
+        for number, line in enumerate(read_text(matches[0], "detections").splitlines(), 1):
             words = line.split()
             try:
-                name, label, score = words[0], int(words[1]), float(words[2])
+                name, label, score = words[0], int(words[1]), read_number(words[2])
             except (IndexError, ValueError):
                 raise UserError(f"detections {matches[0]}, line {number}: not 'mask.png label score'") from None
             if names.get(label) not in category_of:
                 continue  # the benchmark does not look at other classes
             path = matches[0].parent / name
-            mask = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
-            if mask is None or mask.shape[:2] != (image["height"], image["width"]):
+            mask = decode_image(path, cv2.IMREAD_UNCHANGED, f"detections {matches[0]}, line {number}: {path}")
+            if mask.shape[:2] != (image["height"], image["width"]):
                 raise UserError(f"detections {matches[0]}, line {number}: {path} is no image of the photograph's size")
             inside = mask.reshape(*mask.shape[:2], -1).any(2)
-            run = mask_utils.encode(np.asfortranarray(inside).view(np.uint8))
             results.append({
                 "image_id": image["id"], "category_id": category_of[names[label]], "score": score,
-                "segmentation": {"size": run["size"], "counts": run["counts"].decode()},
+                "segmentation": encode_mask(inside),
             })  # fmt: skip
     return results

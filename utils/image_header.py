@@ -1,9 +1,16 @@
-"""Sizes of image files from their headers, without decoding them."""
+"""Image files before they are decoded: their sizes from their headers, and the one that a wrong name means.
 
+Headers of JPEG and PNG are read here rather than by Pillow, which would add its forty formats' parsers, some of them
+far slower, to what untrusted files reach.
+"""
+
+import difflib
 import os
 import struct
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
+from urllib.parse import unquote
 
 import cv2
 import numpy as np
@@ -11,46 +18,116 @@ import numpy as np
 from common import UserError
 from utils.threads import in_threads
 
-__all__ = ["header_sizes", "image_header_size"]
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "LARGEST_IMAGE",
+    "decode_bytes",
+    "decode_image",
+    "header_sizes",
+    "image_header_size",
+    "similar_file",
+]
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+LARGEST_IMAGE = 1 << 30  # pixels that OpenCV decodes
+
+
+def decode_image(path: str | os.PathLike, flags: int, what: str = "") -> np.ndarray:
+    """The image by cv2.imdecode, whatever bytes its name has; UserError names `what` where it cannot be decoded."""
+    what = what or f"image {path}"
+    try:
+        content = np.fromfile(path, np.uint8)
+    except OSError as e:
+        raise UserError(f"{what} cannot be read: {e.strerror or e}") from None
+    return decode_bytes(content, flags, what)
+
+
+def decode_bytes(content: np.ndarray, flags: int, what: str) -> np.ndarray:
+    """As `decode_image`, from the file's bytes uint8 [n]."""
+    size = _size_in(content[: 1 << 20].tobytes())
+    if size and size[0] * size[1] > LARGEST_IMAGE:
+        raise UserError(f"{what} has {size[1]}x{size[0]} pixels; at most {LARGEST_IMAGE} can be read: make it smaller")
+    try:
+        image = cv2.imdecode(content, flags) if len(content) else None
+    except cv2.error as e:
+        if "pixels" in str(e):
+            raise UserError(
+                f"{what} has more than {LARGEST_IMAGE} pixels, which cannot be read: make it smaller"
+            ) from None
+        image = None
+    if image is None:
+        raise UserError(f"{what} is not an image that OpenCV can read, or it is damaged")
+    return image
 
 
 def image_header_size(path: str | Path) -> tuple[int, int]:
     """Height and width of a JPEG or PNG from its header; other kinds, and damaged headers, are decoded."""
     try:
         with open(path, "rb") as f:
-            start = f.read(26)
-            if start.startswith(b"\x89PNG\r\n\x1a\n") and len(start) >= 24:
-                width, height = struct.unpack(">II", start[16:24])
-                return height, width
-            if start.startswith(b"\xff\xd8"):
-                size = _jpeg_size(f)
+            # A JPEG's frame header comes after its metadata, which may hold pictures of their own.
+            for length in (1 << 12, 1 << 20):
+                size = _size_in(f.read(length)) if f.seek(0) == 0 else None
                 if size is not None:
                     return size
     except OSError as e:
         raise UserError(f"image {path} cannot be read: {e.strerror}") from None
-    image = cv2.imread(str(path), cv2.IMREAD_UNCHANGED | cv2.IMREAD_IGNORE_ORIENTATION)
-    if image is None:
-        raise UserError(f"image {path} is not a readable image")
-    return image.shape[:2]
+    return decode_image(path, cv2.IMREAD_UNCHANGED | cv2.IMREAD_IGNORE_ORIENTATION).shape[:2]
 
 
-def _jpeg_size(f) -> tuple[int, int] | None:
+def _size_in(start: bytes) -> tuple[int, int] | None:
+    """(height, width) from a file's first bytes; None where they do not tell."""
+    if start.startswith(b"\x89PNG\r\n\x1a\n") and len(start) >= 24:
+        width, height = struct.unpack(">II", start[16:24])
+        return height, width
+    return _jpeg_size(start) if start.startswith(b"\xff\xd8") else None
+
+
+def _jpeg_size(start: bytes) -> tuple[int, int] | None:
     """Walks the segments to the frame header (SOF0 to SOF15 without the tables DHT, JPG and DAC)."""
-    f.seek(2)
-    while True:
-        head = f.read(4)
-        if len(head) < 4 or head[0] != 0xFF:
+    at = 2
+    while at + 4 <= len(start):
+        if start[at] != 0xFF:
             return None
-        if head[1] == 0xFF:  # fill byte
-            f.seek(-3, os.SEEK_CUR)
+        if start[at + 1] == 0xFF:  # fill byte
+            at += 1
             continue
-        length = struct.unpack(">H", head[2:])[0]
-        if 0xC0 <= head[1] <= 0xCF and head[1] not in (0xC4, 0xC8, 0xCC):
-            frame = f.read(5)
-            return struct.unpack(">HH", frame[1:]) if len(frame) == 5 else None
-        f.seek(length - 2, os.SEEK_CUR)
+        if 0xC0 <= start[at + 1] <= 0xCF and start[at + 1] not in (0xC4, 0xC8, 0xCC):
+            return struct.unpack(">HH", start[at + 5 : at + 9]) if at + 9 <= len(start) else None
+        at += 2 + struct.unpack(">H", start[at + 2 : at + 4])[0]
+    return None
 
 
 def header_sizes(files: Sequence[str]) -> np.ndarray:
     """int32 [n, 2] heights and widths; several files at once, since reading them is mostly waiting."""
     return np.array(in_threads(image_header_size, files, 16, "sizes of images"), np.int32).reshape(-1, 2)
+
+
+def similar_file(folder: str | os.PathLike, name: str) -> str:
+    """The file that a name which is not there most likely means, "" if there is none: with / for \\, without %20,
+    with composed umlauts, .JPG for .jpg, in the folder itself, or spelled a little differently."""
+    folder = Path(folder)
+    plain = name.replace("\\", "/")
+    for candidate in dict.fromkeys([plain, unquote(plain)]):
+        for relative in dict.fromkeys([candidate, candidate.partition("/")[2], os.path.basename(candidate)]):
+            parent = folder / os.path.dirname(relative)
+            wanted = _folded(os.path.basename(relative))
+            try:
+                there = os.listdir(parent) if wanted else []
+            except (OSError, ValueError):
+                continue
+            for entry in there:
+                if _folded(entry) == wanted:
+                    return os.fspath(parent / entry)
+            stem = os.path.splitext(wanted)[0]
+            same_stem = [e for e in there if os.path.splitext(_folded(e))[0] == stem]
+            if same_stem:
+                return os.fspath(parent / same_stem[0])
+            if relative == candidate and len(there) <= 20000:
+                near = difflib.get_close_matches(os.path.basename(relative), there, 1, 0.8)
+                if near and not any(c.isdigit() for c in near[0]):
+                    return os.fspath(parent / near[0])
+    return ""
+
+
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()

@@ -17,6 +17,7 @@ import numpy as np
 from pycocotools import mask as mask_utils
 
 from common import UserError
+from utils.polygons import encode_segmentation
 
 __all__ = ["evaluate_lvis", "MAX_DETECTIONS"]
 
@@ -53,7 +54,7 @@ def evaluate_lvis(
     keys = defaultdict(list)
     for category, image in sorted({*objects, *found}):
         keys[category].append((category, image))
-    boxed = bool(results) and "bbox" in results[0]
+    boxed = bool(results) and all("bbox" in r for r in results)
     for number, category in enumerate(categories):
         parts = [
             _match(objects.get(key, []), found.get(key, []), images[key[1]], iou_type, boxed)
@@ -86,11 +87,13 @@ def _run_lengths(entry: dict[str, Any], image: dict[str, Any]) -> dict[str, Any]
     segmentation = entry.get("segmentation")
     if not segmentation:
         raise UserError(f"image {image['id']}: an object or a result has no segmentation, but masks are to be scored")
-    if isinstance(segmentation, list):
-        return mask_utils.merge(mask_utils.frPyObjects(segmentation, image["height"], image["width"]))
-    if isinstance(segmentation["counts"], list):
-        return mask_utils.frPyObjects(segmentation, *segmentation["size"])
-    return segmentation
+    return encode_segmentation(segmentation, image["height"], image["width"])
+
+
+def _box(entry: dict[str, Any]) -> list[float]:
+    if entry.get("bbox") is None:
+        raise UserError(f"image {entry['image_id']}: a result has no bbox, but boxes are to be scored")
+    return entry["bbox"]
 
 
 def _match(objects: list[dict], found: list[dict], image: dict, iou_type: str, boxed: bool) -> tuple:
@@ -99,12 +102,13 @@ def _match(objects: list[dict], found: list[dict], image: dict, iou_type: str, b
     Returns scores [D], matched bool [A, T, D], ignored bool [A, T, D], and the number of objects that count [A].
     """
     if iou_type == "segm":
-        gt_shapes, dt_shapes = [_run_lengths(a, image) for a in objects], [_run_lengths(r, image) for r in found]
+        gt_shapes: list = [_run_lengths(a, image) for a in objects]
+        dt_shapes: list = [_run_lengths(r, image) for r in found]
     else:
-        gt_shapes, dt_shapes = [a["bbox"] for a in objects], [r["bbox"] for r in found]
+        gt_shapes, dt_shapes = [a["bbox"] for a in objects], [_box(r) for r in found]
     gt_area = np.array([a["area"] for a in objects], float)
     # The protocol measures a detection by its box wherever the results have boxes, else by its mask.
-    dt_area = [r["bbox"][2] * r["bbox"][3] if boxed else float(mask_utils.area(r["segmentation"])) for r in found]
+    dt_area = [r["bbox"][2] * r["bbox"][3] if boxed else float(mask_utils.area(_run_lengths(r, image))) for r in found]
     low, high = np.array(list(AREAS.values()), float).T[:, :, None]
     gt_outside = (gt_area < low) | (gt_area > high) | np.array([bool(a.get("ignore")) for a in objects], bool)  # [A, G]
     dt_outside = (np.array(dt_area) < low) | (np.array(dt_area) > high)  # [A, D]

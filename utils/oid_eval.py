@@ -20,13 +20,15 @@ import pyarrow as pa
 from pycocotools import mask as mask_utils
 
 from common import UserError, atomic_write, logger
+from utils.image_header import decode_image
 from utils.oid_format import decode_mask, encode_mask, find_files, positions, read_ancestors, read_classes, read_columns
+from utils.polygons import encode_mask as encode_mask_image
+from utils.polygons import encode_segmentation, rle_runs
 
 __all__ = [
     "Masks",
     "Truth",
     "DetectionTable",
-    "coco_run_lengths",
     "join_by_box",
     "mask_folders",
     "read_mask_image",
@@ -174,7 +176,7 @@ def _join_masks(truth: Truth, path: Path, folders: list[Path]) -> Truth:
     counts, sizes = [b""] * len(file_of), np.zeros((len(file_of), 2), np.int32)
     for i in np.flatnonzero(file_of >= 0):
         bitmap = read_mask_image(names[file_of[i]].decode(), folders, path)
-        counts[i], sizes[i] = mask_utils.encode(np.asfortranarray(bitmap).view(np.uint8))["counts"], bitmap.shape
+        counts[i], sizes[i] = encode_mask_image(bitmap)["counts"].encode(), bitmap.shape
     return truth._replace(
         image=np.concatenate([truth.image, image[alone]]),
         label=np.concatenate([truth.label, label[alone]]),
@@ -201,11 +203,8 @@ def read_mask_image(name: str, folders: list[Path], origin: Path) -> np.ndarray:
     # The published archives are split by the first digit of the name and may be unpacked into folders of that name.
     for folder in folders:
         for path in (folder / name, folder / name[0] / name):
-            bitmap = cv2.imread(str(path), cv2.IMREAD_GRAYSCALE) if path.is_file() else None
-            if bitmap is not None:
-                return bitmap > 0
             if path.is_file():
-                raise UserError(f"mask {path} is not a readable image")
+                return decode_image(path, cv2.IMREAD_GRAYSCALE, f"mask {path}") > 0
     where = ", ".join(map(str, folders)) or f"a masks/ folder beside {origin}"
     raise UserError(f"{origin}: mask {name} is not in {where}")
 
@@ -294,7 +293,9 @@ def _masked_detections(image, label, score, texts, sizes, path) -> DetectionTabl
     for i, text in enumerate(texts):
         try:
             counts.append(decode_mask(text))
-            x, y, w, h = mask_utils.toBbox({"counts": counts[-1], "size": sizes[i].tolist()})
+            rle = {"counts": counts[-1], "size": sizes[i].tolist()}
+            rle_runs(rle, *rle["size"])
+            x, y, w, h = mask_utils.toBbox(rle)
         except ValueError as e:
             raise UserError(f"detections {path}: Mask of scored row {i + 1} is damaged: {e}") from None
         boxes[i] = x / sizes[i, 1], y / sizes[i, 0], (x + w) / sizes[i, 1], (y + h) / sizes[i, 0]
@@ -323,7 +324,7 @@ def truth_from_coco(content: dict[str, Any], with_masks: bool = False) -> Truth:
     masks = None
     if with_masks:
         shape = {im["id"]: (im["height"], im["width"]) for im in images}
-        runs = [coco_run_lengths(a.get("segmentation"), *shape[a["image_id"]]) for a in annotations]
+        runs = [_run_lengths(a.get("segmentation"), *shape[a["image_id"]]) for a in annotations]
         sizes = np.array([shape[a["image_id"]] for a in annotations], np.int32).reshape(-1, 2)
         masks = Masks(runs, sizes)
     label_image, label_class, label_positive = (
@@ -336,7 +337,7 @@ def truth_from_coco(content: dict[str, Any], with_masks: bool = False) -> Truth:
         np.array([image_of[a["image_id"]] for a in annotations], np.int32),
         np.array([class_of[a["category_id"]] for a in annotations], np.int32),
         boxes,
-        np.array([any(a.get(key) in (1, True) for key in _SET_ASIDE) for a in annotations], bool),
+        np.array([any(a.get(key) in (1, "1", "true", "True") for key in _SET_ASIDE) for a in annotations], bool),
         label_image,
         label_class,
         label_positive,
@@ -344,16 +345,9 @@ def truth_from_coco(content: dict[str, Any], with_masks: bool = False) -> Truth:
     )
 
 
-def coco_run_lengths(segmentation: Any, height: int, width: int) -> bytes:
+def _run_lengths(segmentation: Any, height: int, width: int) -> bytes:
     """COCO polygons or run lengths as compressed run lengths; b"" for none."""
-    if not segmentation:
-        return b""
-    if isinstance(segmentation, list):
-        return mask_utils.merge(mask_utils.frPyObjects(segmentation, height, width))["counts"]
-    counts = segmentation["counts"]
-    if isinstance(counts, list):
-        return mask_utils.frPyObjects(segmentation, height, width)["counts"]
-    return counts.encode() if isinstance(counts, str) else counts
+    return encode_segmentation(segmentation, height, width)["counts"] if segmentation else b""
 
 
 def detections_from_coco(results: Sequence[dict[str, Any]], content: dict[str, Any], truth: Truth) -> DetectionTable:
@@ -370,7 +364,7 @@ def detections_from_coco(results: Sequence[dict[str, Any]], content: dict[str, A
             raise UserError("results: masks are to be scored, but an entry has no segmentation")
         size_of = {im["id"]: (im["height"], im["width"]) for im in content["images"]}
         sizes = np.array([size_of[r["image_id"]] for r in results], np.int32)
-        masks = Masks([coco_run_lengths(r["segmentation"], *size) for r, size in zip(results, sizes.tolist())], sizes)
+        masks = Masks([_run_lengths(r["segmentation"], *size) for r, size in zip(results, sizes.tolist())], sizes)
         boxes = np.array([mask_utils.toBbox({"counts": c, "size": s.tolist()}) for c, s in zip(*masks)])
     else:
         if any("bbox" not in r for r in results):
@@ -401,7 +395,7 @@ def write_detections_csv(path: str | Path, rows: Iterable[dict[str, Any]], maske
             number += 1
             if masked:
                 height, width = r["segmentation"]["size"]
-                text = encode_mask(coco_run_lengths(r["segmentation"], height, width))
+                text = encode_mask(_run_lengths(r["segmentation"], height, width))
                 f.write(f"{r['image_id']},{width},{height},{r['label']},{r['score']:.8g},{text}\n")
             else:
                 x1, y1, x2, y2 = _normalised(r)
@@ -421,7 +415,7 @@ def write_submission_csv(
     for r in rows:
         number += 1
         if masked:
-            text = encode_mask(coco_run_lengths(r["segmentation"], *r["segmentation"]["size"]))
+            text = encode_mask(_run_lengths(r["segmentation"], *r["segmentation"]["size"]))
         else:
             text = " ".join(f"{v:.8g}" for v in _normalised(r))
         per_image.setdefault(str(r["image_id"]), []).append(f"{r['label']} {r['score']:.8g} {text}")

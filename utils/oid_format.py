@@ -6,6 +6,7 @@ Published names and columns: storage.googleapis.com/openimages/web/download.html
 
 import base64
 import csv
+import io
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 
-from common import UserError, read_json
+from common import UserError, read_json, read_text
 
 __all__ = [
     "FileSet",
@@ -29,6 +30,7 @@ __all__ = [
     "decode_mask",
 ]
 
+_LARGEST_MASK = 64 << 20  # bytes of run lengths
 # Rows of the csv files are read in blocks of this size, so that memory follows the columns kept, not the file.
 _BLOCK_BYTES = 16 << 20
 
@@ -76,10 +78,10 @@ def find_files(directory: str | Path, split: str) -> FileSet:
 
 def read_classes(path: str | Path) -> tuple[list[str], list[str]]:
     """(label names like /m/0k4j, display names like Car) of a class description csv, with or without its header."""
+    text = read_text(path, "class descriptions")
     try:
-        with open(path, newline="", encoding="utf-8") as f:
-            rows = [row for row in csv.reader(f) if row]
-    except (OSError, UnicodeDecodeError) as e:
+        rows = [row for row in csv.reader(io.StringIO(text, newline="")) if row]
+    except csv.Error as e:
         raise UserError(f"class descriptions {path} cannot be read: {e}") from None
     if rows and rows[0][0] == "LabelName":
         rows = rows[1:]
@@ -104,10 +106,12 @@ def read_ancestors(path: str | Path, labels: Sequence[str]) -> np.ndarray:
     index = {label: i for i, label in enumerate(labels)}
     ancestors = np.zeros((len(labels), len(labels)), bool)
     seen: set[str] = set()
-    stack: list[tuple[dict, tuple[int, ...]]] = [(child, ()) for child in root.get("Subcategory", [])]
+    stack: list[tuple[Any, tuple[int, ...]]] = [(child, ()) for child in root.get("Subcategory") or ()]
     while stack:
         node, above = stack.pop()
-        label = node.get("LabelName")
+        label = node.get("LabelName") if isinstance(node, dict) else None
+        if not isinstance(label, str) or not isinstance(node.get("Subcategory", []), list):
+            raise UserError(f"class hierarchy {path} is not a tree of objects with LabelName and Subcategory")
         seen.add(label)
         if label in index:
             ancestors[index[label], list(above)] = True
@@ -115,7 +119,7 @@ def read_ancestors(path: str | Path, labels: Sequence[str]) -> np.ndarray:
         stack.extend((child, above) for child in node.get("Subcategory", []))
     missing = [label for label in labels if label not in seen]
     if missing:
-        raise UserError(f"class hierarchy {path} lacks {len(missing)} of the classes, e.g. {missing[0]}")
+        raise UserError(f"{len(missing)} of the classes are missing from class hierarchy {path}, e.g. {missing[0]}")
     np.fill_diagonal(ancestors, False)
     return ancestors
 
@@ -211,6 +215,10 @@ def encode_mask(counts: bytes) -> str:
 def decode_mask(text: bytes | str) -> bytes:
     """The inverse of `encode_mask`; raises ValueError for text that is none."""
     try:
-        return zlib.decompress(base64.b64decode(text, validate=True))
+        decompressor = zlib.decompressobj()
+        counts = decompressor.decompress(base64.b64decode(text, validate=True), _LARGEST_MASK)
+        if not decompressor.eof:
+            raise ValueError("cut off, or larger than any mask")
+        return counts
     except (zlib.error, ValueError) as e:
         raise ValueError(f"not base64 of zlib data: {e}") from None

@@ -6,6 +6,7 @@ screen, where y points down) and holes negative, so overlapping parts unite and 
 scaling and mirroring are exact. RLE masks follow COCO's format (column-major run lengths, background first).
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import cv2
@@ -15,8 +16,14 @@ import pycocotools.mask as coco_mask
 __all__ = [
     "boxes_inside",
     "clip_edges",
+    "clip_ring",
+    "decode_mask",
     "decode_rle",
+    "decode_runs",
+    "encode_mask",
     "encode_part",
+    "encode_runs",
+    "encode_segmentation",
     "flip_edges",
     "mask_to_rings",
     "orient_outer",
@@ -24,6 +31,7 @@ __all__ = [
     "rasterize",
     "ring_areas",
     "rings_to_edges",
+    "rle_runs",
     "rle_to_rings",
     "signed_area",
     "smooth_ring",
@@ -158,29 +166,42 @@ def decode_rle(rle: dict, height: int, width: int) -> np.ndarray:
 
     Raises ValueError, saying what is wrong, when the RLE does not describe a mask of this size.
     """
-    runs = _rle_runs(rle, height, width)
+    runs = rle_runs(rle, height, width)
     values = np.zeros(len(runs), bool)
     values[1::2] = True
     return np.repeat(values, runs).reshape(width, height).T
 
 
-def _rle_runs(rle: dict, height: int, width: int) -> np.ndarray:
-    """Checked run lengths, int64, of alternating background and object."""
-    size = rle.get("size", [height, width])
-    if list(size) != [height, width]:
-        raise ValueError(f"mask of {size[0]}x{size[1]} in an image of {height}x{width}")
+def decode_mask(rle: dict) -> np.ndarray:
+    """Bool mask of a compressed RLE that this program wrote or checked; `decode_rle` is for all others."""
+    return coco_mask.decode(rle).astype(bool)
+
+
+def rle_runs(rle: dict, height: int, width: int) -> np.ndarray:
+    """Checked run lengths, int64, of alternating background and object; ValueError as for `decode_rle`.
+
+    pycocotools checks nothing: what it decodes must have been here before.
+    """
+    size = rle.get("size")
+    if size is not None and list(size) != [height, width]:
+        raise ValueError(f"mask of {list(size)} in an image of height and width {[height, width]}")
     counts = rle.get("counts")
     if isinstance(counts, (str, bytes)):
-        runs = _runs_of_string(counts.encode() if isinstance(counts, str) else counts)
+        runs = decode_runs(counts)
     else:
-        runs = np.asarray(counts, np.int64)
-    if runs.ndim != 1 or (runs < 0).any() or runs.sum() != height * width:
-        raise ValueError("run lengths do not add up to the image")
+        runs = np.asarray(counts)
+        if runs.ndim != 1 or runs.dtype.kind not in "iuf" or not np.isfinite(runs).all() or (runs % 1).any():
+            raise ValueError("run lengths are not whole numbers")
+        runs = runs.astype(np.int64)
+    if (runs < 0).any() or (runs > height * width).any() or runs.sum() != height * width:
+        raise ValueError("run lengths do not add up to height x width of the image")
     return runs
 
 
-def _runs_of_string(text: bytes) -> np.ndarray:
+def decode_runs(text: str | bytes) -> np.ndarray:
     """Run lengths of COCO's compressed RLE: 5 bits a character from 48 on, sign-extended, deltas from the fourth on."""
+    if isinstance(text, str):
+        text = text.encode("utf-8", "surrogatepass")
     codes = np.frombuffer(text, np.uint8).astype(np.int64) - 48
     if len(codes) == 0 or codes.min() < 0 or codes.max() > 63 or codes[-1] & 32:
         raise ValueError("not a compressed RLE string")
@@ -198,6 +219,18 @@ def _runs_of_string(text: bytes) -> np.ndarray:
     return values
 
 
+def encode_runs(runs: np.ndarray, height: int, width: int) -> dict[str, Any]:
+    """COCO's compressed RLE of run lengths (column by column, background first); `counts` is a str."""
+    rle = coco_mask.frPyObjects({"size": [height, width], "counts": runs}, height, width)
+    return {"size": [height, width], "counts": rle["counts"].decode()}
+
+
+def encode_mask(mask: np.ndarray) -> dict[str, Any]:
+    """COCO's compressed RLE of a mask [height, width]; non-zero is the object."""
+    rle = coco_mask.encode(np.asfortranarray(np.asarray(mask, bool)).view(np.uint8))
+    return {"size": list(mask.shape), "counts": rle["counts"].decode()}
+
+
 def encode_part(mask: np.ndarray, left: int, top: int, height: int, width: int) -> dict[str, Any]:
     """COCO run lengths of a height x width image whose part from (left, top) on is `mask`."""
     columns = np.zeros((mask.shape[1], mask.shape[0] + 2), bool)
@@ -209,8 +242,50 @@ def encode_part(mask: np.ndarray, left: int, top: int, height: int, width: int) 
     ends = np.delete(ends, np.concatenate([again, again + 1]))
     size = height * width
     counts = np.diff(ends, prepend=0, append=[] if len(ends) and ends[-1] == size else [size])
-    run = coco_mask.frPyObjects({"size": [height, width], "counts": counts.tolist()}, height, width)
-    return {"size": [height, width], "counts": run["counts"].decode()}
+    return encode_runs(counts, height, width)
+
+
+# Polygons that reach farther than this beyond the image, in sides of it, are clipped before they are rasterised:
+# pycocotools walks along every edge, pixel by pixel.
+_FAR = 1.0
+
+
+def encode_segmentation(segmentation: Any, height: int, width: int) -> dict[str, Any]:
+    """COCO's compressed RLE (`counts` is bytes) of what utils/coco_format.py read: polygons, one RLE or several.
+
+    Polygons and RLEs are united. Nothing (None, [] or {}) is a mask without a pixel.
+    """
+    parts = [segmentation] if isinstance(segmentation, dict) else list(segmentation or ())
+    rings = [_bounded(p, height, width) for p in parts if not isinstance(p, dict)]
+    runs = coco_mask.frPyObjects([r for r in rings if len(r) >= 6], height, width) if any(map(len, rings)) else []
+    for rle in parts:
+        if isinstance(rle, dict) and rle:
+            counts = rle["counts"]
+            if not isinstance(counts, (str, bytes)):
+                counts = encode_runs(np.asarray(counts, np.uint32), height, width)["counts"]
+            runs.append({"size": [height, width], "counts": counts.encode() if isinstance(counts, str) else counts})
+    if not runs:
+        runs = [coco_mask.frPyObjects({"size": [height, width], "counts": [height * width]}, height, width)]
+    return runs[0] if len(runs) == 1 else coco_mask.merge(runs)
+
+
+def _bounded(ring: Sequence[float], height: int, width: int) -> Sequence[float]:
+    """The flat ring x1 y1 x2 y2 …, clipped to the image if it reaches far beyond it; [] if nothing is left."""
+    x, y = ring[0::2], ring[1::2]
+    margin = 1 + _FAR
+    if min(x) >= -_FAR * width and max(x) <= margin * width and min(y) >= -_FAR * height and max(y) <= margin * height:
+        return ring
+    return clip_ring(np.asarray(ring, np.float64).reshape(-1, 2), height, width).ravel().tolist()
+
+
+def clip_ring(ring: np.ndarray, height: float, width: float) -> np.ndarray:
+    """The part of a ring [k, 2] in the window [0, width] x [0, height], as a ring; empty if it has fewer than 3 points.
+
+    Coordinates beyond 1e9 are taken to be 1e9, so that float64 can compute with them.
+    """
+    ring = np.clip(ring, -1e9, 1e9)
+    clipped = clip_edges(vertices_to_edges(ring, np.array([len(ring)])), height, width)[0][:, :2]
+    return clipped if len(clipped) >= 3 else clipped[:0]
 
 
 def rle_to_rings(rle: dict, height: int, width: int) -> list:
@@ -219,7 +294,7 @@ def rle_to_rings(rle: dict, height: int, width: int) -> list:
     Filling the rings gives the mask back. Pixels that touch at a corner only are separate outer rings; holes run the
     other way round. Every vertex is a right-angled corner. ValueError as for `decode_rle`.
     """
-    return _trace(_rle_runs(rle, height, width), height)
+    return _trace(rle_runs(rle, height, width), height)
 
 
 def mask_to_rings(mask: np.ndarray) -> list:
