@@ -18,10 +18,8 @@ What the options mean stands in the function of each format: `load_openimages`, 
 """
 
 import ast
-import importlib
 import inspect
 import os
-import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,7 +32,7 @@ import dataset_csv
 import dataset_lvis
 import dataset_openimages
 import dataset_voc
-from common import UserError, logger
+from common import UserError, describe_error, import_function, logger
 from config import Config
 from dataset_build import CLASS_UNKNOWN, WITHOUT_OUTLINE, some_names
 from dataset_split import DatasetSplit, concatenate_splits, own_path
@@ -85,11 +83,7 @@ def load_format(
     form, words, options = _parse_spec(spec, name)
     common = {"cfg": cfg, "class_names": class_names, "training": training}
     if ":" in form:
-        module, _, function = form.partition(":")
-        try:
-            loader = getattr(importlib.import_module(module), function)
-        except Exception as e:  # whatever the module does when it is imported
-            raise UserError(f"DATA.DATASETS: {name}: cannot import {form}: {type(e).__name__}: {e}") from None
+        loader = import_function(form, f"DATA.DATASETS={{{name!r}: {list(spec)}}}")
         return _call_own(loader, f"DATA.DATASETS: {name}: {form}", name, *words, **common, **options)
     if form not in FORMATS:
         raise UserError(f"DATA.DATASETS: {name}: unknown format '{form}'; known are {', '.join(sorted(FORMATS))}")
@@ -121,12 +115,7 @@ def _call_own(load: Callable[..., DatasetSplit], where: str, *args: Any, **optio
     except UserError:
         raise
     except Exception as e:
-        frames = traceback.extract_tb(e.__traceback__)
-        file = getattr(getattr(load, "__code__", None), "co_filename", "")
-        own = [f for f in frames if f.filename == file] or frames
-        raise UserError(
-            f"{where}: {type(e).__name__} in {own[-1].filename}, line {own[-1].lineno} ({own[-1].name}): {e}"
-        ) from e
+        raise UserError(f"{where} raised {describe_error(e)}") from e
     if not isinstance(split, DatasetSplit):
         raise UserError(f"{where}: it returns {type(split).__name__}, not a DatasetSplit (see split_from_coco)")
     return split

@@ -106,7 +106,7 @@ def test_masks_are_needed_and_files_are_named(tmp_path):
     with pytest.raises(UserError, match=f"{image}_pred.txt, line 1: not 'mask.png label score'"):
         read_cityscapes_detections(tmp_path, content)
     (tmp_path / f"{image}_pred.txt").write_text("mask.png 26 0.5\n")
-    with pytest.raises(UserError, match="mask.png is no image of the photograph's size"):
+    with pytest.raises(UserError, match="mask.png cannot be read"):
         read_cityscapes_detections(tmp_path, content)
 
 
