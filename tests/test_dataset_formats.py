@@ -574,7 +574,7 @@ def test_splits_survive_pickling_and_can_still_be_scored(spec):
 def test_unknown_formats_and_modules_are_named():
     with pytest.raises(UserError, match="unknown format 'yolo'; known are cityscapes, csv, lvis, openimages, voc"):
         load_format(["yolo", "a", "b"], settings(DATA), "mine")
-    with pytest.raises(UserError, match="cannot import no_such_module:load"):
+    with pytest.raises(UserError, match="No module named 'no_such_module'"):
         load_format(["no_such_module:load", "a"], settings(DATA), "mine")
     with pytest.raises(UserError, match="'voc_nowhere' does not exist|voc_nowhere does not exist"):
         load_format(["voc", "voc_nowhere", ""], settings(DATA), "mine")
