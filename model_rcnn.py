@@ -78,7 +78,7 @@ def _mean_over_pixels(x):
     return tf.reduce_mean(x, [1, 2])
 
 
-def _box_branch(pool, boxes, cfg: Config):
+def box_branch(pool, boxes, cfg: Config):
     """RoIs [N,R,4] -> class logits [N·R,C+1], deltas [N·R,B,4], and in C4 stage 5's features [N·R,7,7,C5], which the
     mask branch shares (None with FPN)."""
     flat, index = tf.reshape(boxes, [-1, 4]), _image_index(boxes)
@@ -182,7 +182,7 @@ def build_training(batch, cfg: Config):
 
         box_losses, box_stats = cascade_losses(pool_boxes, rois, batch, cfg)
     else:
-        class_logits, box_deltas, c5 = _box_branch(pool, rois["boxes"], cfg)
+        class_logits, box_deltas, c5 = box_branch(pool, rois["boxes"], cfg)
         box_losses, box_stats = fastrcnn_losses(class_logits, box_deltas, rois, batch, cfg.FRCNN.BBOX_REG_WEIGHTS, cfg)
     losses.update(box_losses)
     stats.update(box_stats)
@@ -243,7 +243,7 @@ def detect_boxes(features, pool, image_shape, cfg: Config):
 
         boxes, scores = cascade_inference(pool_boxes, proposals, image_shape, cfg)
     else:
-        class_logits, box_deltas, _ = _box_branch(pool, proposals, cfg)
+        class_logits, box_deltas, _ = box_branch(pool, proposals, cfg)
         shape = tf.shape(proposals)
         scores = tf.reshape(tf.nn.softmax(class_logits), [shape[0], shape[1], -1])[:, :, 1:]
         boxes = decode_class_boxes(box_deltas, proposals, cfg.FRCNN.BBOX_REG_WEIGHTS)

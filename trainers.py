@@ -17,7 +17,7 @@ from training_plan import TrainingPlan
 from utils.tf_v1 import tf
 
 # isort: split
-from tensorpack import ModelDesc, SimpleTrainer, SyncMultiGPUTrainerReplicated
+from tensorpack import HorovodTrainer, ModelDesc, SimpleTrainer, SyncMultiGPUTrainerReplicated
 from tensorpack.callbacks.steps import MaintainStepCounter
 from tensorpack.graph_builder.training import SyncMultiGPUReplicatedBuilder
 from tensorpack.graph_builder.utils import (
@@ -326,8 +326,6 @@ class ReplicatedTrainer(_Accumulation, SyncMultiGPUTrainerReplicated):
 
 
 def _horovod_trainer():
-    from tensorpack import HorovodTrainer
-
     class DistributedTrainer(_Accumulation, HorovodTrainer):
         """One replica per process; rank 0's variables, momentum and step included, are everybody's at the start."""
 

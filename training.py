@@ -1,6 +1,7 @@
 """A training run: progress, checkpoints and evaluations as tensorpack callbacks, and the loop they hang on."""
 
 import json
+import logging
 import math
 import signal
 import sys
@@ -8,6 +9,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from common import logger
 from config import Config
@@ -22,14 +25,13 @@ from tensorpack.dataflow import DataFlow
 from tensorpack.tfutils.sesscreate import NewSessionCreator
 from tensorpack.tfutils.sessinit import SessionInit
 from tensorpack.train.base import StopTraining
-from tensorpack.utils import logger as tensorpack_logger
 
 from utils.checkpoint import save_tf_checkpoint
 
 __all__ = ["Checkpoints", "Interrupted", "ProgressLog", "run_training"]
 
 # What fails is raised and reported once, by train.py; tensorpack's own report of it misuses the logging module.
-tensorpack_logger._logger.setLevel("CRITICAL")
+logging.getLogger("tensorpack").setLevel("CRITICAL")
 
 
 # ----------------------------------------------------------------------------------------------------------- callbacks
@@ -63,9 +65,7 @@ class ProgressLog(Callback):
         if self._chief:
             self._writer = tf.summary.FileWriter(str(self._logdir))
             if sys.stderr.isatty():
-                import tqdm
-
-                self._bar = tqdm.tqdm(
+                self._bar = tqdm(
                     total=self._plan.total_steps, initial=self._first_step, unit="step", dynamic_ncols=True
                 )
 
@@ -74,6 +74,10 @@ class ProgressLog(Callback):
 
     def _after_run(self, _, run_values):
         self._values = {k: float(v) for k, v in run_values.results.items()}
+
+    def restart_clock(self) -> None:
+        """What took time since the last step, an evaluation, is no part of the next one."""
+        self._last_time = time.time()
 
     def _trigger_step(self):
         values, step = self._values, self.global_step
@@ -212,7 +216,7 @@ class PeriodicEvaluation(Callback):
             self.metrics = self._evaluate(self.trainer.sess)
             overall = {k: v for k, v in self.metrics.items() if "per_class" not in k}
             self._log.write_metrics(step, overall)
-            self._log._last_time = time.time()
+            self._log.restart_clock()
 
 
 class StopAtEnd(Callback):

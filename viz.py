@@ -20,6 +20,7 @@ import cv2
 import numpy as np
 
 from common import UserError, atomic_write
+from data import read_image
 from detections import Detections
 from utils.polygons import decode_mask
 
@@ -331,8 +332,6 @@ def write_prediction(
     the same input, be it another folder's image or the input itself, is left alone: the name then gets the folder's
     name in front, or a hash behind. Predicting the same input again replaces its picture.
     """
-    from data import read_image
-
     source = os.path.realpath(image_path)
     stem, folder = Path(source).stem, Path(source).parent.name
     mark = "packrcnn input " + hashlib.sha256(source.encode(errors="surrogateescape")).hexdigest()[:24]

@@ -105,7 +105,7 @@ def measure_memory(images: int) -> None:
             pass
         rows = [["before loading", *before], ["after loading", *after], ["while training", *memory(os.getpid())]]
         rows += [[f"worker {n}", *memory(pid)] for n, pid in enumerate(flow.worker_pids)]
-        print(f"{images} images, {len(split._columns['labels'])} annotations, json of {size:.0f} MB")
+        print(f"{images} images, {split.class_counts()[0].sum()} annotations, json of {size:.0f} MB")
         print(
             f"loaded in {loaded:.1f} s ({busy:.1f} s of CPU), first batch {first:.1f} s after the workers were started"
         )

@@ -25,6 +25,9 @@ import pyarrow as pa
 import pyarrow.csv
 from tabulate import tabulate
 
+from dataset_openimages import load_openimages
+from utils.oid_eval import evaluate, read_detections, read_truth
+
 
 def peak_gib() -> float:
     # Not getrusage, whose maximum a process inherits from the one that started it.
@@ -139,8 +142,6 @@ def prepare_start(folder: Path, rows: int) -> None:
 
 
 def time_score(folder: Path) -> None:
-    from utils.oid_eval import evaluate, read_detections, read_truth
-
     table, start = [], (time.perf_counter(), time.process_time())
 
     def lap(step: str) -> None:
@@ -161,8 +162,6 @@ def time_score(folder: Path) -> None:
 
 
 def time_load(folder: Path) -> None:
-    from dataset_openimages import load_openimages
-
     start, cpu = time.perf_counter(), time.process_time()
     split = load_openimages("oid", folder, "train", check_images=False)
     seconds = time.perf_counter() - start

@@ -30,6 +30,9 @@ from tabulate import tabulate
 
 import detections
 from common import UserError
+from config import default_config, finalize_config
+from data import inference_batches
+from run_start import load_model, weight_loader, with_classes
 from utils import polygons
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -113,7 +116,6 @@ def graph_report(args: argparse.Namespace) -> str:
 
     cfg, load = _model(args)
     if args.image:
-        from data import inference_batches
 
         def read():
             return next(iter(inference_batches([args.image], cfg, (0, 1))))
@@ -146,12 +148,8 @@ def _model(args: argparse.Namespace) -> tuple:
     from utils.tf_v1 import tf
 
     if args.load:
-        from run_start import load_model, weight_loader, with_classes
-
         model = load_model(args.load, args.config)
         return with_classes(model.cfg, model.weights), weight_loader(model.weights, model.origin)
-    from config import default_config, finalize_config
-
     cfg = finalize_config(default_config().update_args(["DATA.NUM_CATEGORY=80", *args.config]))
 
     def load(sess) -> None:
@@ -167,7 +165,6 @@ def _model(args: argparse.Namespace) -> tuple:
 
 def augmentation_report(args: argparse.Namespace) -> str:
     """An image's prediction in several views against a plain one, in alternation."""
-    from data import inference_batches
     from predict import build_predictor
 
     cfg, load = _model(args)
@@ -187,7 +184,6 @@ def augmentation_report(args: argparse.Namespace) -> str:
 
 def nms_report(repeats: int) -> str:
     """Every kind of final NMS on boxes and scores like those of a trained model, and with every class a candidate."""
-    from config import default_config, finalize_config
     from model_frcnn import decode_detections
     from utils.tf_v1 import tf
 

@@ -25,6 +25,8 @@ import numpy as np
 
 from benchmarks.scaling_model import tables
 from common import UserError, logger, read_json, write_json
+from config import default_config, finalize_config
+from dataset import load_training_split
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -104,7 +106,6 @@ def gradient_schedule(settings: Sequence[str], height: int, width: int, repeats:
     """When in a step each gradient exists: {names, sizes, ready, tail} in bytes and seconds since the begin of the
     step; tail is from the last gradient to the end of the update. Medians of `repeats` steps."""
     from benchmarks.train_speed import synthetic_batch
-    from config import default_config, finalize_config
     from model_rcnn import build_training
     from trainers import DetectionOptimizer
     from utils.tf_v1 import tf
@@ -202,9 +203,6 @@ def run_together(commands: Sequence[list[str]], log: Path, seconds: float = 900)
 def padded_areas(data: Path) -> np.ndarray:
     """Pixels of each training image at the default size (800, at most 1333), padded as in a batch, relative to their
     mean."""
-    from config import default_config, finalize_config
-    from dataset import load_training_split
-
     cfg = finalize_config(default_config().update_args([*MODEL, f"DATA.BASEDIR={data}"]))
     sizes = load_training_split(cfg).image_sizes()
     scale = np.minimum(800 / sizes.min(1), 1333 / sizes.max(1))

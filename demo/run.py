@@ -21,6 +21,7 @@ from tabulate import tabulate
 
 from common import UserError, atomic_write, logger, read_json, write_json
 from demo.make_shapes import make_dataset
+from viz import contact_sheet
 
 __all__ = ["MODEL", "TRAINING", "free_logdir", "main"]
 
@@ -87,8 +88,6 @@ def _train_py(*arguments: str) -> None:
 
 def _write_sheet(path: Path, predictions: Path) -> None:
     """One picture of the first twelve in the folder `predictions`."""
-    from viz import contact_sheet
-
     pictures = [cv2.imread(str(p)) for p in sorted(predictions.glob("*.jpg"))[:12]]
     good, encoded = cv2.imencode(path.suffix, contact_sheet(pictures))
     if not good:

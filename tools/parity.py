@@ -26,6 +26,9 @@ from tabulate import tabulate
 
 from common import UserError, atomic_write, logger, read_json
 from config import Config, default_config, finalize_config
+from detections import paste_masks, to_original_frame
+from tools.convert import convert
+from utils.polygons import decode_mask, orient_outer, rings_to_edges
 
 __all__ = ["Golden", "compare_inference", "compare_training", "load_golden", "settings_from_golden"]
 
@@ -225,8 +228,6 @@ def polygons_of(golden: Golden, image: int) -> list[list[np.ndarray]]:
 
 def make_batch(golden: Golden, images: list[int], cfg: Config) -> dict[str, np.ndarray]:
     """The recorded images and objects as a training batch (the tensors of data.training_keys, and image_seed)."""
-    from utils.polygons import orient_outer, rings_to_edges
-
     data = [{k: golden.arrays[f"data/{i}/{k}"] for k in ("image_bgr", "gt_boxes", "gt_classes")} for i in images]
     shapes = np.array([d["image_bgr"].shape[:2] for d in data], np.int32)
     multiple = 32 if cfg.MODE_FPN else 1
@@ -261,8 +262,6 @@ def make_batch(golden: Golden, images: list[int], cfg: Config) -> dict[str, np.n
 
 # ------------------------------------------------------------------------------------------------------------- weights
 def convert_weights(path: Path) -> dict[str, np.ndarray]:
-    from tools.convert import convert
-
     return convert(path)[0]
 
 
@@ -348,9 +347,6 @@ def nchw(x: np.ndarray) -> np.ndarray:
 def mask_errors(masks: np.ndarray, boxes: np.ndarray, reference: np.ndarray) -> tuple[float, float]:
     """Probabilities [D,M,M] and boxes [D,4] pasted into the frame of reference [D,H,W] -> mean of 1 - IoU, and the
     worst of 1 - IoU without the pixels whose probability is within its own tolerance of the threshold."""
-    from detections import paste_masks
-    from utils.polygons import decode_mask
-
     h, w = reference.shape[1:]
     slack = TOLERANCES["mask probabilities"]
     pasted = {
@@ -392,7 +388,7 @@ def inference_graph(cfg: Config) -> tuple[dict, dict]:
         fetches["proposals"] = rpn_proposals(logits, deltas, anchors, image_shape, cfg, training=False)
         rois = tf.placeholder(tf.float32, [None, None, 4])
         if not cfg.FPN.CASCADE:
-            fetches["box_head"] = model_rcnn._box_branch(model_rcnn.make_roi_pooler(features, cfg), rois, cfg)[:2]
+            fetches["box_head"] = model_rcnn.box_branch(model_rcnn.make_roi_pooler(features, cfg), rois, cfg)[:2]
     return {"image": image, "image_shape": image_shape, "rois": rois}, fetches
 
 
@@ -473,8 +469,6 @@ def _proposal_rows(boxes, scores, own: dict, detail: str) -> Iterator[tuple[str,
 
 
 def _detection_rows(outputs: dict, own: dict, image_hw, detail: str) -> Iterator[tuple[str, float, str]]:
-    from detections import to_original_frame
-
     boxes, scores, labels = outputs["boxes"], outputs["scores"], outputs["labels"]
     classes = labels - 1
     found = match_rows(boxes, scores, own["det_boxes"], own["det_scores"], (classes, own["det_classes"]))
