@@ -7,8 +7,10 @@ fresh machine with two CPU cores says what it needs in its comment ("needs COCO 
 import argparse
 import functools
 import importlib.util
+import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -59,7 +61,8 @@ def without_code(text: str) -> str:
 
 
 def commands() -> list[Command]:
-    """The indented blocks of all documents with continued lines joined; lists indent by two spaces only."""
+    """The indented blocks of all documents with continued lines joined (lists indent by two spaces only), and commands
+    within a line of text."""
     found = []
     for document in DOCUMENTS:
         text = re.sub(r"(?ms)^```.*?^```$", "", text_of(document))
@@ -69,6 +72,8 @@ def commands() -> list[Command]:
                 comment = line.rpartition(" # ")[2] if " # " in line else ""
                 if words:
                     found.append(Command(name(document), words, comment))
+        for line in re.findall(r"`((?:\./train\.py|python|sbatch|make|(?:tools|scripts)/[\w./]+) [^`]+)`", text):
+            found.append(Command(name(document), shlex.split(line.replace("…", "")), "needs what the text says"))
     return found
 
 
@@ -159,6 +164,7 @@ def parse_only(path: Path, words: list[str], monkeypatch: pytest.MonkeyPatch) ->
         raise Parsed
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_intermixed_args", parse_and_stop)
     monkeypatch.setattr(sys, "argv", [str(path), *words])
     spec = importlib.util.spec_from_file_location(f"documented_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
@@ -174,7 +180,9 @@ def parse_only(path: Path, words: list[str], monkeypatch: pytest.MonkeyPatch) ->
     "command", [c for c in COMMANDS if c not in TRAIN], ids=lambda c: f"{c.document}: {' '.join(c.words)[:60]}"
 )
 def test_every_other_command_is_one_that_its_program_accepts(command, monkeypatch):
-    words = [w for w in command.words if not re.fullmatch(r"[A-Z_]+=\S*", w)]  # variables before the program
+    words = list(command.words)
+    while re.fullmatch(r"[A-Z_]+=\S*", words[0]):  # a variable of the environment
+        words = words[1:]
     if "|" in words:
         words = words[: words.index("|")]
     if re.fullmatch(r"(\.venv/bin/)?python3?", words[0]):
@@ -188,13 +196,19 @@ def test_every_other_command_is_one_that_its_program_accepts(command, monkeypatc
     if program == "make":
         targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
         assert {w for w in words[1:] if "=" not in w} <= targets
+    elif program.endswith(".py") and len(words) == 1 and "argparse" not in (ROOT / program).read_text():
+        pass
     elif program.endswith(".py") and program.startswith(("tools/", "scripts/")):
         with pytest.raises(Parsed):
             parse_only(ROOT / program, words[1:], monkeypatch)
     elif program.endswith((".py", ".sh", ".sbatch")) or "/" in program:
         assert (ROOT / program).is_file()
         options = {w.partition("=")[0] for w in words[1:] if w.startswith("--")}
-        assert all(option in (ROOT / program).read_text() for option in options)
+        code = (ROOT / program).read_text() + (ROOT / "scripts" / "launch_common.sh").read_text()
+        assert all(option in code for option in options)
+        if program.startswith("scripts/train_"):
+            done = subprocess.run(["bash", program, *words[1:], "--dry-run"], cwd=ROOT, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
     else:
         assert program in SYSTEM, f"{command.document}: what is {program}?"
 
@@ -210,9 +224,6 @@ def test_make_offers_the_targets_that_the_documents_name():
 
 def tutorial_data(folder: Path) -> None:
     """photos/ with labels.json, as the README has it, of the two COCO photographs with fewest objects, four times."""
-    import json
-    import shutil
-
     source = ROOT / "tests" / "data" / "coco_mini"
     content = json.loads((source / "annotations" / "instances_val2017.json").read_text())
     (folder / "photos").mkdir()
@@ -222,15 +233,21 @@ def tutorial_data(folder: Path) -> None:
 
 
 @pytest.mark.quick
-def test_the_readmes_preparation_of_your_own_photos_runs_as_printed(tmp_path):
+def test_the_readmes_short_commands_run_as_printed(tmp_path):
     tutorial_data(tmp_path)
-    wanted = [c for c in COMMANDS if c.document == "README.md" and c.words[1:2] and c.words[1].startswith("tools/")][:2]
-    assert [c.words[1] for c in wanted] == ["tools/split.py", "tools/check_data.py"]
-    for command in wanted:
-        words = [sys.executable, str(ROOT / command.words[1]), *command.words[2:]]
+    programs = ("tools/split.py", "tools/check_data.py", "./train.py")
+    readme = [c.words for c in COMMANDS if c.document == "README.md"]
+    readme = [words[words[0] == "python" :] for words in readme]
+    wanted = [w for w in readme if w[0] in programs and (w[0] != "./train.py" or "--print-config" in w)]
+    assert {w[0] for w in wanted} == set(programs)
+    output = ""
+    for program, *words in wanted:
+        words = [sys.executable, str(ROOT / program), *words]
         done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr + done.stdout
+        output += done.stdout
     assert (tmp_path / "photos" / "train.json").is_file() and list((tmp_path / "check").glob("*.html"))
+    assert "MODE_FPN=False" in output and "MODE_FPN=True" in output
 
 
 def own_photos_settings() -> Config:
