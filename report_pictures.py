@@ -1,0 +1,293 @@
+"""Pictures of an evaluation report: ground truth beside the detections, mistakes marked and named; and charts as PNG."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from pycocotools import mask as mask_utils
+
+from common import atomic_write, logger
+from report_errors import BACKGROUND, CLASS, DUPLICATE, IGNORED, KINDS, RIGHT, UNJUDGED
+from report_numbers import Scene
+from report_read import Problem, image_path
+
+__all__ = ["write_pictures"]
+
+SIDE = 640  # longest side of a picture's half
+CUTOUT = 224  # of a single mistake
+PER_CLASS = 4  # cut-outs of a class and kind
+MOST_CUTOUTS = 1200
+# BGR; told apart by brightness as well as by hue. The page names each in words.
+COLORS = {
+    "right": (80, 175, 76), "class": (50, 110, 240), "localisation": (30, 190, 245), "both": (150, 90, 200),
+    "duplicate": (200, 190, 60), "background": (70, 50, 230), "missed": (230, 110, 40), "ignored": (160, 160, 160),
+    "not judged": (160, 160, 160),
+}  # fmt: skip
+INK, PAPER = (30, 30, 30), (255, 255, 255)
+
+
+def write_pictures(problem: Problem, models: list, out: Path, most: int) -> dict[str, Any]:
+    """Writes images/*.jpg for the models of a report and says which there are.
+
+    Returns {"worst": [by model: entries by falling cost], "mistakes": [by model: …], "compared": [by comparison: …]};
+    an entry names its file, image, what is lost and the mistakes shown.
+    """
+    result: dict[str, Any] = {"worst": [], "mistakes": [], "compared": [], "missing": 0}
+    if not most or not problem.image_folders:
+        return result
+    folder = out / "images"
+    folder.mkdir(exist_ok=True)
+    reader = _Reader(problem, models[0].scene)
+    for number, model in enumerate(models):
+        result["worst"].append(_worst_images(reader, model, folder, f"model{number + 1}", most))
+        result["mistakes"].append(_mistakes(reader, model, folder, f"model{number + 1}"))
+    for number, model in enumerate(models[1:], 2):
+        result["compared"].append(_compared(reader, models[0], model, folder, f"compare{number}", min(most, 12)))
+    result["missing"] = len(reader.missing)
+    if reader.missing:
+        some = ", ".join(sorted(reader.missing)[:3])
+        logger.warning(f"{len(reader.missing)} images are not in {', '.join(problem.image_folders)}, e.g. {some}")
+    return result
+
+
+class _Reader:
+    """Images by their number, scaled to be drawn on."""
+
+    def __init__(self, problem: Problem, scene: Scene):
+        self.problem, self.scene = problem, scene
+        self.missing: set[str] = set()
+
+    def __call__(self, n: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """The image, at most SIDE long, and the scale [x, y] from annotated to drawn pixels."""
+        path = image_path(self.problem, self.scene.image_files[n])
+        image = None if path is None else cv2.imread(str(path), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+        if image is None:
+            self.missing.add(self.scene.image_files[n])
+            return None
+        height, width = image.shape[:2]
+        factor = min(1.0, SIDE / max(height, width)) if max(height, width) > 320 else SIDE / 2 / max(height, width)
+        size = max(1, round(width * factor)), max(1, round(height * factor))
+        drawn = cv2.resize(image, size, interpolation=cv2.INTER_AREA if factor < 1 else cv2.INTER_CUBIC)
+        declared = self.scene.sizes[n][::-1] if self.scene.sizes[n].all() else (1, 1)
+        return drawn, np.array(size) / declared
+
+
+def _write(path: Path, picture: np.ndarray, quality: int = 80) -> str:
+    with atomic_write(path, "wb") as f:
+        f.write(cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes())
+    return f"{path.parent.name}/{path.name}"
+
+
+# ------------------------------------------------------------------------------------------------ drawing
+def _text(canvas: np.ndarray, text: str, x: int, y: int, color: tuple, size: int = 13) -> None:
+    """A line of text on a filled tag, inside the canvas."""
+    font = cv2.FontFace("sans")
+    width = cv2.getTextSize((1, 1), text, (0, 0), font, size, 600)[2] + 6
+    height = round(1.3 * size)
+    x = int(np.clip(x, 0, max(0, canvas.shape[1] - width)))
+    y = int(np.clip(y, 0, max(0, canvas.shape[0] - height)))
+    cv2.rectangle(canvas, (x, y), (x + width, y + height), color, -1)
+    light = 0.114 * color[0] + 0.587 * color[1] + 0.299 * color[2] > 140
+    cv2.putText(canvas, text, (x + 3, y + round(0.98 * size)), INK if light else PAPER, font, size, 600)
+
+
+def _outline(canvas: np.ndarray, scene: Scene, which: str, i: int, scale: np.ndarray, color: tuple, line: int) -> tuple:
+    """Draws one object or detection: its box, its mask's contour where it has one, its points. Returns its box."""
+    box = (scene.gt_box if which == "gt" else scene.dt_box)[i] * np.tile(scale, 2)
+    masks = scene.gt_masks if which == "gt" else scene.dt_masks
+    points = scene.gt_points if which == "gt" else scene.dt_points
+    x1, y1, x2, y2 = (round(float(v)) for v in box)
+    if masks is not None:
+        mask = mask_utils.decode(masks[i])
+        mask = cv2.resize(mask, canvas.shape[1::-1], interpolation=cv2.INTER_AREA)
+        contours, _ = cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
+        cv2.drawContours(canvas, contours, -1, INK, line + 2, cv2.LINE_AA)
+        cv2.drawContours(canvas, contours, -1, color, line, cv2.LINE_AA)
+    else:
+        cv2.rectangle(canvas, (x1, y1), (x2, y2), INK, line + 2)
+        cv2.rectangle(canvas, (x1, y1), (x2, y2), color, line)
+    if points is not None:
+        for x, y, v in points[i]:
+            if v > 0 or which == "dt":
+                cv2.circle(canvas, (round(x * scale[0]), round(y * scale[1])), line + 2, INK, -1, cv2.LINE_AA)
+                cv2.circle(canvas, (round(x * scale[0]), round(y * scale[1])), line + 1, color, -1, cv2.LINE_AA)
+    return x1, y1, x2, y2
+
+
+def _names(scene: Scene, verdicts: Any, d: int) -> str:
+    """What is written on a detection."""
+    own = f"{scene.class_names[scene.dt_label[d]]} {scene.dt_score[d]:.2f}"
+    kind = verdicts.kind[d]
+    if kind == CLASS:
+        return f"{own}: is {scene.class_names[scene.gt_label[verdicts.object[d]]]}"
+    if kind in (RIGHT, IGNORED, UNJUDGED):
+        return own
+    if kind == BACKGROUND:
+        return f"{own}: nothing there"
+    if kind == DUPLICATE:
+        return f"{own}: found twice"
+    return f"{own}: {KINDS[kind]}, IoU {verdicts.overlap[d]:.2f}"
+
+
+def _shown(model: Any, n: int) -> np.ndarray:
+    first = model.scene.first_detection()
+    rows = np.arange(first[n], first[n + 1])
+    return rows[model.scene.dt_score[rows] >= model.content["threshold"]]
+
+
+def _draw_truth(model: Any, n: int, image: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    scene, canvas = model.scene, image.copy()
+    first = scene.first_object()
+    shown = set(_shown(model, n).tolist())
+    tags = []
+    for g in range(first[n], first[n + 1]):
+        found = model.verdicts.found_by[g]
+        kind = "ignored" if scene.gt_ignore[g] else "right" if found in shown else "missed"
+        box = _outline(canvas, scene, "gt", g, scale, COLORS[kind], 2)
+        name = scene.class_names[scene.gt_label[g]]
+        if kind == "missed":
+            name += f": missed, found at {scene.dt_score[found]:.2f}" if found >= 0 else ": missed"
+        tags.append((name, box, COLORS[kind]))
+    for name, box, color in tags:
+        _text(canvas, name, box[0], box[1] - 17, color)
+    return canvas
+
+
+def _draw_found(model: Any, n: int, image: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    canvas = image.copy()
+    rows = _shown(model, n)
+    boxes = [
+        _outline(canvas, model.scene, "dt", d, scale, COLORS[KINDS[model.verdicts.kind[d]]], 2) for d in rows[::-1]
+    ][::-1]
+    for d, box in list(zip(rows, boxes))[::-1]:
+        _text(canvas, _names(model.scene, model.verdicts, d), box[0], box[1] - 17, COLORS[KINDS[model.verdicts.kind[d]]])
+    return canvas
+
+
+def _beside(panels: list[np.ndarray], captions: list[str]) -> np.ndarray:
+    columns = []
+    for panel, caption in zip(panels, captions):
+        head = np.full((24, panel.shape[1], 3), PAPER, np.uint8)
+        cv2.putText(head, caption, (2, 17), INK, cv2.FontFace("sans"), 14, 600)
+        columns += [np.vstack([head, panel]), np.full((panel.shape[0] + 24, 6, 3), PAPER, np.uint8)]
+    return np.hstack(columns[:-1])
+
+
+# ------------------------------------------------------------------------------------------------ what is drawn
+def _worst_images(reader: _Reader, model: Any, folder: Path, mark: str, most: int) -> list[dict[str, Any]]:
+    from report import lost_by_image
+
+    scene, verdicts = model.scene, model.verdicts
+    lost = lost_by_image(model)
+    entries = []
+    for n in np.argsort(-lost, kind="stable")[:most].tolist():
+        if lost[n] <= 0:
+            break
+        read = reader(n)
+        if read is None:
+            continue
+        image, scale = read
+        picture = _beside(
+            [_draw_truth(model, n, image, scale), _draw_found(model, n, image, scale)],
+            ["ground truth", f"detections from score {model.content['threshold']:.2f}"],
+        )
+        rows = _shown(model, n)
+        counts = {k: int((verdicts.kind[rows] == i).sum()) for i, k in enumerate(KINDS) if i >= CLASS}
+        objects = np.arange(*scene.first_object()[n : n + 2])
+        found = np.isin(verdicts.found_by[objects], rows)
+        counts["missed"] = int((~found & ~scene.gt_ignore[objects]).sum())
+        entries.append({
+            "picture": _write(folder / f"{mark}-{len(entries) + 1:03d}.jpg", picture),
+            "width": picture.shape[1], "height": picture.shape[0],
+            "image_id": scene.image_ids[n], "file": scene.image_files[n], "lost": float(lost[n]),
+            "mistakes": {k: v for k, v in counts.items() if v},
+        })  # fmt: skip
+    return entries
+
+
+def _mistakes(reader: _Reader, model: Any, folder: Path, mark: str) -> list[dict[str, Any]]:
+    """Cut-outs, by class: the most confident detections of nothing, the missed, the confused, the badly placed."""
+    scene, verdicts = model.scene, model.verdicts
+    chosen: list[tuple[float, int, str, str, int]] = []  # cost, class, kind, gt or dt, row
+    missed = (verdicts.found_by < 0) & ~scene.gt_ignore
+    for c in range(len(scene.class_names)):
+        for kind, codes in (("invented", (BACKGROUND,)), ("confused", (CLASS,)), ("misplaced", (4, 5))):
+            rows = np.flatnonzero((scene.dt_label == c) & np.isin(verdicts.kind, codes))
+            rows = rows[np.argsort(-scene.dt_score[rows], kind="stable")][:PER_CLASS]
+            chosen += [(model.costs[0][d], c, kind, "dt", int(d)) for d in rows]
+        rows = np.flatnonzero(missed & (scene.gt_label == c))
+        rows = rows[np.argsort(-scene.gt_area[rows], kind="stable")][:PER_CLASS]
+        chosen += [(model.costs[1][g], c, "missed", "gt", int(g)) for g in rows]
+    chosen = sorted(chosen, key=lambda item: -item[0])[:MOST_CUTOUTS]
+    by_image: dict[int, list] = {}
+    for item in chosen:
+        n = int((scene.gt_image if item[3] == "gt" else scene.dt_image)[item[4]])
+        by_image.setdefault(n, []).append(item)
+    entries = []
+    for n, items in by_image.items():
+        read = reader(n)
+        if read is None:
+            continue
+        image, scale = read
+        for cost, c, kind, which, i in items:
+            entries.append({
+                "picture": _write(folder / f"{mark}-{which}{i}.jpg", _cutout(model, image, scale, which, i), 75),
+                "class": scene.class_names[c], "kind": kind, "cost": float(cost),
+                "score": float(scene.dt_score[i]) if which == "dt" else None,
+                "text": _names(scene, verdicts, i) if which == "dt" else f"{scene.class_names[c]}: missed",
+                "image_id": scene.image_ids[n], "file": scene.image_files[n],
+            })  # fmt: skip
+    order = {name: n for n, name in enumerate(scene.class_names)}
+    return sorted(entries, key=lambda e: (order[e["class"]], e["kind"], -(e["score"] or 0)))
+
+
+def _cutout(model: Any, image: np.ndarray, scale: np.ndarray, which: str, i: int) -> np.ndarray:
+    """A square of CUTOUT pixels around one mistake, with the object that it is about."""
+    scene = model.scene
+    canvas = image.copy()
+    box = (scene.gt_box if which == "gt" else scene.dt_box)[i] * np.tile(scale, 2)
+    kind = "missed" if which == "gt" else KINDS[model.verdicts.kind[i]]
+    if which == "dt" and model.verdicts.object[i] >= 0:
+        _outline(canvas, scene, "gt", model.verdicts.object[i], scale, COLORS["right"], 1)
+    _outline(canvas, scene, which, i, scale, COLORS[kind], 2)
+    middle = (box[:2] + box[2:]) / 2
+    half = max(48.0, 0.7 * float((box[2:] - box[:2]).max()))
+    x1, y1 = np.floor(middle - half).astype(int)
+    side = math.ceil(2 * half)
+    height, width = canvas.shape[:2]
+    square = np.full((side, side, 3), 128, np.uint8)
+    left, top, right, bottom = max(x1, 0), max(y1, 0), min(x1 + side, width), min(y1 + side, height)
+    if right > left and bottom > top:
+        square[top - y1 : bottom - y1, left - x1 : right - x1] = canvas[top:bottom, left:right]
+    shrink = side > CUTOUT
+    return cv2.resize(square, (CUTOUT, CUTOUT), interpolation=cv2.INTER_AREA if shrink else cv2.INTER_CUBIC)
+
+
+def _compared(reader: _Reader, first: Any, second: Any, folder: Path, mark: str, most: int) -> list[dict[str, Any]]:
+    """The images that got better and worse most, with the detections of both models."""
+    from report import lost_by_image
+
+    gain = lost_by_image(first) - lost_by_image(second)
+    order = np.argsort(-gain, kind="stable")
+    half = max(1, most // 2)
+    entries = []
+    for n in [*order[:half].tolist(), *order[::-1][:half].tolist()]:
+        if abs(gain[n]) <= 0 or any(e["number"] == n for e in entries):
+            continue
+        read = reader(n)
+        if read is None:
+            continue
+        image, scale = read
+        picture = _beside(
+            [_draw_truth(first, n, image, scale), _draw_found(first, n, image, scale),
+             _draw_found(second, n, image, scale)],
+            ["ground truth", first.name, second.name],
+        )  # fmt: skip
+        entries.append({
+            "picture": _write(folder / f"{mark}-{len(entries) + 1:03d}.jpg", picture),
+            "width": picture.shape[1], "height": picture.shape[0], "number": n,
+            "image_id": first.scene.image_ids[n], "file": first.scene.image_files[n], "gain": float(gain[n]),
+        })  # fmt: skip
+    return [{k: v for k, v in e.items() if k != "number"} for e in entries]
