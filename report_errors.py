@@ -1,8 +1,8 @@
 """What kind each mistake is, and what it costs: at one IoU threshold, from the columns of a `Scene`.
 
-The kinds are those of TIDE (Bolya et al., "TIDE: A General Toolbox for Identifying Object Detection Errors", ECCV 2020),
-with its order of tests and its numbers. Boundary IoU is that of Cheng et al. (CVPR 2021), the kinds of keypoint errors
-those of Ronchi and Perona ("Benchmarking and Error Diagnosis in Multi-Instance Pose Estimation", ICCV 2017).
+The kinds are those of TIDE (Bolya et al., "TIDE: A General Toolbox for Identifying Object Detection Errors", ECCV
+2020), with its order of tests and its numbers. Boundary IoU is that of Cheng et al. (CVPR 2021), the kinds of keypoint
+errors those of Ronchi and Perona ("Benchmarking and Error Diagnosis in Multi-Instance Pose Estimation", ICCV 2017).
 """
 
 import math
@@ -139,8 +139,8 @@ def split_errors(scene: Scene, verdicts: Verdicts) -> dict[str, Any]:
         for c in range(classes):
             mine = rows[ends[c] : ends[c + 1]]
             if len(mine) or number[c]:
-                record = Record(np.zeros(len(mine), np.int32), scores[mine], good[None, mine], np.ones((1, len(mine)), bool),
-                                np.array([number[c]], np.float64))  # fmt: skip
+                hit, number_c = good[None, mine], np.array([number[c]], np.float64)
+                record = Record(np.zeros(len(mine), np.int32), scores[mine], hit, np.ones_like(hit), number_c)
                 aps.append(float(average_precision(record, levels)[0]) if number[c] else 0.0)
         return float(np.mean(aps)) if aps else math.nan
 
@@ -255,7 +255,7 @@ def mask_quality(scene: Scene, box_verdicts: Verdicts, most: int = 3000, seed: i
     COCO's mask AP of these pairs alone, each detection against its object. Boundary IoU is measured on at most `most`
     pairs, drawn with `seed`; Cheng et al. take the smaller of it and the mask's IoU.
     """
-    pairs = np.flatnonzero((box_verdicts.kind == RIGHT))
+    pairs = np.flatnonzero(box_verdicts.kind == RIGHT)
     pairs = pairs[~scene.gt_ignore[box_verdicts.object[pairs]]]
     objects = box_verdicts.object[pairs]
     iou = np.array([float(mask_utils.iou([scene.dt_masks[d]], [scene.gt_masks[g]], [0])[0, 0]) for d, g in

@@ -6,16 +6,17 @@ images (Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from pycocotools import mask as mask_utils
 
 __all__ = [
-    "AREAS", "IOU_THRESHOLDS", "KEYPOINT_FALLOFFS", "Matches", "RECALLS", "Record", "Scene", "Summary", "average_precision", "best_f1", "bootstrap", "class_mean",
-    "calibration", "class_records", "coco_records", "interval", "match_scene", "overlaps", "pooled",
-    "precision_recall", "resample", "score_counts", "summarise", "threshold_table",
+    "AREAS", "IOU_THRESHOLDS", "KEYPOINT_FALLOFFS", "RECALLS", "Matches", "Record", "Scene", "Summary",
+    "average_precision", "best_f1", "bootstrap", "calibration", "class_mean", "class_records", "coco_records",
+    "interval", "match_scene", "overlaps", "pooled", "precision_recall", "resample", "score_counts", "summarise",
+    "threshold_table",
 ]  # fmt: skip
 
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
@@ -152,7 +153,8 @@ def match_scene(
     """COCO's greedy matching: each detection in turn takes the free object of its class that it overlaps most.
 
     Objects to be found go before ignored ones whatever the overlap; of equal overlaps the last object counts; a crowd
-    region can be taken again and again. Only the first `limit` detections of an image and class take part, and none of a class that nobody looked for.
+    region can be taken again and again. Only the first `limit` detections of an image and class take
+    part, and none of a class that nobody looked for.
     """
     low, high = np.array(list(areas.values()), np.float64).T[:, :, None]
     set_aside = (scene.gt_area < low) | (scene.gt_area > high) | scene.gt_ignore  # [A, G]
@@ -413,9 +415,7 @@ def summarise(
     return Summary(values, samples, class_values, class_samples)
 
 
-def _recall(
-    records: list[Record], which: Sequence[int] | slice, weights: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def _recall(records: list[Record], which: Sequence[int] | slice, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean over thresholds of the share of objects found: float64 [C] and bootstrap samples [C, B]."""
     found = np.array([np.bincount(r.image, r.hit[which].mean(0), len(r.objects)) for r in records])  # [C, N]
     objects = np.array([r.objects for r in records])

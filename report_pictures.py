@@ -1,4 +1,4 @@
-"""Pictures of an evaluation report: ground truth beside the detections, mistakes marked and named; and charts as PNG."""
+"""Pictures of an evaluation report: ground truth beside the detections, mistakes marked and named."""
 
 import math
 from pathlib import Path
@@ -150,8 +150,9 @@ def _draw_truth(model: Any, n: int, image: np.ndarray, scale: np.ndarray) -> np.
         if kind == "missed":
             name += f": missed, found at {scene.dt_score[found]:.2f}" if found >= 0 else ": missed"
         tags.append((name, box, COLORS[kind]))
-    for name, box, color in tags:
-        _text(canvas, name, box[0], box[1] - 17, color)
+    for name, box, color in sorted(tags, key=lambda tag: tag[2] == COLORS["missed"]):
+        size = 13 if color == COLORS["missed"] else 11
+        _text(canvas, name, box[0], box[1] - round(1.3 * size), color, size)
     return canvas
 
 
@@ -161,8 +162,12 @@ def _draw_found(model: Any, n: int, image: np.ndarray, scale: np.ndarray) -> np.
     boxes = [
         _outline(canvas, model.scene, "dt", d, scale, COLORS[KINDS[model.verdicts.kind[d]]], 2) for d in rows[::-1]
     ][::-1]
-    for d, box in list(zip(rows, boxes))[::-1]:
-        _text(canvas, _names(model.scene, model.verdicts, d), box[0], box[1] - 17, COLORS[KINDS[model.verdicts.kind[d]]])
+    # Mistakes come last, so that no name hides theirs.
+    kinds = model.verdicts.kind[rows]
+    for i in sorted(range(len(rows)), key=lambda i: (kinds[i] >= CLASS, model.scene.dt_score[rows[i]])):
+        size = 13 if kinds[i] >= CLASS else 11
+        name = _names(model.scene, model.verdicts, rows[i])
+        _text(canvas, name, boxes[i][0], boxes[i][1] - round(1.3 * size), COLORS[KINDS[kinds[i]]], size)
     return canvas
 
 

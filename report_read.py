@@ -39,12 +39,19 @@ class Problem(NamedTuple):
     proposals: list[dict[str, Any]] | None = None
     ancestors: np.ndarray | None = None  # Open Images: bool [C, C], see utils.oid_format.read_ancestors
     expand_detections: bool = False
+    expanded: dict[str, Any] | None = None  # the content with objects of the ancestors' classes too
 
     @property
     def frequencies(self) -> list[str | None]:
         """LVIS: r, c or f of each class."""
         of = {c["id"]: c.get("frequency") for c in self.content["categories"]}
         return [of[i] for i in class_names(self.content["categories"])]
+
+    @property
+    def category_order(self) -> list[int]:
+        """Places in the list of categories of the classes, in their order in a `Scene`."""
+        place = {c["id"]: n for n, c in enumerate(self.content["categories"])}
+        return [place[i] for i in class_names(self.content["categories"])]
 
     @property
     def point_names(self) -> list[str]:
@@ -60,7 +67,34 @@ class Problem(NamedTuple):
 
 def problem_of(protocol: str, name: str, content: dict[str, Any], image_folders: Sequence[str | os.PathLike] = (),
                **more: Any) -> Problem:  # fmt: skip
-    return Problem(protocol, name, content, PROTOCOLS[protocol], [os.fspath(f) for f in image_folders], **more)
+    problem = Problem(protocol, name, content, PROTOCOLS[protocol], [os.fspath(f) for f in image_folders], **more)
+    if protocol.startswith("oid-challenge") and problem.ancestors is not None:
+        problem = problem._replace(expanded=_expanded(content, problem.ancestors))
+    return problem
+
+
+def _expanded(content: dict[str, Any], ancestors: np.ndarray) -> dict[str, Any]:
+    """Open Images content with a copy of each object for each ancestor of its class, and labels likewise: a class that
+    is there implies its ancestors, one that is not there excludes its descendants."""
+    ids = [c["id"] for c in content["categories"]]
+    place = {i: n for n, i in enumerate(ids)}
+
+    def related(given: Any, table: np.ndarray) -> list:
+        rows = [place[c] for c in given or () if c in place]
+        return [ids[k] for k in np.flatnonzero(table[rows].any(0))] if rows else []
+
+    images = []
+    for image in content["images"]:
+        there, absent = (list(image.get(key) or ()) for key in ("pos_category_ids", "neg_category_ids"))
+        there, absent = there + related(there, ancestors), absent + related(absent, ancestors.T)
+        images.append({**image, "pos_category_ids": there, "neg_category_ids": absent})
+    more = [
+        {**a, "category_id": ids[k]}
+        for a in content["annotations"]
+        if a["category_id"] in place
+        for k in np.flatnonzero(ancestors[place[a["category_id"]]])
+    ]
+    return {**content, "images": images, "annotations": [*content["annotations"], *more]}
 
 
 def image_path(problem: Problem, file_name: str) -> Path | None:
@@ -83,11 +117,23 @@ def scenes_of(problem: Problem, entries: list[dict[str, Any]], types: Sequence[s
                 scene = scene._replace(dt_area=(scene.dt_box[:, 2:] - scene.dt_box[:, :2]).prod(1))
             scene = _federated(problem.content, scene)
         else:
-            scene = scene_from_coco(problem.content, entries, kind)
-            if problem.protocol == "oid-challenge" or problem.protocol == "oid-challenge-segm":
-                scene = _federated(problem.content, scene)
+            content = problem.expanded or problem.content
+            copies = _copies(problem, entries) if problem.expand_detections and problem.ancestors is not None else []
+            scene = scene_from_coco(content, [*entries, *copies], kind)
+            if problem.protocol.startswith("oid-challenge"):
+                scene = _federated(content, scene)
         scenes[kind] = scene
     return scenes
+
+
+def _copies(problem: Problem, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    ids = [c["id"] for c in problem.content["categories"]]
+    place = {i: n for n, i in enumerate(ids)}
+    return [
+        {**r, "category_id": ids[k]}
+        for r in entries
+        for k in np.flatnonzero(problem.ancestors[place[r["category_id"]]])
+    ]
 
 
 def _federated(content: dict[str, Any], scene: Scene) -> Scene:
@@ -187,7 +233,7 @@ def _found_rows(results, image_of, label_of, sizes, iou_type, max_per_image) -> 
     for n, r in enumerate(results):
         if r.get("image_id") not in image_of or r.get("category_id") not in label_of:
             raise UserError(f"results: entry {n}: its image or category is not in the annotation file")
-        if r.get(key) is None:
+        if r.get(key) is None and not (iou_type == "bbox" and r.get("segmentation")):
             raise UserError(f"results: entry {n} has no {key}, which {iou_type} scores need")
         rows.append(r)
     image = np.array([image_of[r["image_id"]] for r in rows], np.int32)
@@ -211,6 +257,8 @@ def _found_rows(results, image_of, label_of, sizes, iou_type, max_per_image) -> 
     for i, r in enumerate(rows):
         if r.get("bbox") is not None:
             boxes[i] = r["bbox"]
+        elif iou_type == "bbox":
+            boxes[i] = mask_utils.toBbox(_rle(r["segmentation"], sizes[image[i]].tolist()))
     if iou_type == "bbox":
         areas[:] = boxes[:, 2] * boxes[:, 3]
     boxes[:, 2:] += boxes[:, :2]

@@ -7,7 +7,7 @@ to count (below 100 pixels) is above the threshold too.
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +38,15 @@ IOU_THRESHOLDS = np.arange(0.5, 1.0, 0.05)  # with its rounding, since an overla
 MIN_PIXELS = 100
 
 
-def evaluate_cityscapes(content: dict[str, Any], results: Sequence[dict[str, Any]]) -> dict[str, float]:
+def evaluate_cityscapes(
+    content: dict[str, Any], results: Sequence[dict[str, Any]], on_class: Callable[..., None] | None = None
+) -> dict[str, float]:
     """Scores COCO-format results with masks.
 
     content: COCO-like; annotations with iscrowd are groups, an image's "void" is a mask (run lengths) of its void.
     Returns AP, AP50, AP_per_class/<name> and AP50_per_class/<name>; nan for classes without an object that counts.
+    `on_class(category id, image ids [P], objects to be found in each [P], for each threshold the scores, hits and
+    places in the image ids of what AP is computed from)` is called for each class.
     """
     images = {image["id"]: image for image in content["images"]}
     objects, found = defaultdict(list), defaultdict(list)
@@ -58,6 +62,9 @@ def evaluate_cityscapes(content: dict[str, Any], results: Sequence[dict[str, Any
         keys = sorted((k for k in {*objects, *found} if k[0] == category["id"]), key=lambda k: str(k[1]))
         parts = [_overlaps(objects.get(k, []), found.get(k, []), images[k[1]].get("void")) for k in keys]
         per_class[category["name"]] = [_average_precision(parts, t) for t in IOU_THRESHOLDS]
+        if on_class is not None:
+            numbers = [int(counts.sum()) for _, _, counts, _ in parts]
+            on_class(category["id"], [k[1] for k in keys], numbers, [_settle(parts, t) for t in IOU_THRESHOLDS])
     table = np.array(list(per_class.values())).reshape(-1, len(IOU_THRESHOLDS))
     valid = table[~np.isnan(table).any(1)]
     metrics["AP"] = float(valid.mean()) if len(valid) else float("nan")
@@ -93,13 +100,10 @@ def _overlaps(objects: list[tuple], found: list[tuple], void: dict | None) -> tu
     return scores, iou, ~group & ~small, ignored / np.maximum(area, 1)
 
 
-def _average_precision(parts: list[tuple], threshold: float) -> float:
-    """Area under the line through precision and recall at every distinct score, from (0, 1) on; nan without objects."""
-    number, any_detection = 0, False
-    scores, right = [np.zeros(0)], [np.zeros(0, bool)]
-    for score, iou, counts, ignored in parts:
-        number += int(counts.sum())
-        any_detection |= len(score) > 0
+def _settle(parts: list[tuple], threshold: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Scores float64 [S], right bool [S] and part int64 [S] of the detections of one class that count."""
+    scores, right, place = [np.zeros(0)], [np.zeros(0, bool)], [np.zeros(0, np.int64)]
+    for number, (score, iou, counts, ignored) in enumerate(parts):
         good = iou > threshold
         for of_object in good[:, counts].T:
             scores.append(np.sort(score[of_object])[::-1])
@@ -107,10 +111,17 @@ def _average_precision(parts: list[tuple], threshold: float) -> float:
         wrong = ~good.any(1) & (ignored <= threshold)
         scores.append(score[wrong])
         right.append(np.zeros(int(wrong.sum()), bool))
+        place.append(np.full(int(good[:, counts].sum() + wrong.sum()), number))
+    return np.concatenate(scores), np.concatenate(right), np.concatenate(place)
+
+
+def _average_precision(parts: list[tuple], threshold: float) -> float:
+    """Area under the line through precision and recall at every distinct score, from (0, 1) on; nan without objects."""
+    number = sum(int(counts.sum()) for _, _, counts, _ in parts)
     if not number:
         return float("nan")
-    scores, right = np.concatenate(scores), np.concatenate(right)
-    if not any_detection or not len(scores):
+    scores, right, _ = _settle(parts, threshold)
+    if not len(scores):
         return 0.0
     order = np.argsort(-scores, kind="stable")
     last = np.flatnonzero(np.diff(scores[order], append=-np.inf))  # equal scores count together

@@ -10,7 +10,7 @@ orders the official tool may take, and it makes a result independent of the orde
 """
 
 import csv
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +34,7 @@ __all__ = [
     "read_mask_image",
     "read_truth",
     "read_detections",
+    "resize_run",
     "truth_from_coco",
     "detections_from_coco",
     "evaluate",
@@ -439,7 +440,11 @@ def _report(number: int, what: str) -> None:
 
 # ------------------------------------------------------------------------------------------------------ the metrics
 def evaluate(
-    truth: Truth, detections: DetectionTable, protocol: str, expand_detections: bool = False
+    truth: Truth,
+    detections: DetectionTable,
+    protocol: str,
+    expand_detections: bool = False,
+    on_class: Callable[..., None] | None = None,
 ) -> dict[str, Any]:
     """Scores detections by "v2", "challenge" or "challenge-segm".
 
@@ -447,10 +452,11 @@ def evaluate(
     detections of classes that nobody verified in the image. Their official tool scores detections as submitted: a
     detection's copies for its ancestors are the submitter's business, and made here only with `expand_detections`.
     Returns mAP, and for each class id per_class_AP (None: no ground truth), num_gt, num_scored_detections and
-    num_true_positives.
+    num_true_positives. `on_class(index of the class, scores, hits, images, image of each object to be found)` is
+    called with what each AP is computed from, see `average_precision`.
     """
     if protocol == "v2":
-        return _evaluate(truth, detections, None, False, 0.0, False, False)
+        return _evaluate(truth, detections, None, False, 0.0, False, False, on_class)
     if protocol not in ("challenge", "challenge-segm"):
         raise ValueError(protocol)
     if truth.ancestors is None and expand_detections:
@@ -458,7 +464,7 @@ def evaluate(
     masked = protocol == "challenge-segm"
     if masked and (truth.masks is None or (detections.masks is None and len(detections.image))):
         raise UserError("the segmentation challenge needs masks in the ground truth and in the detections")
-    return _evaluate(truth, detections, truth.ancestors, expand_detections, 1.0, True, masked)
+    return _evaluate(truth, detections, truth.ancestors, expand_detections, 1.0, True, masked, on_class)
 
 
 def _evaluate(
@@ -469,6 +475,7 @@ def _evaluate(
     group_weight: float,
     verified_only: bool,
     masked: bool,
+    on_class: Callable[..., None] | None,
 ) -> dict[str, Any]:
     """One metric over all classes; `ancestors` None means no expansion of the ground truth."""
     finite = np.isfinite(detections.score) & np.isfinite(detections.boxes).all(1)
@@ -501,6 +508,9 @@ def _evaluate(
         scores, hits, images, number = _settle_class(
             truth, detections, dets, gts, has_mask[gts], group_weight, overlaps
         )
+        if on_class is not None:
+            to_find = has_mask[gts] & (~truth.group_of[gts] | (group_weight > 0))
+            on_class(c, scores, hits, images, truth.image[gts[to_find]])
         label = truth.class_ids[c]
         result["per_class_AP"][label] = average_precision(scores, hits, number, images) if number > 0 else None
         result["num_gt"][label] = float(number)
@@ -671,7 +681,7 @@ class _MaskOverlaps(_BoxOverlaps):
                 name = truth.image_ids[n].decode()
                 raise UserError(f"image {name}: its ground-truth masks have different sizes")
             resized += sum(run["size"] != size for run in det_runs)
-            det_runs = [run if run["size"] == size else _resize_run(run, size) for run in det_runs]
+            det_runs = [resize_run(run, size) for run in det_runs]
             self.det_base[d] = filled + np.arange(len(d)) * len(g)
             self.gt_column[g] = np.arange(len(g))
             tables.append(mask_utils.iou(det_runs, gt_runs, truth.group_of[g].tolist()).ravel())
@@ -686,6 +696,9 @@ class _MaskOverlaps(_BoxOverlaps):
     ignored = _BoxOverlaps.counted
 
 
-def _resize_run(run: dict[str, Any], size: Sequence[int]) -> dict[str, Any]:
+def resize_run(run: dict[str, Any], size: Sequence[int]) -> dict[str, Any]:
+    """The run lengths of a mask resampled to `size` (height, width), of the nearest pixels."""
+    if list(run["size"]) == list(size):
+        return run
     bitmap = cv2.resize(mask_utils.decode(run), (size[1], size[0]), interpolation=cv2.INTER_NEAREST)
     return mask_utils.encode(np.asfortranarray(bitmap))

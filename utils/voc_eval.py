@@ -5,6 +5,7 @@ coordinates are 1-based inclusive pixels; here a box spans [x1 - 1, x2), which g
 added ones.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,18 @@ from utils.oid_eval import DetectionTable, Truth, average_precision, best_overla
 __all__ = ["evaluate_voc", "eleven_point_precision"]
 
 
-def evaluate_voc(truth: Truth, detections: DetectionTable, eleven_points: bool, iou_threshold: float = 0.5) -> dict:
+def evaluate_voc(
+    truth: Truth,
+    detections: DetectionTable,
+    eleven_points: bool,
+    iou_threshold: float = 0.5,
+    on_class: Callable[..., None] | None = None,
+) -> dict:
     """Returns mAP and for each class id per_class_AP (None: no object), num_gt and num_true_positives.
 
     `truth.group_of` marks the difficult objects: they are not counted, and a detection whose best overlap is with one
-    is neither right nor wrong. A detection is compared only with the object that it overlaps most.
+    is neither right nor wrong. A detection is compared only with the object that it overlaps most. `on_class` is called
+    as by utils.oid_eval.evaluate.
     """
     result: dict[str, Any] = {"mAP": None, "per_class_AP": {}, "num_gt": {}, "num_true_positives": {}}
     for c, class_id in enumerate(truth.class_ids):
@@ -40,6 +48,8 @@ def evaluate_voc(truth: Truth, detections: DetectionTable, eleven_points: bool, 
         counts = np.ones(len(dets), bool)
         counts[ignored] = False
         number = int((~difficult).sum())
+        if on_class is not None:
+            on_class(c, score[counts], hits[counts], image[counts], truth.image[gts[~difficult]])
         result["num_gt"][class_id] = number
         result["num_true_positives"][class_id] = int(hits.sum())
         measure = eleven_point_precision if eleven_points else average_precision
