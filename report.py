@@ -15,11 +15,15 @@ import numpy as np
 import report_errors
 import report_numbers as numbers
 from common import UserError, logger, without_nan, write_json
+from eval import evaluate_proposals
 from report_data import data_facts
 from report_numbers import AREAS, Record, Scene, Summary
+from report_page import write_page
+from report_pictures import write_pictures
+from report_protocols import other_summary
 from report_read import Problem, held_types, scenes_of
 
-__all__ = ["RESAMPLES", "write_report"]
+__all__ = ["RESAMPLES", "Model", "compare", "compared_names", "difference", "summary_of", "write_report"]
 
 RESAMPLES = 1000
 CROWDS = [(1, 3), (4, 7), (8, 15), (16, None)]  # objects in an image
@@ -60,9 +64,6 @@ def write_report(
         pictures: at most so many images in full, the worst first; 0 for none.
         resamples, seed: of the bootstrap over images.
     """
-    from report_page import write_page
-    from report_pictures import write_pictures
-
     if not results:
         raise UserError("the report needs at least one results file")
     held = [t for t in ("bbox", "segm", "keypoints") if all(t in held_types(r) for r in results.values())]
@@ -140,8 +141,6 @@ def _analyse(problem, name, entries, types, main, weights, threshold) -> Model:
     if main == "keypoints":
         content["keypoints"] = report_errors.keypoint_errors(scene, verdicts, problem.flip, problem.point_names)
     if problem.proposals is not None:
-        from eval import evaluate_proposals
-
         content["proposals"] = evaluate_proposals(problem.content, problem.proposals, verbose=False)
     return Model(name, scene, verdicts, costs, summaries, content)
 
@@ -151,8 +150,6 @@ def summary_of(
 ) -> tuple[Summary, list[Record]]:
     """The protocol's numbers of one kind of result, and the records by class of its AP, for the curves."""
     if problem.protocol not in ("coco", "lvis"):
-        from report_protocols import other_summary
-
         return other_summary(problem, scene, entries, weights)
     keypoints, lvis = scene.iou_type == "keypoints", problem.protocol == "lvis"
     areas = {k: v for k, v in AREAS.items() if not (keypoints and k == "s")}
@@ -287,7 +284,8 @@ def compare(first: Model, second: Model) -> dict[str, Any]:
         if not math.isnan(x) and not math.isnan(y):
             samples = b.class_samples[metric][c] - a.class_samples[metric][c]
             classes.append({"name": name, "first": x, "second": y, **difference(y - x, samples)})
-    change = lost_by_image(second) - lost_by_image(first)
+    lost = [report_errors.lost_by_image(m.scene, m.costs) for m in (first, second)]
+    change = lost[1] - lost[0]
     order = np.argsort(change, kind="stable")
     images = [
         {"image_id": first.scene.image_ids[n], "file": first.scene.image_files[n], "change": float(-change[n])}
@@ -312,13 +310,6 @@ def difference(value: float, samples: np.ndarray) -> dict[str, float]:
     # One is added to both parts of the share, as no number of samples shows a probability of 0.
     as_far = (np.abs(around) >= abs(value) - 1e-12).sum()
     return {"difference": value, "low": float(low), "high": float(high), "p": float((as_far + 1) / (len(samples) + 1))}
-
-
-def lost_by_image(model: Model) -> np.ndarray:
-    """AP at IoU 0.5 that the mistakes of each image cost, float64 [N]."""
-    count = len(model.scene.image_ids)
-    of_detection, of_object = model.costs
-    return np.bincount(model.scene.dt_image, of_detection, count) + np.bincount(model.scene.gt_image, of_object, count)
 
 
 def compared_names(paths: Sequence[str | os.PathLike]) -> list[str]:

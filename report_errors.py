@@ -16,7 +16,7 @@ from report_numbers import IOU_THRESHOLDS, KEYPOINT_FALLOFFS, Record, Scene, ave
 
 __all__ = [
     "KINDS", "Verdicts", "boundary_iou", "confusion_matrix", "cost_of_mistakes", "judge", "keypoint_errors",
-    "mask_quality", "split_errors",
+    "lost_by_image", "mask_quality", "split_errors",
 ]  # fmt: skip
 
 # Of a detection; the first three are no mistakes. "missed" is the kind of an object that nothing found.
@@ -193,6 +193,12 @@ def cost_of_mistakes(scene: Scene, verdicts: Verdicts) -> tuple[np.ndarray, np.n
     missed = to_find & (verdicts.found_by < 0)
     of_object[missed] = 1 / numbers[scene.gt_label[missed]] / there
     return of_detection, of_object
+
+
+def lost_by_image(scene: Scene, costs: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+    """What the mistakes of each image cost, float64 [N], from `cost_of_mistakes`."""
+    count = len(scene.image_ids)
+    return np.bincount(scene.dt_image, costs[0], count) + np.bincount(scene.gt_image, costs[1], count)
 
 
 def confusion_matrix(scene: Scene, verdicts: Verdicts, threshold: float) -> np.ndarray:

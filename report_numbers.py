@@ -487,12 +487,12 @@ def threshold_table(record: Record, levels: np.ndarray, t: int = 0) -> list[dict
 def calibration(record: Record, bins: int = 10, t: int = 0) -> dict[str, Any]:
     """How often detections of a score are right (Guo et al., "On Calibration of Modern Neural Networks", ICML 2017).
 
-    Bins of equal width over 0 to 1. `error` is the expected calibration error: the mean distance of a bin's share of
-    right detections from its mean score, weighted by its detections.
+    Bins of equal width over 0 to 1, their upper ends included. `error` is the expected calibration error: the mean
+    distance of a bin's share of right detections from its mean score, weighted by its detections.
     """
     kept = record.counted[t]
     hit, score = record.hit[t][kept], record.score[kept]
-    place = np.clip((score * bins).astype(np.int64), 0, bins - 1)
+    place = np.searchsorted(np.linspace(0, 1, bins + 1)[1:-1], score)
     count = np.bincount(place, minlength=bins)
     with np.errstate(invalid="ignore", divide="ignore"):
         mean = np.bincount(place, score, bins) / count

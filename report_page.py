@@ -12,6 +12,7 @@ from typing import Any
 from urllib.parse import quote
 
 from common import atomic_write
+from report_pictures import COLORS
 
 __all__ = ["write_page"]
 
@@ -434,8 +435,6 @@ def _worst(entries, n) -> str:
 
 
 def _legend() -> str:
-    from report_pictures import COLORS
-
     keys = ["right", "class", "localisation", "both", "duplicate", "background", "missed", "ignored"]
     return " ".join(f'<span><i style="background:rgb{COLORS[k][::-1]}"></i>{k}</span>' for k in keys)
 

@@ -9,11 +9,11 @@ import numpy as np
 from pycocotools import mask as mask_utils
 
 from common import atomic_write, logger
-from report_errors import BACKGROUND, CLASS, DUPLICATE, IGNORED, KINDS, RIGHT, UNJUDGED
+from report_errors import BACKGROUND, CLASS, DUPLICATE, IGNORED, KINDS, RIGHT, UNJUDGED, lost_by_image
 from report_numbers import Scene
 from report_read import Problem, image_path
 
-__all__ = ["write_pictures"]
+__all__ = ["COLORS", "write_pictures"]
 
 SIDE = 640  # longest side of a picture's half
 CUTOUT = 224  # of a single mistake
@@ -182,10 +182,8 @@ def _beside(panels: list[np.ndarray], captions: list[str]) -> np.ndarray:
 
 # ------------------------------------------------------------------------------------------------ what is drawn
 def _worst_images(reader: _Reader, model: Any, folder: Path, mark: str, most: int) -> list[dict[str, Any]]:
-    from report import lost_by_image
-
     scene, verdicts = model.scene, model.verdicts
-    lost = lost_by_image(model)
+    lost = lost_by_image(scene, model.costs)
     entries = []
     for n in np.argsort(-lost, kind="stable")[:most].tolist():
         if lost[n] <= 0:
@@ -272,9 +270,7 @@ def _cutout(model: Any, image: np.ndarray, scale: np.ndarray, which: str, i: int
 
 def _compared(reader: _Reader, first: Any, second: Any, folder: Path, mark: str, most: int) -> list[dict[str, Any]]:
     """The images that got better and worse most, with the detections of both models."""
-    from report import lost_by_image
-
-    gain = lost_by_image(first) - lost_by_image(second)
+    gain = lost_by_image(first.scene, first.costs) - lost_by_image(second.scene, second.costs)
     order = np.argsort(-gain, kind="stable")
     half = max(1, most // 2)
     entries = []

@@ -8,6 +8,7 @@ import time
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 if __name__ == "__main__" and "--verbose-tf" in sys.argv:
     os.environ["PACKRCNN_VERBOSE_TF"] = "1"
@@ -84,6 +85,9 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--predict", nargs="+", metavar="IMAGE", help="images or folders to draw detections on")
     parser.add_argument("--evaluate", metavar="OUT.json", help="score on DATA.VAL and write the results there")
     parser.add_argument(
+        "--report", metavar="DIR", help="--evaluate: also write an evaluation report there (docs/REPORT.md)"
+    )
+    parser.add_argument(
         "--output", default="predictions", metavar="DIR", help="where --predict writes (default: %(default)s)"
     )
     parser.add_argument("--no-window", action="store_true", help="--predict: never open a window")
@@ -97,6 +101,8 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         parser.error("--predict and --evaluate exclude each other")
     if (args.predict or args.evaluate) and not (args.load or args.logdir):
         parser.error("--predict and --evaluate need --load")
+    if args.report and not args.evaluate:
+        parser.error("--report needs --evaluate; of a results file: python tools/report.py")
     if args.resume and not args.logdir:
         parser.error("--resume needs --logdir")
     if args.resume and args.load:
@@ -117,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif args.predict:
             predict(args.predict, args.load or args.logdir, args.config, args.output, not args.no_window, fitting)
         elif args.evaluate:
-            evaluate(Path(args.evaluate), args.load or args.logdir, args.config, fitting)
+            evaluate(Path(args.evaluate), args.load or args.logdir, args.config, fitting, args.report)
         else:
             return train(args.config, args.load, args.logdir, args.resume, fitting)
     except UserError as e:
@@ -158,9 +164,11 @@ def predict(
     predict_files(LoadedPredictor(model, fitting), files, output, window)
 
 
-def evaluate(out: Path, load: str, settings: Sequence[str], fitting: Fitting) -> None:
-    """Scores the model on each data set of DATA.VAL."""
+def evaluate(out: Path, load: str, settings: Sequence[str], fitting: Fitting, report: str | None = None) -> None:
+    """Scores the model on each data set of DATA.VAL; report: a folder for an evaluation report."""
     model = load_model(load, settings)
+    if report and model.cfg.MODE_RPN_ONLY:
+        raise UserError("--report: a report is about detections, and MODE_RPN_ONLY gives proposals; leave it out")
     splits = load_validation_splits(model.cfg)
     if not splits:
         raise UserError("--evaluate: DATA.VAL names no data set; give one, e.g. --config DATA.VAL=coco_val2017")
@@ -184,10 +192,20 @@ def evaluate(out: Path, load: str, settings: Sequence[str], fitting: Fitting) ->
             logger.info(f"for submission: {', '.join(split.write_submission(path, results))}")
         metrics = score(split, results, cfg)
         every.update(metrics if len(splits) == 1 else {f"{split.name}/{k}": v for k, v in metrics.items()})
+        if report:
+            write_split_report(split, results, path.stem, cfg, Path(report) / ("" if len(splits) == 1 else split.name))
     if rank == 0:
         target = out.with_name(f"{out.stem}.metrics.json")
         write_json(target, without_nan(every), indent=1)
         logger.info(f"scores in {target}")
+
+
+def write_split_report(split: DatasetSplit, results: list[dict[str, Any]], name: str, cfg: Config, out: Path) -> None:
+    from report import write_report
+    from report_files import problem_of_split
+
+    known = [r for r in results if r["category_id"] is not None]
+    write_report(problem_of_split(split, cfg.to_dict()), {name: known}, out)
 
 
 # ------------------------------------------------------------------------------------------------------------ training
