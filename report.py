@@ -158,8 +158,9 @@ def summary_of(
     by_area = {name: numbers.coco_records(scene, matches, a, limit) for a, name in enumerate(areas)}
     everything = slice(None)
     first = by_area[""]
-    parts = {"AP": (first, everything), "AP50": (first, [0]), "AP75": (first, [5])}
+    parts: dict[str, tuple[list[Record], Any]] = {"AP": (first, everything), "AP50": (first, [0]), "AP75": (first, [5])}
     parts |= {f"AP{a}": (by_area[a], everything) for a in areas if a}
+    recalls: dict[str, tuple[list[Record], Any]]
     if keypoints:
         recalls = {"AR": (first, everything), "AR50": (first, [0]), "AR75": (first, [5])}
     elif lvis:

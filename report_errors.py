@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 from pycocotools import mask as mask_utils
 
-from report_numbers import IOU_THRESHOLDS, KEYPOINT_FALLOFFS, Record, Scene, average_precision, overlaps
+from report_numbers import IOU_THRESHOLDS, Record, Scene, average_precision, overlaps
 
 __all__ = [
     "KINDS", "Verdicts", "boundary_iou", "confusion_matrix", "cost_of_mistakes", "judge", "keypoint_errors",
@@ -305,7 +305,7 @@ def keypoint_errors(
     """
     kinds = ["good", "jitter", "inversion", "swap", "miss"]
     points = scene.gt_points.shape[1]
-    falloff = KEYPOINT_FALLOFFS if points == 17 else np.full(points, KEYPOINT_FALLOFFS.mean())
+    falloff = scene.keypoint_falloffs()
     flip = np.arange(points) if flip is None or len(flip) != points else np.asarray(flip)
     table = np.zeros((points, len(kinds)), np.int64)
     first = scene.first_object()

@@ -10,17 +10,18 @@ import numpy as np
 from common import UserError, logger, read_json
 from dataset_cityscapes import read_cityscapes_content
 from dataset_voc import read_voc_content, read_voc_detections
-from eval import check_results, read_results
-from eval_protocols import only_images, read_content
+from eval import read_results
+from eval_protocols import only_images
 from report_read import Problem, problem_of
 from utils import oid_eval
 from utils.cityscapes_eval import read_cityscapes_detections
+from utils.coco_format import as_results, as_truth, in_pixels, read_document
 from utils.image_header import image_header_size
 from utils.oid_format import find_files, read_ancestors
 
 __all__ = ["problem_of_split", "read_detections", "read_problem"]
 
-_NEEDS = {"coco": "", "cityscapes": "segmentation", "oid-challenge-segm": "segmentation"}  # else "bbox"
+_MASKED = ("cityscapes", "oid-challenge-segm")  # protocols that score masks alone
 _UNKNOWN_SIDE = 1000  # of an image of Open Images that is not on disk; scores do not depend on it
 
 
@@ -35,6 +36,7 @@ def read_problem(
     expand_detections: bool = False,
     run: str | os.PathLike | None = None,
     proposals: str | os.PathLike | None = None,
+    normalised: bool = False,
 ) -> Problem:
     """The ground truth of a protocol from a COCO-like json or from the data set's own folder, checked.
 
@@ -43,6 +45,7 @@ def read_problem(
         split, classes, hierarchy, masks, expand_detections: as for tools/score.py.
         run: a run directory, whose settings tell how the anchors fit.
         proposals: COCO results of proposals.
+        normalised: the json's boxes and outlines are fractions of the image.
     """
     truth = Path(truth)
     if not truth.exists():
@@ -53,15 +56,16 @@ def read_problem(
             raise UserError(f"--images {folder} is not a folder")
     name = f"{truth.stem}"
     if not truth.is_dir():
-        content = read_content(str(truth), _NEEDS.get(protocol, "bbox"))
+        content, origin = read_document(truth), f"annotation file {truth}"
+        content = as_truth(in_pixels(content, origin) if normalised else content, origin, protocol in _MASKED)
         if protocol.startswith("oid-") and hierarchy:
             ids = [str(c.get("freebase_id", c["name"])) for c in content["categories"]]
             ancestors = read_ancestors(hierarchy, ids)
     elif protocol.startswith("voc"):
-        content = read_voc_content(truth, split or "")
+        content = as_truth(read_voc_content(truth, split or ""), f"VOC data {truth}")
         folders = folders or [str(p) for p in (truth / "JPEGImages",) if p.is_dir()]
     elif protocol == "cityscapes":
-        content = read_cityscapes_content(truth, split or "val")
+        content = as_truth(read_cityscapes_content(truth, split or "val"), f"Cityscapes data {truth}")
         folders = folders or [str(p) for p in (truth / "leftImg8bit" / (split or "val"), truth) if p.is_dir()]
     elif protocol.startswith("oid-"):
         masked = protocol == "oid-challenge-segm"
@@ -89,8 +93,7 @@ def _checked_proposals(path: str | os.PathLike, content: dict[str, Any]) -> list
     if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
         raise UserError(f"proposals {path}: must hold a list of boxes in the form of COCO results")
     # Classes of proposals do not matter, so they need not be those of the annotations.
-    check_results([{**e, "category_id": known} for e in entries], content, f"proposals {path}")
-    return entries
+    return as_results([{**e, "category_id": known} for e in entries], content, f"proposals {path}")
 
 
 def read_detections(path: str | os.PathLike, problem: Problem) -> list[dict[str, Any]]:
@@ -174,15 +177,10 @@ def _open_images_results(
 def problem_of_split(split: Any, settings: dict[str, Any] | None = None) -> Problem:
     """The ground truth of a `DatasetSplit`, by its own protocol (Pascal VOC's of 2010, Open Images' V2 or, where its
     classes are expanded, the challenge's)."""
-    content = split.content() if hasattr(split, "content") else read_content(split.annotation_file)
-    content = only_images(content, [split.image_id(i) for i in range(len(split))])
-    known = {c["id"] for c in content["categories"]}
-    content = {**content, "images": list(content["images"]), "annotations": [
-        a for a in content["annotations"] if a["category_id"] in known
-    ]}  # fmt: skip
+    content = as_truth(split.content(), split.annotation_file)
+    content = {**only_images(content, [split.image_id(i) for i in range(len(split))]), "oks_sigmas": split.oks_sigmas}
     folders = sorted({os.path.dirname(split.image_file(i)) for i in range(len(split))})
-    protocol, ancestors = getattr(split, "protocol", "coco"), None
-    protocol = "voc12" if protocol == "voc" else protocol
+    protocol, ancestors = (split.protocols or ("coco",))[-1], None
     if hasattr(split, "expanded"):  # Open Images
         protocol = "oid-challenge" if split.expanded else "oid-v2"
         if split.expanded:

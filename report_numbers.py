@@ -13,7 +13,7 @@ import numpy as np
 from pycocotools import mask as mask_utils
 
 __all__ = [
-    "AREAS", "IOU_THRESHOLDS", "KEYPOINT_FALLOFFS", "RECALLS", "Matches", "Record", "Scene", "Summary",
+    "AREAS", "IOU_THRESHOLDS", "RECALLS", "Matches", "Record", "Scene", "Summary",
     "average_precision", "best_f1", "bootstrap", "calibration", "class_mean", "class_records", "coco_records",
     "interval", "match_scene", "overlaps", "pooled", "precision_recall", "resample", "score_counts", "summarise",
     "threshold_table",
@@ -59,10 +59,19 @@ class Scene(NamedTuple):
     forgiven: np.ndarray  # bool [D], not wrong where it finds nothing (LVIS: class not exhaustively annotated)
     judged: np.ndarray  # bool [D], False: a class that nobody looked for in the image (Open Images, LVIS)
     iou_type: str = "bbox"
+    falloffs: np.ndarray | None = (
+        None  # float64 [K] of keypoints, twice their sigmas; COCO's, or their mean, if not given
+    )
 
     def first_object(self) -> np.ndarray:
         """int64 [N + 1]: objects of image n are first_object[n] to first_object[n + 1]."""
         return np.searchsorted(self.gt_image, np.arange(len(self.image_ids) + 1))
+
+    def keypoint_falloffs(self) -> np.ndarray:
+        count = self.gt_points.shape[1]
+        if self.falloffs is not None:
+            return self.falloffs
+        return KEYPOINT_FALLOFFS if count == 17 else np.full(count, KEYPOINT_FALLOFFS.mean())
 
     def first_detection(self) -> np.ndarray:
         return np.searchsorted(self.dt_image, np.arange(len(self.image_ids) + 1))
@@ -87,7 +96,7 @@ class Record(NamedTuple):
     image: np.ndarray  # int32 [S]
     score: np.ndarray  # float64 [S]
     hit: np.ndarray  # bool [T, S]
-    counted: bool | np.ndarray  # bool [T, S]: False = neither right nor wrong
+    counted: np.ndarray  # bool [T, S]: False = neither right nor wrong
     objects: np.ndarray  # float64 [N], objects to be found in each image
     measure: str = "101"
 
@@ -106,7 +115,8 @@ def overlaps(scene: Scene) -> Iterator[tuple[int, slice, slice, np.ndarray]]:
 
 def _overlap(scene: Scene, d: slice, g: slice, crowd: bool = True) -> np.ndarray:
     if scene.iou_type == "keypoints":
-        return keypoint_similarity(scene.dt_points[d], scene.gt_points[g], scene.gt_box[g], scene.gt_area[g])
+        falloffs = scene.keypoint_falloffs()
+        return keypoint_similarity(scene.dt_points[d], scene.gt_points[g], scene.gt_box[g], scene.gt_area[g], falloffs)
     crowds = (scene.gt_crowd[g] if crowd else np.zeros(g.stop - g.start)).astype(np.uint8)
     if scene.iou_type == "segm":
         return np.asarray(mask_utils.iou(scene.dt_masks[d], scene.gt_masks[g], crowds), np.float64)
@@ -116,14 +126,14 @@ def _overlap(scene: Scene, d: slice, g: slice, crowd: bool = True) -> np.ndarray
     return np.asarray(mask_utils.iou(found, truth, crowds), np.float64)
 
 
-def keypoint_similarity(found: np.ndarray, truth: np.ndarray, boxes: np.ndarray, areas: np.ndarray) -> np.ndarray:
+def keypoint_similarity(
+    found: np.ndarray, truth: np.ndarray, boxes: np.ndarray, areas: np.ndarray, falloff: np.ndarray
+) -> np.ndarray:
     """COCO's object keypoint similarity, float64 [D, G]: mean of exp(-d^2 / (2 s^2 k^2)) over the annotated points.
 
-    found [D, K, 3], truth [G, K, 3], boxes [G, 4], areas [G]. An object without annotated points is compared with its
-    box, doubled.
+    found [D, K, 3], truth [G, K, 3], boxes [G, 4], areas [G], falloff [K]. An object without annotated points is
+    compared with its box, doubled.
     """
-    count = truth.shape[1]
-    falloff = KEYPOINT_FALLOFFS if count == 17 else np.full(count, KEYPOINT_FALLOFFS.mean())
     visible = truth[:, :, 2] > 0  # [G, K]
     delta = found[:, None, :, :2] - truth[None, :, :, :2]  # [D, G, K, 2]
     size = boxes[:, 2:] - boxes[:, :2]

@@ -11,7 +11,7 @@ from pycocotools import mask as mask_utils
 
 from common import UserError
 from report_numbers import Scene
-from utils.oid_eval import coco_run_lengths
+from utils.polygons import encode_segmentation
 
 __all__ = ["PROTOCOLS", "Problem", "held_types", "image_path", "problem_of", "scene_from_coco", "scenes_of"]
 
@@ -184,9 +184,12 @@ def scene_from_coco(
     sizes = np.array([[im.get("height") or 0, im.get("width") or 0] for im in ordered], np.int32).reshape(-1, 2)
     truth = _truth_rows(content["annotations"], image_of, label_of, sizes, iou_type)
     found = _found_rows(results, image_of, label_of, sizes, iou_type, max_per_image)
+    sigmas = content.get("oks_sigmas") if iou_type == "keypoints" else None
+    falloffs = 2 * np.array(sigmas, np.float64) if sigmas else None
+    forgiven = np.zeros(len(found[0]), bool)
     return Scene(
         list(image_of), [str(im.get("file_name", im["id"])) for im in ordered], sizes, list(names.values()),
-        *truth, *found, np.zeros(len(found[0]), bool), np.ones(len(found[0]), bool), iou_type,
+        *truth, *found, forgiven=forgiven, judged=~forgiven, iou_type=iou_type, falloffs=falloffs,
     )  # fmt: skip
 
 
@@ -279,15 +282,12 @@ def _points(rows: list) -> np.ndarray:
 
 
 def _rle(segmentation: Any, size: list[int]) -> dict[str, Any] | None:
-    if isinstance(segmentation, list) and segmentation and isinstance(segmentation[0], (int, float)):
-        segmentation = [segmentation]
-    if isinstance(segmentation, list):
-        segmentation = [p for p in segmentation if len(p) >= 6]
+    """The mask as one RLE; None for none."""
     if not segmentation:
         return None
     if not all(size):
         raise UserError("annotations: masks need the height and width of every image")
-    return {"size": size, "counts": coco_run_lengths(segmentation, *size)}
+    return encode_segmentation(segmentation, *size)
 
 
 def _empty(size: list[int]) -> dict[str, Any]:

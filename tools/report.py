@@ -37,6 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--pictures", type=int, default=40, metavar="N", help="worst images shown, 0: no pictures (40)")
     parser.add_argument("--resamples", type=int, default=RESAMPLES, metavar="B", help="of the bootstrap (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
+    parser.add_argument("--normalised", action="store_true", help="the json's boxes are fractions of the image")
     parser.add_argument("--split", help="of a folder; Open Images: validation; Cityscapes: val; VOC: all images")
     parser.add_argument("--classes", help="Open Images: class description csv, if not the one in the folder")
     parser.add_argument("--hierarchy", help="Open Images: hierarchy json, if not the one in the folder")
@@ -51,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
         names = compared_names(args.detections)
         problem = read_problem(
             args.protocol, args.gt, args.images, args.split, args.classes, args.hierarchy, args.masks,
-            args.expand_detections, args.run, args.proposals,
+            args.expand_detections, args.run, args.proposals, args.normalised,
         )  # fmt: skip
         results = {name: read_detections(path, problem) for name, path in zip(names, args.detections)}
         write_report(
