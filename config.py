@@ -16,116 +16,53 @@ from typing import TYPE_CHECKING, Any
 
 from common import UserError
 from config_check import (
-    Allowed,
     Setting,
+    anchors,
+    backbone,
+    class_names,
+    datasets,
+    edges,
     either,
+    exactly,
     flag,
     function_or,
     list_of,
-    nearest,
+    names,
     number,
     one_of,
     optional,
+    pairs,
     parse_literal,
+    pattern,
+    pixels,
     read_value,
+    schedule,
+    shown,
+    span,
+    steps,
     text,
     whole,
 )
+from config_names import ALIASES, unknown_key
 
 __all__ = [
-    "ALIASES",
-    "Config",
-    "RELATIONS",
-    "SETTINGS",
-    "default_config",
-    "explain",
-    "finalize_config",
-]
+    "DOUBTS", "PREDICTION_RELATIONS", "RELATIONS", "SETTINGS", "TRAINING_DOUBTS", "TRAINING_RELATIONS", "Config",
+    "default_config", "doubts", "explain", "finalize_config",
+]  # fmt: skip
 
-# Iterations of the "1x" schedule at a total batch of 8 images (Detectron: 90k iterations of 16 images).
-_COCO_SCHEDULE_1X = [120000, 160000, 180000]
-
-
-# ---------------------------------------------------------------------------------------- values that settings take
-def _read_names(value: Any) -> list[str]:
-    names = [] if value in (None, "") else [value] if isinstance(value, str) else value
-    bad = not isinstance(names, list) or not all(isinstance(n, str) and n and n[0] not in "[(" for n in names)
-    if bad:
-        raise ValueError
-    return names
-
-
-def _read_datasets(value: Any) -> dict[str, list[str]]:
-    if not isinstance(value, dict):
-        raise ValueError
-    for entry in value.values():
-        texts = isinstance(entry, list) and all(isinstance(e, str) for e in entry)
-        # A list that starts with a word, not a file, names another format.
-        options = texts and all("=" in e for e in entry[2:])
-        if not (texts and len(entry) >= 2 and (options or not entry[0].endswith(".json"))):
-            raise ValueError
-    return value
-
-
-def _read_pairs(value: Any) -> list[list]:
-    if not isinstance(value, (list, tuple)):
-        raise ValueError
-    pairs = [list(pair) for pair in value if isinstance(pair, (list, tuple))]
-    if len(pairs) < len(value) or not all(len(p) == 2 and all(type(k) in (int, str) for k in p) for p in pairs):
-        raise ValueError
-    return pairs
-
-
-def _read_edges(value: Any) -> list[int]:
-    edges = [value] if type(value) in (int, float) else value
-    edges = list_of(_PIXELS).read(edges)
-    return edges * 2 if len(edges) == 1 else edges
-
-
-def _read_range(most: float) -> Callable[[Any], list[float]]:
-    def read(value: Any) -> list[float]:
-        if value in (None, []):
-            return []
-        low, high = list_of(number(above=0, high=most), 2).read(value)
-        if low > high:
-            raise ValueError
-        return [low, high]
-
-    return read
-
-
-def _read_schedule(value: Any) -> list[int]:
-    if isinstance(value, str):
-        if not re.fullmatch("[1-9]x", value):
-            raise ValueError
-        factor = int(value[0])
-        last = _COCO_SCHEDULE_1X[-1] * factor
-        # Long schedules spend the extra time at the first rate (He et al., Rethinking ImageNet Pre-training, 2018).
-        return [v * factor for v in _COCO_SCHEDULE_1X] if factor <= 2 else [last - 120000, last - 40000, last]
-    milestones = list_of(whole(1)).read(value)
-    if milestones != sorted(set(milestones)):
-        raise ValueError
-    return milestones
-
-
-def _read_box(value: Any) -> list[float]:
-    box = list_of(number(), 4).read(value)
-    if not (box[0] < box[2] and box[1] < box[3]):
-        raise ValueError
-    return box
-
-
-_PIXELS = whole(16, what="a whole number of pixels")
+# Values that several settings take.
+_COUNT = whole(1, 10**6)
+_CHANNELS = whole(1, 65536)
+_RATE = number(0, 100)
 _PATH = text("a path")
 _PATH_OR_NONE = either(one_of(""), _PATH, 'a path, or "" for none')
-_NAMES = Allowed("the name of a data set, or a list of names", _read_names)
 _SHARE = number(0, 1)
 _OVERLAP = number(0, 1)
 _SCORE = number(0, below=1)
-_WEIGHT = number(0)
+_WEIGHT = number(0, 10**6)
 _BOX_LOSS = one_of("smooth_l1", "giou")
 _RGB = "a list of three numbers, for R, G and B"
-_FOUR_WEIGHTS = list_of(number(above=0), 4)
+_FOUR_WEIGHTS = list_of(number(0.01, 1000), 4, says="a list of four numbers from 0.01 to 1000")
 
 # -------------------------------------------------------------------------------------------------------- the settings
 SETTINGS: dict[str, Setting] = {
@@ -145,10 +82,10 @@ SETTINGS: dict[str, Setting] = {
     "DATA.BASEDIR": Setting(
         "data/coco", _PATH, "Folder with annotations/ and train2017/, val2017/ (or the 2014 names)."
     ),
-    "DATA.TRAIN": Setting(["coco_train2017"], _NAMES, "Data sets to train on; several are concatenated."),
-    "DATA.VAL": Setting(["coco_val2017"], _NAMES, "Data sets to evaluate on; each is scored on its own."),
+    "DATA.TRAIN": Setting(["coco_train2017"], names, "Data sets to train on; several are concatenated."),
+    "DATA.VAL": Setting(["coco_val2017"], names, "Data sets to evaluate on; each is scored on its own."),
     "DATA.DATASETS": Setting(
-        {}, Allowed("{name: ['annotations.json', 'image folder']} or {name: [format, path, …]}", _read_datasets),
+        {}, datasets,
         "Your own data sets by name, for DATA.TRAIN and DATA.VAL. COCO format: [annotation json, image folder], paths "
         "relative to DATA.BASEDIR or absolute. Other formats: [format, path, split or folder]. Options come last, "
         "e.g. 'normalised=True' for boxes in 0..1.",
@@ -162,40 +99,40 @@ SETTINGS: dict[str, Setting] = {
         "DATA.SAMPLING=repeat_factor: classes found in a smaller share of the images are repeated.",
     ),
     "DATA.NUM_CATEGORY": Setting(
-        0, whole(0), "Number of foreground classes; filled in from the annotations or the checkpoint."
+        0, whole(0, 100000), "Number of foreground classes; filled in from the annotations or the checkpoint."
     ),
     "DATA.CLASS_NAMES": Setting(
-        [], Allowed("a list of class names", _read_names),
+        [], class_names,
         "Names of the foreground classes, class id 1 first; filled in from the annotations or the checkpoint.",
     ),
     "DATA.NUM_WORKERS": Setting(
-        2, whole(0), "Processes that decode, augment and batch images; 0 does this in the training process."
+        2, whole(0, 256), "Processes that decode, augment and batch images; 0 does this in the training process."
     ),
-    "DATA.PREFETCH": Setting(4, whole(1), "Batches that each worker prepares in advance."),
+    "DATA.PREFETCH": Setting(4, whole(1, 255), "Batches that each worker prepares in advance."),
     "DATA.FILTER_EMPTY": Setting(True, flag, "Leaves images without a usable object out of training."),
     "DATA.KEEP_MISSING_IMAGES": Setting(
         False, flag, "True: images missing on disk are left out of training. False: they stop the start of a run."
     ),
     # --------------------------------------------------------------------------------------- image sizes, augmentation
     "PREPROC.SHORT_EDGE_SIZE": Setting(
-        [800, 800], Allowed("a number of pixels, a list [lo, hi] or a longer list, each 16 or more", _read_edges),
+        [800, 800], edges,
         "Short edge of training images: drawn from lo to hi, or one of a list of more than two.",
     ),
-    "PREPROC.MAX_SIZE": Setting(1333, _PIXELS, "Long edge of an image at most, in training and testing."),
-    "PREPROC.TEST_SHORT_EDGE_SIZE": Setting(800, _PIXELS, "Short edge of images in evaluation and prediction."),
+    "PREPROC.MAX_SIZE": Setting(1333, pixels, "Long edge of an image at most, in training and testing."),
+    "PREPROC.TEST_SHORT_EDGE_SIZE": Setting(800, pixels, "Short edge of images in evaluation and prediction."),
     "PREPROC.FLIP": Setting(True, flag, "Mirrors a training image left to right with probability 0.5."),
     "PREPROC.RANDOM_CROP": Setting(
-        [], Allowed("[lo, hi] with 0 < lo <= hi <= 1, or [] for none", _read_range(1)),
+        [], span(1),
         "Trains on a part of the image whose sides are random shares of the image's sides, e.g. [0.6, 1.0].",
     ),
     "PREPROC.SCALE_JITTER": Setting(
-        [], Allowed("[lo, hi] with 0 < lo <= hi <= 100, or [] for none", _read_range(100)),
+        [], span(100),
         "Large-scale jitter, e.g. [0.1, 2.0] (Ghiasi et al. 2021). Replaces PREPROC.SHORT_EDGE_SIZE and "
         "PREPROC.MAX_SIZE in training: the image is resized to a random multiple of the size that fits into "
         "PREPROC.CROP_SIZE, and a random part of it is taken.",
     ),
     "PREPROC.CROP_SIZE": Setting(
-        [1024, 1024], list_of(_PIXELS, 2, says="a list of height and width in pixels, 16 or more each"),
+        [1024, 1024], list_of(pixels, 2, says="a list of height and width in pixels, each from 16 to 16384"),
         "Size of training images with PREPROC.SCALE_JITTER.",
     ),
     "PREPROC.MIN_VISIBLE": Setting(
@@ -213,16 +150,16 @@ SETTINGS: dict[str, Setting] = {
         "Strength of random brightness, contrast, saturation and hue; 1 is as strong as in SSD (Liu et al. 2016).",
     ),
     "PREPROC.PIXEL_MEAN": Setting(
-        [123.675, 116.28, 103.53], list_of(number(), 3, says=_RGB),
+        [123.675, 116.28, 103.53], list_of(number(-1000, 1000), 3, says=f"{_RGB}, each from -1000 to 1000"),
         "Subtracted from the R, G and B of an image, on the scale 0 to 255. The default is ImageNet's mean.",
     ),
     "PREPROC.PIXEL_STD": Setting(
-        [58.395, 57.12, 57.375], list_of(number(above=0), 3, says=f"{_RGB}, each above 0"),
+        [58.395, 57.12, 57.375], list_of(number(0.001, 1000), 3, says=f"{_RGB}, each from 0.001 to 1000"),
         "Divides R, G and B after that, on the scale 0 to 255.",
     ),
     # -------------------------------------------------------------------------------------------------------- backbone
     "BACKBONE.NAME": Setting(
-        "resnet", function_or(one_of("resnet"), says="resnet, keras:NETWORK or module:function"),
+        "resnet", backbone,
         "resnet: a ResNet as the settings below describe it. keras:EfficientNetB0 or another network of "
         "tf_keras.applications. module:function: your own function(normalised image [N,H,W,3], cfg) -> [C2,C3,C4,C5].",
     ),
@@ -236,7 +173,7 @@ SETTINGS: dict[str, Setting] = {
         '"" trains from scratch.',
     ),
     "BACKBONE.RESNET_NUM_BLOCK": Setting(
-        [3, 4, 6, 3], list_of(whole(1), 4),
+        [3, 4, 6, 3], list_of(whole(1, 1000), 4, says="a list of four whole numbers from 1 to 1000"),
         "Blocks of each stage: [3,4,6,3] is ResNet-50, [3,4,23,3] ResNet-101, [3,8,36,3] ResNet-152.",
     ),
     "BACKBONE.BLOCK": Setting(
@@ -259,18 +196,20 @@ SETTINGS: dict[str, Setting] = {
         False, flag, "Stride 2 in the first 1x1 convolution of a bottleneck (Caffe) instead of in its 3x3."
     ),
     "BACKBONE.STEM_CHANNELS": Setting(
-        64, whole(1), "Channels of conv0. A stage has 4 * 2^stage times as many (basic blocks: 2^stage times)."
+        64, whole(1, 4096), "Channels of conv0. A stage has 4 * 2^stage times as many (basic blocks: 2^stage times)."
     ),
-    "BACKBONE.NUM_GROUPS": Setting(1, whole(1), "Groups of the 3x3 convolutions; ResNeXt has 32."),
+    "BACKBONE.NUM_GROUPS": Setting(1, whole(1, 4096), "Groups of the 3x3 convolutions; ResNeXt has 32."),
     "BACKBONE.WIDTH_PER_GROUP": Setting(
-        64, whole(1), "Bottleneck channels per group in the first stage; ResNeXt-50 32x4d has 4."
+        64, whole(1, 4096), "Bottleneck channels per group in the first stage; ResNeXt-50 32x4d has 4."
     ),
-    "BACKBONE.BN_EPSILON": Setting(1e-5, number(0), "Added to the variance in batch norms."),
+    "BACKBONE.BN_EPSILON": Setting(1e-5, number(0, 1), "Added to the variance in batch norms."),
     # -------------------------------------------------------------------------------------------------------- training
-    "TRAIN.BASE_LR": Setting(0.01, number(0), "Learning rate at a total batch of 8 images."),
-    "TRAIN.WARMUP": Setting(1000, whole(0), "Steps of this run in which the rate rises from TRAIN.WARMUP_INIT_LR."),
-    "TRAIN.WARMUP_INIT_LR": Setting(0.01 * 0.33, number(0), "Learning rate of the first step, at a total batch of 8."),
-    "TRAIN.WEIGHT_DECAY": Setting(1e-4, number(0), "L2 decay of weights (not of biases and norms)."),
+    "TRAIN.BASE_LR": Setting(0.01, _RATE, "Learning rate at a total batch of 8 images."),
+    "TRAIN.WARMUP": Setting(
+        1000, whole(0, 10**9), "Steps of this run in which the rate rises from TRAIN.WARMUP_INIT_LR."
+    ),
+    "TRAIN.WARMUP_INIT_LR": Setting(0.01 * 0.33, _RATE, "Learning rate of the first step, at a total batch of 8."),
+    "TRAIN.WEIGHT_DECAY": Setting(1e-4, number(0, 1), "L2 decay of weights (not of biases and norms)."),
     "TRAIN.MOMENTUM": Setting(0.9, number(0, below=1), "Momentum of SGD."),
     "TRAIN.LR_POLICY": Setting(
         "step", one_of("step", "cosine"),
@@ -279,20 +218,20 @@ SETTINGS: dict[str, Setting] = {
     ),
     "TRAIN.LR_FINAL": Setting(0.0, _SHARE, "TRAIN.LR_POLICY=cosine: the last rate, as a share of the first."),
     "TRAIN.LR_SCHEDULE": Setting(
-        "2x", Allowed("1x to 9x, or a list of increasing iterations like [120000,160000,180000]", _read_schedule),
+        "2x", schedule,
         "Iterations at which the rate drops by 10, at a total batch of 8; the last one is the end.",
     ),
     "TRAIN.LR_SCALING": Setting(
         "linear", one_of("linear", "none"),
         "linear: the rate is proportional to the total batch, the number of steps to its inverse. none: as written.",
     ),
-    "TRAIN.BATCH_SIZE_PER_GPU": Setting(1, whole(1), "Images that a replica computes at once."),
+    "TRAIN.BATCH_SIZE_PER_GPU": Setting(1, whole(1, 1024), "Images that a replica computes at once."),
     "TRAIN.CPU_REPLICAS": Setting(
-        1, whole(1), "Replicas on the CPU of a machine without GPUs, to try data parallelism."
+        1, whole(1, 64), "Replicas on the CPU of a machine without GPUs, to try data parallelism."
     ),
-    "TRAIN.ACCUMULATION": Setting(1, whole(1), "Micro-batches whose gradients are averaged into one update."),
+    "TRAIN.ACCUMULATION": Setting(1, whole(1, 65536), "Micro-batches whose gradients are averaged into one update."),
     "TRAIN.TOTAL_BATCH": Setting(
-        None, optional(whole(1)),
+        None, optional(_COUNT),
         "Images of an update, reached by accumulation on any number of replicas, so that a run can go on with more or "
         "fewer of them. A multiple of replicas * TRAIN.BATCH_SIZE_PER_GPU. None: what these and TRAIN.ACCUMULATION "
         "give.",
@@ -309,36 +248,37 @@ SETTINGS: dict[str, Setting] = {
     "TRAIN.SEED": Setting(
         42, optional(whole(0, 2**31 - 1)), "Seed of initial weights, order and augmentation. None: a new one each run."
     ),
-    "TRAIN.GRADIENT_CLIP": Setting(None, optional(number(above=0)), "Global norm that gradients are clipped to."),
+    "TRAIN.GRADIENT_CLIP": Setting(None, optional(number(0.0001, 10**6)), "Global norm that gradients are clipped to."),
     "TRAIN.EMA_DECAY": Setting(
         0.0, number(0, below=1),
         "Decay per update of averaged weights, e.g. 0.9998, which evaluation and prediction use (TEST.USE_EMA). In the "
         "first updates it is (1 + t) / (10 + t). 0: none.",
     ),
     "TRAIN.MAX_STEPS": Setting(
-        None, optional(whole(1)), "Ends the run after this many updates, whatever the schedule says."
+        None, optional(steps), "Ends the run after this many updates, whatever the schedule says."
     ),
     "TRAIN.STEPS_PER_EPOCH": Setting(
-        500, whole(1), "Updates between progress summaries: the epoch in which the three periods below are counted."
+        500, steps, "Updates between progress summaries: the epoch in which the three periods below are counted."
     ),
-    "TRAIN.EVAL_PERIOD": Setting(50, whole(0), "Epochs between evaluations; one more at the end. 0: never."),
-    "TRAIN.CHECKPOINT_PERIOD": Setting(1, whole(1), "Epochs between checkpoints."),
-    "TRAIN.KEEP_CHECKPOINTS": Setting(10, whole(1), "Newest checkpoints that are kept."),
+    "TRAIN.EVAL_PERIOD": Setting(50, whole(0, 10**9), "Epochs between evaluations; one more at the end. 0: never."),
+    "TRAIN.CHECKPOINT_PERIOD": Setting(1, steps, "Epochs between checkpoints."),
+    "TRAIN.KEEP_CHECKPOINTS": Setting(10, _COUNT, "Newest checkpoints that are kept."),
     "TRAIN.FREEZE_PATTERN": Setting(
-        None, optional(text("a regular expression")), "Variables whose names match it are not trained."
+        None, optional(pattern),
+        "Variables whose names match it are not trained.",
     ),
     # --------------------------------------------------------------------------------------- region proposals, anchors
-    "RPN.ANCHOR_STRIDE": Setting(16, whole(1), "C4: stride of the anchors in pixels."),
+    "RPN.ANCHOR_STRIDE": Setting(16, exactly(16), "C4: stride of the anchors in pixels."),
     "RPN.ANCHOR_SIZES": Setting(
-        [32.0, 64.0, 128.0, 256.0, 512.0], list_of(number(above=0)),
+        [32.0, 64.0, 128.0, 256.0, 512.0], list_of(number(1, 16384), says="a list of numbers from 1 to 16384"),
         "Anchor sizes in pixels, the square root of the area. FPN: one for each stride. C4: all at one stride.",
     ),
-    "RPN.ANCHOR_RATIOS": Setting([0.5, 1.0, 2.0], list_of(number(above=0)), "Anchor heights divided by widths."),
+    "RPN.ANCHOR_RATIOS": Setting(
+        [0.5, 1.0, 2.0], list_of(number(0.01, 100), says="a list of numbers from 0.01 to 100"),
+        "Anchor heights divided by widths.",
+    ),
     "RPN.CELL_ANCHORS": Setting(
-        [], list_of(
-            list_of(Allowed("", _read_box)), least=0,
-            says="a list for each level of anchors [x1,y1,x2,y2] with x1 < x2 and y1 < y2; [] for none",
-        ),
+        [], anchors,
         "The anchors around a cell's corner, level by level (C4 has one level), instead of those of sizes and ratios: "
         "other systems round and shift theirs.",
     ),
@@ -350,38 +290,38 @@ SETTINGS: dict[str, Setting] = {
     "RPN.POSITIVE_ANCHOR_THRESH": Setting(0.7, _OVERLAP, "IoU from which an anchor is foreground."),
     "RPN.NEGATIVE_ANCHOR_THRESH": Setting(0.3, _OVERLAP, "IoU below which an anchor is background."),
     "RPN.FG_RATIO": Setting(0.5, number(above=0, high=1), "Share of a batch that is foreground at most."),
-    "RPN.BATCH_PER_IM": Setting(256, whole(1), "Anchors of an image that are trained."),
-    "RPN.MIN_SIZE": Setting(0.0, number(0), "Proposals with a side of this many pixels or less are dropped."),
+    "RPN.BATCH_PER_IM": Setting(256, _COUNT, "Anchors of an image that are trained."),
+    "RPN.MIN_SIZE": Setting(0.0, number(0, 16384), "Proposals with a side of this many pixels or less are dropped."),
     "RPN.PROPOSAL_NMS_THRESH": Setting(0.7, _OVERLAP, "IoU above which the worse of two proposals is dropped."),
     "RPN.CROWD_OVERLAP_THRESH": Setting(
-        9.99, number(0), "Anchors of which a crowd region covers more than this share are ignored; off from 1 on."
+        9.99, number(0, 100), "Anchors of which a crowd region covers more than this share are ignored; off from 1 on."
     ),
     "RPN.TRAIN_ON_PADDING": Setting(
         False, flag, "True: anchors centred in the padding of a batch count as negatives (detectron2)."
     ),
-    "RPN.HEAD_DIM": Setting(1024, whole(1), "C4: channels of the RPN's convolution."),
+    "RPN.HEAD_DIM": Setting(1024, _CHANNELS, "C4: channels of the RPN's convolution."),
     "RPN.BBOX_LOSS": Setting(
         "smooth_l1", _BOX_LOSS,
         "smooth_l1: of the deltas. giou: 1 - generalised IoU of the decoded boxes (Rezatofighi et al. 2019).",
     ),
     "RPN.BBOX_LOSS_WEIGHT": Setting(1.0, _WEIGHT, "Weight of the RPN's box loss."),
-    "RPN.SMOOTH_L1_BETA": Setting(1.0 / 9, number(0), "Where the smooth L1 loss becomes linear; 0 is the L1 loss."),
+    "RPN.SMOOTH_L1_BETA": Setting(1 / 9, number(0, 100), "Where the smooth L1 loss becomes linear; 0 is the L1 loss."),
     "RPN.TRAIN_PRE_NMS_TOPK": Setting(
-        12000, whole(1), "C4 and FPN.PROPOSAL_MODE=Joint: best anchors of an image that enter NMS in training."
+        12000, _COUNT, "C4 and FPN.PROPOSAL_MODE=Joint: best anchors of an image that enter NMS in training."
     ),
-    "RPN.TRAIN_POST_NMS_TOPK": Setting(2000, whole(1), "And those that are kept after it."),
-    "RPN.TEST_PRE_NMS_TOPK": Setting(6000, whole(1), "As RPN.TRAIN_PRE_NMS_TOPK, in evaluation and prediction."),
-    "RPN.TEST_POST_NMS_TOPK": Setting(1000, whole(1), "As RPN.TRAIN_POST_NMS_TOPK, in evaluation and prediction."),
+    "RPN.TRAIN_POST_NMS_TOPK": Setting(2000, _COUNT, "And those that are kept after it."),
+    "RPN.TEST_PRE_NMS_TOPK": Setting(6000, _COUNT, "As RPN.TRAIN_PRE_NMS_TOPK, in evaluation and prediction."),
+    "RPN.TEST_POST_NMS_TOPK": Setting(1000, _COUNT, "As RPN.TRAIN_POST_NMS_TOPK, in evaluation and prediction."),
     "RPN.TRAIN_PER_LEVEL_NMS_TOPK": Setting(
-        2000, whole(1), "FPN.PROPOSAL_MODE=Level: best anchors of each level that enter NMS in training."
+        2000, _COUNT, "FPN.PROPOSAL_MODE=Level: best anchors of each level that enter NMS in training."
     ),
-    "RPN.TRAIN_FPN_NMS_TOPK": Setting(2000, whole(1), "And those kept after it, of all levels of an image."),
+    "RPN.TRAIN_FPN_NMS_TOPK": Setting(2000, _COUNT, "And those kept after it, of all levels of an image."),
     "RPN.TEST_PER_LEVEL_NMS_TOPK": Setting(
-        1000, whole(1), "As RPN.TRAIN_PER_LEVEL_NMS_TOPK, in evaluation and prediction."
+        1000, _COUNT, "As RPN.TRAIN_PER_LEVEL_NMS_TOPK, in evaluation and prediction."
     ),
-    "RPN.TEST_FPN_NMS_TOPK": Setting(1000, whole(1), "As RPN.TRAIN_FPN_NMS_TOPK, in evaluation and prediction."),
+    "RPN.TEST_FPN_NMS_TOPK": Setting(1000, _COUNT, "As RPN.TRAIN_FPN_NMS_TOPK, in evaluation and prediction."),
     # ------------------------------------------------------------------------------------------------------------ RoIs
-    "FRCNN.BATCH_PER_IM": Setting(512, whole(1), "RoIs of an image that are trained."),
+    "FRCNN.BATCH_PER_IM": Setting(512, _COUNT, "RoIs of an image that are trained."),
     "FRCNN.FG_THRESH": Setting(
         0.5, number(above=0, high=1), "IoU from which a RoI is foreground. A cascade has CASCADE.IOUS instead."
     ),
@@ -400,7 +340,7 @@ SETTINGS: dict[str, Setting] = {
     ),
     "FRCNN.BBOX_LOSS": Setting("smooth_l1", _BOX_LOSS, "As RPN.BBOX_LOSS; for all stages of a cascade."),
     "FRCNN.BBOX_LOSS_WEIGHT": Setting(1.0, _WEIGHT, "Weight of the box loss."),
-    "FRCNN.SMOOTH_L1_BETA": Setting(1.0, number(0), "Where the smooth L1 loss becomes linear; 0 is the L1 loss."),
+    "FRCNN.SMOOTH_L1_BETA": Setting(1.0, number(0, 100), "Where the smooth L1 loss becomes linear; 0 is the L1 loss."),
     "FRCNN.CLASS_AGNOSTIC": Setting(False, flag, "One box for all classes instead of one for each."),
     "FRCNN.ROI_OP": Setting(
         "align", one_of("align", "pool", "crop_and_resize"),
@@ -416,7 +356,7 @@ SETTINGS: dict[str, Setting] = {
         True, flag, "False: no half-pixel shift, and RoIs of at least one feature cell (Detectron, torchvision)."
     ),
     "FRCNN.CROWD_OVERLAP_THRESH": Setting(
-        9.99, number(0),
+        9.99, number(0, 100),
         "Background RoIs of which a crowd region covers more than this share are not trained; off from 1 on.",
     ),
     "FRCNN.FEDERATED_LOSS": Setting(
@@ -428,13 +368,13 @@ SETTINGS: dict[str, Setting] = {
         False, flag, "True: RoIs end at x2 - 1, y2 - 1, the index of their last pixel (Detectron, maskrcnn-benchmark)."
     ),
     # --------------------------------------------------------------------------------------------------------- pyramid
-    "FPN.ANCHOR_STRIDES": Setting([4, 8, 16, 32, 64], list_of(whole(1), 5), "Strides of the levels P2 to P6."),
+    "FPN.ANCHOR_STRIDES": Setting([4, 8, 16, 32, 64], exactly([4, 8, 16, 32, 64]), "Strides of the levels P2 to P6."),
     "FPN.PROPOSAL_MODE": Setting(
         "Level", one_of("Level", "Joint"),
         "Level: top-k and NMS on each level, then the best of all (Detectron). Joint: one top-k and one NMS over the "
         "anchors of all levels, by the settings RPN.…_PRE_NMS_TOPK and RPN.…_POST_NMS_TOPK (tensorpack).",
     ),
-    "FPN.NUM_CHANNEL": Setting(256, whole(1), "Channels of the pyramid."),
+    "FPN.NUM_CHANNEL": Setting(256, _CHANNELS, "Channels of the pyramid."),
     "FPN.NORM": Setting(None, one_of("GN", None), "Norm of the pyramid."),
     "FPN.GN_AFTER_RELU": Setting(
         False, flag,
@@ -447,8 +387,8 @@ SETTINGS: dict[str, Setting] = {
         "Head that classifies RoIs and refines their boxes. module:function: your own head(RoI features [R,7,7,C], "
         "cfg) -> [R,D], as in demo/own_head.py.",
     ),
-    "FPN.FRCNN_CONV_HEAD_DIM": Setting(256, whole(1), "Channels of the convolutions of 4conv1fc heads."),
-    "FPN.FRCNN_FC_HEAD_DIM": Setting(1024, whole(1), "Outputs of the fully connected layers of box heads."),
+    "FPN.FRCNN_CONV_HEAD_DIM": Setting(256, _CHANNELS, "Channels of the convolutions of 4conv1fc heads."),
+    "FPN.FRCNN_FC_HEAD_DIM": Setting(1024, _CHANNELS, "Outputs of the fully connected layers of box heads."),
     "FPN.MRCNN_HEAD_FUNC": Setting(
         "maskrcnn_up4conv_head", function_or(one_of("maskrcnn_up4conv_head", "maskrcnn_up4conv_gn_head")),
         "Head that predicts masks. module:function: your own head(RoI features [F,14,14,C], classes, cfg) -> mask "
@@ -456,27 +396,30 @@ SETTINGS: dict[str, Setting] = {
     ),
     "FPN.CASCADE": Setting(False, flag, "Cascade R-CNN: box heads in a row, each with a higher IoU threshold."),
     # ------------------------------------------------------------------------------------------------------ the heads
-    "MRCNN.HEAD_DIM": Setting(256, whole(1), "Channels of the mask head."),
+    "MRCNN.HEAD_DIM": Setting(256, _CHANNELS, "Channels of the mask head."),
     "MRCNN.LOSS_WEIGHT": Setting(1.0, _WEIGHT, "Weight of the mask loss."),
-    "KRCNN.NUM_KEYPOINT": Setting(17, whole(1), "Keypoints of an object; COCO's persons have 17."),
+    "KRCNN.NUM_KEYPOINT": Setting(17, whole(1, 1000), "Keypoints of an object; COCO's persons have 17."),
     "KRCNN.FLIP_PAIRS": Setting(
-        [], Allowed("a list of pairs of keypoints, by name or number from 0", _read_pairs),
+        [], pairs,
         "Keypoints that change places in a mirrored image; found by names such as left_eye, LeftEye, l_eye if empty.",
     ),
     "KRCNN.OKS_SIGMAS": Setting(
-        [], list_of(number(above=0), least=0),
+        [], list_of(number(0.0001, 10), least=0, says="a list of numbers from 0.0001 to 10, one for each keypoint"),
         "Falloff of each keypoint's similarity (OKS) in the scores; COCO's for its 17 points if empty.",
     ),
-    "KRCNN.HEAD_DIM": Setting(512, whole(1), "Channels of the keypoint head."),
+    "KRCNN.HEAD_DIM": Setting(512, _CHANNELS, "Channels of the keypoint head."),
     "KRCNN.LOSS_WEIGHT": Setting(1.0, _WEIGHT, "Weight of the keypoint loss."),
-    "CASCADE.IOUS": Setting([0.5, 0.6, 0.7], list_of(number(above=0, high=1)), "Foreground IoU of each stage."),
+    "CASCADE.IOUS": Setting(
+        [0.5, 0.6, 0.7], list_of(number(above=0, high=1), says="a list of numbers above 0, at most 1"),
+        "Foreground IoU of each stage.",
+    ),
     "CASCADE.BBOX_REG_WEIGHTS": Setting(
         [[10.0, 10.0, 5.0, 5.0], [20.0, 20.0, 10.0, 10.0], [30.0, 30.0, 15.0, 15.0]],
-        list_of(_FOUR_WEIGHTS, says="a list with four numbers above 0 for each stage"),
+        list_of(_FOUR_WEIGHTS, says="a list with four numbers from 0.01 to 1000 for each stage"),
         "As FRCNN.BBOX_REG_WEIGHTS, for each stage.",
     ),
     # -------------------------------------------------------------------------------------------------------- testing
-    "TEST.BATCH_SIZE": Setting(1, whole(1), "Images that are predicted at once."),
+    "TEST.BATCH_SIZE": Setting(1, whole(1, 1024), "Images that are predicted at once."),
     "TEST.USE_EMA": Setting(
         True, flag, "Uses the averaged weights (TRAIN.EMA_DECAY) of a model that has them; --load to train does too."
     ),
@@ -488,40 +431,57 @@ SETTINGS: dict[str, Setting] = {
     ),
     "TEST.NMS_CLASS_AGNOSTIC": Setting(False, flag, "True: boxes of different classes suppress each other too."),
     "TEST.FRCNN_NMS_THRESH": Setting(0.5, _OVERLAP, "IoU above which boxes of a class suppress each other."),
-    "TEST.SOFT_NMS_SIGMA": Setting(0.5, number(above=0), "Width of soft_gaussian: larger lowers scores less."),
+    "TEST.SOFT_NMS_SIGMA": Setting(0.5, number(0.001, 1000), "Width of soft_gaussian: larger lowers scores less."),
     "TEST.RESULT_SCORE_THRESH": Setting(0.05, _SCORE, "Boxes with higher scores enter NMS."),
     "TEST.SOFT_NMS_MIN_SCORE": Setting(
         0.001, _SCORE,
         "Boxes whose lowered score is below it are dropped (or below TEST.RESULT_SCORE_THRESH, if that is lower).",
     ),
     "TEST.RESULT_SCORE_THRESH_VIS": Setting(0.5, _SHARE, "Objects with at least this score are drawn in pictures."),
-    "TEST.RESULTS_PER_IM": Setting(100, whole(1), "Objects reported for an image at most."),
+    "TEST.RESULTS_PER_IM": Setting(100, _COUNT, "Objects reported for an image at most."),
     "TEST.AUG_SHORT_EDGES": Setting(
-        [], list_of(_PIXELS, least=0, says="a list of numbers of pixels, 16 or more each; [] for none"),
+        [], list_of(pixels, least=0, says="a list of numbers of pixels from 16 to 16384; [] for none"),
         "Test-time augmentation of --predict and --evaluate, e.g. [400,600,800,1000,1200]: each image is seen with "
         "these short edges instead of PREPROC.TEST_SHORT_EDGE_SIZE, and the results are merged. Evaluations during "
         "training do without. The features of all views of a batch are kept in host memory.",
     ),
-    "TEST.AUG_MAX_SIZE": Setting(4000, _PIXELS, "Long edge of a view at most."),
+    "TEST.AUG_MAX_SIZE": Setting(4000, pixels, "Long edge of a view at most."),
     "TEST.AUG_FLIP": Setting(True, flag, "With TEST.AUG_SHORT_EDGES: each view mirrored too."),
 }  # fmt: skip
 
-# Spellings of newer versions of tensorpack's example.
-ALIASES = {
-    "BACKBONE.RESNET_NUM_BLOCKS": "BACKBONE.RESNET_NUM_BLOCK",
-    "PREPROC.TRAIN_SHORT_EDGE_SIZE": "PREPROC.SHORT_EDGE_SIZE",
-}
-
 # ------------------------------------------------------------------------------- how settings depend on each other
 # (setting, whether the values go together, what the setting needs). The message adds the values of settings that the
-# sentence names. A setting without a part in what is being done is never refused.
+# sentence names. A setting that plays no part in what is done is never refused for another's sake.
 Relation = tuple[str, Callable[["Config"], bool], str]
+
+
+def _is_keras(cfg: "Config") -> bool:
+    return cfg.BACKBONE.NAME.startswith("keras:")
+
+
+def _is_own_function(cfg: "Config") -> bool:
+    return cfg.BACKBONE.NAME != "resnet" and not _is_keras(cfg)
+
+
+def _is_basic(cfg: "Config") -> bool:
+    return cfg.BACKBONE.NAME == "resnet" and cfg.BACKBONE.BLOCK == "basic"
+
+
+def _has_group_norm(cfg: "Config") -> bool:
+    return cfg.BACKBONE.NAME == "resnet" and cfg.BACKBONE.NORM == "GN"
+
+
+def _bottleneck_width(cfg: "Config") -> int:
+    """Channels inside the bottlenecks of the first stage."""
+    backbone = cfg.BACKBONE
+    plain = backbone.BLOCK == "basic" or (backbone.NUM_GROUPS == 1 and backbone.WIDTH_PER_GROUP == 64)
+    return backbone.STEM_CHANNELS if plain else backbone.NUM_GROUPS * backbone.WIDTH_PER_GROUP
 
 
 def _of_resnets(key: str) -> Relation:
     default = SETTINGS[key].default
     sentence = f"is for ResNets, and a keras network brings its own; leave it at {default}"
-    return key, lambda c: not c.BACKBONE.NAME.startswith("keras:") or c.get(key) == default, sentence
+    return key, lambda c: not _is_keras(c) or c.get(key) == default, sentence
 
 
 def _cell_anchors_fit(cfg: "Config") -> bool:
@@ -536,44 +496,34 @@ def _background_below(cfg: "Config") -> float:
     return cfg.FRCNN.BG_THRESH_HI or (cfg.CASCADE.IOUS[0] if cfg.FPN.CASCADE else cfg.FRCNN.FG_THRESH)
 
 
+_GN = "must be a multiple of 32 with"
+_TEST_EDGE: Relation = (
+    "PREPROC.TEST_SHORT_EDGE_SIZE",
+    lambda c: c.PREPROC.TEST_SHORT_EDGE_SIZE <= c.PREPROC.MAX_SIZE,
+    "must be at most PREPROC.MAX_SIZE",
+)
+
 RELATIONS: list[Relation] = [
     ("MODE_KEYPOINT", lambda c: not c.MODE_KEYPOINT or c.MODE_FPN, "needs MODE_FPN=True"),
     ("FPN.CASCADE", lambda c: not c.FPN.CASCADE or c.MODE_FPN, "needs MODE_FPN=True"),
-    (
-        "PREPROC.MAX_SIZE",
-        lambda c: max(c.PREPROC.SHORT_EDGE_SIZE) <= c.PREPROC.MAX_SIZE,
-        "must be at least the largest of PREPROC.SHORT_EDGE_SIZE",
-    ),
-    (
-        "TRAIN.ACCUMULATION",
-        lambda c: c.TRAIN.TOTAL_BATCH is None or c.TRAIN.ACCUMULATION == 1,
-        "must be 1 with TRAIN.TOTAL_BATCH, from which it follows",
-    ),
     ("FPN.FRCNN_HEAD_FUNC", lambda c: ":" not in c.FPN.FRCNN_HEAD_FUNC or c.MODE_FPN, "needs MODE_FPN=True"),
     ("FPN.MRCNN_HEAD_FUNC", lambda c: ":" not in c.FPN.MRCNN_HEAD_FUNC or c.MODE_FPN, "needs MODE_FPN=True"),
     # ------------------------------------------------------------------------------------------------- backbone
     ("BACKBONE.NAME", lambda c: c.BACKBONE.NAME == "resnet" or c.MODE_FPN, "has no C4 model; set MODE_FPN=True"),
     (
         "BACKBONE.FEATURE_LAYERS",
-        lambda c: not c.BACKBONE.FEATURE_LAYERS or c.BACKBONE.NAME.partition(":")[0] in ("resnet", "keras"),
+        lambda c: not c.BACKBONE.FEATURE_LAYERS or not _is_own_function(c),
         "is for keras networks; set it to []",
     ),
     (
-        "BACKBONE.FREEZE_AT",
-        lambda c: c.BACKBONE.FREEZE_AT == 0 or c.BACKBONE.NAME.partition(":")[0] in ("resnet", "keras"),
-        "must be 0 with a function of your own, which freezes with trainable=False or by TRAIN.FREEZE_PATTERN",
-    ),
-    (
         "BACKBONE.NORM",
-        lambda c: not c.BACKBONE.NAME.startswith("keras:") or c.BACKBONE.NORM in ("FreezeBN", "SyncBN"),
+        lambda c: not _is_keras(c) or c.BACKBONE.NORM in ("FreezeBN", "SyncBN"),
         "does not fit keras networks, which have their own norms: FreezeBN (statistics of the weights) or SyncBN (of "
         "the batch)",
     ),
     (
         "TRAIN.PRECISION",
-        lambda c: not c.BACKBONE.NAME.startswith("keras:")
-        or c.BACKBONE.NORM != "SyncBN"
-        or c.TRAIN.PRECISION != "float64",
+        lambda c: not _is_keras(c) or c.BACKBONE.NORM != "SyncBN" or c.TRAIN.PRECISION != "float64",
         "is not supported by keras networks with BACKBONE.NORM=SyncBN; use float32 or less",
     ),
     *map(_of_resnets, (
@@ -583,23 +533,56 @@ RELATIONS: list[Relation] = [
     )),
     (
         "BACKBONE.NUM_GROUPS",
-        lambda c: c.BACKBONE.BLOCK != "basic" or c.BACKBONE.NUM_GROUPS == 1,
+        lambda c: not _is_basic(c) or c.BACKBONE.NUM_GROUPS == 1,
         "must be 1 with BACKBONE.BLOCK=basic",
     ),
     (
         "BACKBONE.WIDTH_PER_GROUP",
-        lambda c: c.BACKBONE.BLOCK != "basic" or c.BACKBONE.WIDTH_PER_GROUP == 64,
+        lambda c: not _is_basic(c) or c.BACKBONE.WIDTH_PER_GROUP == 64,
         "must stay 64 with BACKBONE.BLOCK=basic; BACKBONE.STEM_CHANNELS sets the width",
     ),
     (
         "BACKBONE.STRIDE_1X1",
-        lambda c: c.BACKBONE.BLOCK != "basic" or not c.BACKBONE.STRIDE_1X1,
+        lambda c: not _is_basic(c) or not c.BACKBONE.STRIDE_1X1,
         "must be False with BACKBONE.BLOCK=basic, which has no 1x1 convolution",
     ),
     (
         "BACKBONE.STEM_CHANNELS",
-        lambda c: c.BACKBONE.NORM != "GN" or c.BACKBONE.STEM_CHANNELS % 32 == 0,
-        "must be a multiple of 32 with BACKBONE.NORM=GN",
+        lambda c: not _has_group_norm(c) or c.BACKBONE.STEM_CHANNELS % 32 == 0,
+        f"{_GN} BACKBONE.NORM=GN",
+    ),
+    (
+        "BACKBONE.WIDTH_PER_GROUP",
+        lambda c: not _has_group_norm(c) or _bottleneck_width(c) % 32 == 0,
+        f"times BACKBONE.NUM_GROUPS {_GN} BACKBONE.NORM=GN",
+    ),
+    # ------------------------------------------------------------------------------------------ pyramid and heads
+    (
+        "FPN.NUM_CHANNEL",
+        lambda c: not (c.MODE_FPN and c.FPN.NORM == "GN") or c.FPN.NUM_CHANNEL % 32 == 0,
+        f"{_GN} FPN.NORM=GN",
+    ),
+    (
+        "FPN.FRCNN_CONV_HEAD_DIM",
+        lambda c: not (c.MODE_FPN and not c.MODE_RPN_ONLY and c.FPN.FRCNN_HEAD_FUNC == "fastrcnn_4conv1fc_gn_head")
+        or c.FPN.FRCNN_CONV_HEAD_DIM % 32 == 0,
+        f"{_GN} FPN.FRCNN_HEAD_FUNC=fastrcnn_4conv1fc_gn_head",
+    ),
+    (
+        "MRCNN.HEAD_DIM",
+        lambda c: not (c.MODE_FPN and c.MODE_MASK and c.FPN.MRCNN_HEAD_FUNC == "maskrcnn_up4conv_gn_head")
+        or c.MRCNN.HEAD_DIM % 32 == 0,
+        f"{_GN} FPN.MRCNN_HEAD_FUNC=maskrcnn_up4conv_gn_head",
+    ),
+    (
+        "FRCNN.ROI_SAMPLES",
+        lambda c: c.MODE_RPN_ONLY or c.FRCNN.ROI_OP != "crop_and_resize" or c.FRCNN.ROI_SAMPLES > 0,
+        "must be 1 to 4 with FRCNN.ROI_OP=crop_and_resize",
+    ),
+    (
+        "CASCADE.BBOX_REG_WEIGHTS",
+        lambda c: not c.FPN.CASCADE or len(c.CASCADE.IOUS) == len(c.CASCADE.BBOX_REG_WEIGHTS),
+        "needs one group of four for each stage of CASCADE.IOUS",
     ),
     # -------------------------------------------------------------------------------------------------- anchors
     (
@@ -617,37 +600,7 @@ RELATIONS: list[Relation] = [
         lambda c: c.MODE_FPN or _cell_anchors_fit(c),
         "needs one list with an anchor [x1,y1,x2,y2] for each pair of RPN.ANCHOR_SIZES and RPN.ANCHOR_RATIOS",
     ),
-    (
-        "RPN.POSITIVE_ANCHOR_THRESH",
-        lambda c: c.RPN.NEGATIVE_ANCHOR_THRESH <= c.RPN.POSITIVE_ANCHOR_THRESH,
-        "must be at least RPN.NEGATIVE_ANCHOR_THRESH",
-    ),
-    # ------------------------------------------------------------------------------------------ RoIs, heads, testing
-    (
-        "FRCNN.BG_THRESH_HI",
-        lambda c: c.FPN.CASCADE or (c.FRCNN.BG_THRESH_HI or 0) <= c.FRCNN.FG_THRESH,
-        "must be at most FRCNN.FG_THRESH, or None",
-    ),
-    (
-        "FRCNN.BG_THRESH_HI",
-        lambda c: not c.FPN.CASCADE or (c.FRCNN.BG_THRESH_HI or 0) <= c.CASCADE.IOUS[0],
-        "must be at most the first of CASCADE.IOUS, or None",
-    ),
-    (
-        "FRCNN.BG_THRESH_LO",
-        lambda c: _background_below(c) > c.FRCNN.BG_THRESH_LO,
-        "must be below FRCNN.BG_THRESH_HI, or below the foreground's threshold where that is None",
-    ),
-    (
-        "FRCNN.ROI_SAMPLES",
-        lambda c: c.FRCNN.ROI_OP != "crop_and_resize" or c.FRCNN.ROI_SAMPLES > 0,
-        "must be 1 to 4 with FRCNN.ROI_OP=crop_and_resize",
-    ),
-    (
-        "CASCADE.BBOX_REG_WEIGHTS",
-        lambda c: len(c.CASCADE.IOUS) == len(c.CASCADE.BBOX_REG_WEIGHTS),
-        "needs one group of four for each stage of CASCADE.IOUS",
-    ),
+    # -------------------------------------------------------------------------------------------------- testing
     (
         "TEST.AUG_SHORT_EDGES",
         lambda c: not (c.TEST.AUG_SHORT_EDGES and c.MODE_RPN_ONLY),
@@ -659,6 +612,87 @@ RELATIONS: list[Relation] = [
         "must be at least the largest of TEST.AUG_SHORT_EDGES",
     ),
 ]  # fmt: skip
+
+# Those that matter when training.
+TRAINING_RELATIONS: list[Relation] = [
+    (
+        "PREPROC.MAX_SIZE",
+        lambda c: bool(c.PREPROC.SCALE_JITTER) or max(c.PREPROC.SHORT_EDGE_SIZE) <= c.PREPROC.MAX_SIZE,
+        "must be at least the largest of PREPROC.SHORT_EDGE_SIZE",
+    ),
+    (
+        _TEST_EDGE[0],
+        lambda c: not (c.TRAIN.EVAL_PERIOD and c.DATA.VAL) or _TEST_EDGE[1](c),
+        f"{_TEST_EDGE[2]}, or TRAIN.EVAL_PERIOD must be 0",
+    ),
+    (
+        "BACKBONE.FREEZE_AT",
+        lambda c: not _is_own_function(c) or c.BACKBONE.FREEZE_AT == 0,
+        "must be 0 with a function of your own, which freezes with trainable=False or by TRAIN.FREEZE_PATTERN",
+    ),
+    (
+        "TRAIN.ACCUMULATION",
+        lambda c: c.TRAIN.TOTAL_BATCH is None or c.TRAIN.ACCUMULATION == 1,
+        "must be 1 with TRAIN.TOTAL_BATCH, from which it follows",
+    ),
+    (
+        "RPN.POSITIVE_ANCHOR_THRESH",
+        lambda c: c.RPN.NEGATIVE_ANCHOR_THRESH <= c.RPN.POSITIVE_ANCHOR_THRESH,
+        "must be at least RPN.NEGATIVE_ANCHOR_THRESH",
+    ),
+    (
+        "RPN.FG_RATIO",
+        lambda c: int(c.RPN.BATCH_PER_IM * c.RPN.FG_RATIO) > 0,
+        "leaves no foreground in a batch of RPN.BATCH_PER_IM",
+    ),
+    (
+        "FRCNN.FG_RATIO",
+        lambda c: c.MODE_RPN_ONLY or int(c.FRCNN.BATCH_PER_IM * c.FRCNN.FG_RATIO) > 0,
+        "leaves no foreground in a batch of FRCNN.BATCH_PER_IM",
+    ),
+    (
+        "FRCNN.BG_THRESH_HI",
+        lambda c: c.MODE_RPN_ONLY or c.FPN.CASCADE or (c.FRCNN.BG_THRESH_HI or 0) <= c.FRCNN.FG_THRESH,
+        "must be at most FRCNN.FG_THRESH, or None",
+    ),
+    (
+        "FRCNN.BG_THRESH_HI",
+        lambda c: not c.FPN.CASCADE or (c.FRCNN.BG_THRESH_HI or 0) <= c.CASCADE.IOUS[0],
+        "must be at most the first of CASCADE.IOUS, or None",
+    ),
+    (
+        "FRCNN.BG_THRESH_LO",
+        lambda c: c.MODE_RPN_ONLY or _background_below(c) > c.FRCNN.BG_THRESH_LO,
+        "must be below FRCNN.BG_THRESH_HI, or below the foreground's threshold where that is None",
+    ),
+]
+
+# Those that matter in evaluation and prediction.
+PREDICTION_RELATIONS: list[Relation] = [
+    (_TEST_EDGE[0], lambda c: bool(c.TEST.AUG_SHORT_EDGES) or _TEST_EDGE[1](c), _TEST_EDGE[2]),
+]
+
+# What is allowed but probably a mistake.
+DOUBTS: list[Relation] = [
+    (
+        "PREPROC.PIXEL_STD",
+        lambda c: max(c.PREPROC.PIXEL_STD) >= 1,
+        "looks like the scale 0 to 1, but images are on the scale 0 to 255: multiply it by 255",
+    ),
+    (
+        "PREPROC.PIXEL_MEAN",
+        lambda c: not 0 < max(c.PREPROC.PIXEL_MEAN) <= 1,
+        "looks like the scale 0 to 1, but images are on the scale 0 to 255: multiply it by 255",
+    ),
+]
+TRAINING_DOUBTS: list[Relation] = [
+    ("TRAIN.BASE_LR", lambda c: c.TRAIN.BASE_LR > 0, "trains nothing"),
+    (
+        "TRAIN.WARMUP_INIT_LR",
+        lambda c: c.TRAIN.WARMUP == 0 or c.TRAIN.WARMUP_INIT_LR <= c.TRAIN.BASE_LR,
+        "is above TRAIN.BASE_LR, so that the rate may fall during the warm-up",
+    ),
+]
 
 
 # ----------------------------------------------------------------------------------------------------- reading them
@@ -723,7 +757,7 @@ class Config:
         """Sets one leaf, if the key exists and takes the value; otherwise UserError, which names `origin`."""
         key = ALIASES.get(dotted_key, dotted_key)
         if key not in SETTINGS:
-            raise UserError(f"{origin}: {_unknown_key(dotted_key)}")
+            raise UserError(f"{origin}: {unknown_key(dotted_key, list(SETTINGS))}")
         group, _, name = key.rpartition(".")
         node = getattr(self, group) if group else self
         setattr(node, name, read_value(key, SETTINGS[key], value, origin))
@@ -733,8 +767,10 @@ class Config:
         for arg in args:
             key, sep, given = arg.partition("=")
             if not sep or not key:
-                raise UserError(f"{origin}: '{arg}' is not of the form KEY=VAL (e.g. MODE_FPN=True)")
+                raise UserError(f"{origin}: {shown(arg)} is not of the form KEY=VAL (e.g. MODE_FPN=True)")
             self.set(key.strip(), parse_literal(given), origin)
+            if key.strip() == "DATA.CLASS_NAMES" and self.DATA.CLASS_NAMES[:1] == ["BG"]:
+                raise UserError(f"{origin}: leave 'BG' out of DATA.CLASS_NAMES; the background is no class here")
         return self
 
     def update_from_dict(self, flat: dict[str, Any], origin: str) -> "Config":
@@ -748,21 +784,34 @@ def default_config() -> Config:
     return Config({key: copy.deepcopy(setting.default) for key, setting in SETTINGS.items()})
 
 
-def finalize_config(cfg: Config) -> Config:
-    """A checked and frozen copy, with every value in its canonical form.
+def finalize_config(cfg: Config, training: bool = True) -> Config:
+    """A checked and frozen copy, with every value in its canonical form. UserError where a setting is wrong.
 
     In it DATA.TRAIN, DATA.VAL, PREPROC.SHORT_EDGE_SIZE and TRAIN.LR_SCHEDULE are lists; with MODE_RPN_ONLY the branches
-    of the second stage are off. UserError where a setting is wrong.
+    of the second stage are off. Without `training` it is for evaluation and prediction.
     """
     cfg = cfg.copy()
     for key, value in cfg.to_dict().items():
         cfg.set(key, value, "setting")
     if cfg.MODE_RPN_ONLY:
         cfg.MODE_MASK = cfg.MODE_KEYPOINT = cfg.FPN.CASCADE = False
-    for key, holds, sentence in RELATIONS:
-        if not holds(cfg):
-            raise UserError(f"setting {key}={cfg.get(key)!r} {_with_values(sentence, cfg)}")
+    for sentence in _broken([*RELATIONS, *(TRAINING_RELATIONS if training else PREDICTION_RELATIONS)], cfg):
+        raise UserError(sentence)
     return cfg.freeze()
+
+
+def doubts(cfg: Config, training: bool = True) -> list[str]:
+    """Warnings about settings that are allowed but probably a mistake."""
+    return _broken([*DOUBTS, *(TRAINING_DOUBTS if training else [])], cfg)
+
+
+def _broken(relations: list[Relation], cfg: Config) -> list[str]:
+    """Sentences on the relations that do not hold."""
+    return [
+        f"setting {key}={shown(cfg.get(key))} {_with_values(sentence, cfg)}"
+        for key, holds, sentence in relations
+        if not holds(cfg)
+    ]
 
 
 def explain(cfg: Config) -> str:
@@ -786,16 +835,6 @@ def _with_values(sentence: str, cfg: Config) -> str:
 
     def add(match: re.Match) -> str:
         key = match[0]
-        return f"{key} ({cfg.get(key)})" if key in SETTINGS else key
+        return f"{key} ({shown(cfg.get(key))})" if key in SETTINGS else key
 
     return re.sub(r"\b[A-Z_0-9]+\.[A-Z_0-9]*[A-Z0-9]\b(?!=)", add, sentence)
-
-
-def _unknown_key(key: str) -> str:
-    members = [k for k in SETTINGS if k.startswith(f"{key}.")]
-    if members:
-        return f"{key} is a group of settings; set one of its members, e.g. {', '.join(members[:4])}"
-    known = [*SETTINGS, *ALIASES]
-    by_name = {k.rpartition(".")[2]: k for k in reversed(known)}
-    near = nearest(key, known) or [by_name[n] for n in nearest(key.rpartition(".")[2], by_name)]
-    return f"unknown setting {key}" + (f"; did you mean {near[0]}?" if near else "; --print-config lists them all")

@@ -6,17 +6,21 @@ value in the form that the program works with, or raises ValueError. The functio
 """
 
 import ast
+import copy
 import dataclasses
 import difflib
+import importlib.util
 import math
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from common import UserError
 
 __all__ = [
-    "Allowed", "Setting", "either", "flag", "function_or", "list_of", "nearest", "number", "one_of", "optional",
-    "parse_literal", "read_value", "text", "whole",
+    "Allowed", "Setting", "anchors", "backbone", "class_names", "datasets", "edges", "either", "exactly", "flag",
+    "function_or", "list_of", "names", "nearest", "number", "one_of", "optional", "pairs", "parse_literal", "pattern",
+    "pixels", "read_value", "schedule", "shown", "span", "steps", "text", "whole",
 ]  # fmt: skip
 
 
@@ -50,7 +54,7 @@ def text(says: str = "text") -> Allowed:
     """A string that is not empty; `says` tells what it names."""
 
     def read(value: Any) -> str:
-        if isinstance(value, str) and value.strip():
+        if isinstance(value, str) and value.strip() and "\0" not in value:
             return value
         raise ValueError
 
@@ -156,7 +160,140 @@ def list_of(allowed: Allowed, count: int | None = None, least: int = 1, says: st
     return Allowed(says or f"{length}, each {allowed.says}", read)
 
 
+# ----------------------------------------------------------------------------------------- values of single settings
+# Iterations of the "1x" schedule at a total batch of 8 images (Detectron: 90k iterations of 16 images).
+_COCO_SCHEDULE_1X = [120000, 160000, 180000]
+
+
+def _read_names(value: Any) -> list[str]:
+    names = [] if value in (None, "") else [value] if isinstance(value, str) else value
+    if not isinstance(names, list) or not all(isinstance(n, str) and n for n in names):
+        raise ValueError
+    if isinstance(value, str) and value[:1] in ("[", "("):
+        raise ValueError("; put quotes around a list of names: \"KEY=['a','b']\"")
+    return names
+
+
+def _read_datasets(value: Any) -> dict[str, list[str]]:
+    if not isinstance(value, dict):
+        raise ValueError
+    for entry in value.values():
+        texts = isinstance(entry, list) and all(isinstance(e, str) for e in entry)
+        # A list that starts with a word, not a file, names another format.
+        options = texts and all("=" in e for e in entry[2:])
+        if not (texts and len(entry) >= 2 and (options or not entry[0].endswith(".json"))):
+            raise ValueError
+    return value
+
+
+def _read_pairs(value: Any) -> list[list[int | str]]:
+    if not isinstance(value, list) or not all(isinstance(p, list) and len(p) == 2 for p in value):
+        raise ValueError
+    if not all(type(k) in (int, str) for pair in value for k in pair):
+        raise ValueError
+    return value
+
+
+def _read_edges(value: Any) -> list[int]:
+    edges = [value] if type(value) in (int, float) else value
+    edges = list_of(pixels).read(edges)
+    if len(edges) == 2 and edges[0] > edges[1]:
+        raise ValueError
+    return edges * 2 if len(edges) == 1 else edges
+
+
+def _read_schedule(value: Any) -> list[int]:
+    if isinstance(value, str):
+        if not re.fullmatch("[1-9]x", value):
+            raise ValueError
+        factor = int(value[0])
+        last = _COCO_SCHEDULE_1X[-1] * factor
+        # Long schedules spend the extra time at the first rate (He et al., Rethinking ImageNet Pre-training, 2018).
+        return [v * factor for v in _COCO_SCHEDULE_1X] if factor <= 2 else [last - 120000, last - 40000, last]
+    milestones = list_of(steps).read(value)
+    if milestones != sorted(set(milestones)):
+        raise ValueError
+    return milestones
+
+
+def _read_box(value: Any) -> list[float]:
+    box = list_of(number(-16384, 16384), 4).read(value)
+    if not (box[0] < box[2] and box[1] < box[3]):
+        raise ValueError
+    return box
+
+
+def _read_pattern(value: Any) -> str:
+    pattern = text().read(value)
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as e:
+        raise ValueError(f" ({e})") from None
+    return pattern
+
+
+def _read_backbone(value: Any) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError
+    kind, colon, name = value.partition(":")
+    if colon and all(kind.split(".")) and name:
+        mistyped = kind != "keras" and "." not in kind and nearest(kind, ["keras"], 0.7)
+        if mistyped and importlib.util.find_spec(kind) is None:
+            raise ValueError(f" (did you mean keras:{name}?)")
+        return value
+    if re.match(r"(?i)res-?net|r\d+$", kind):
+        if value == "resnet":
+            return value
+        raise ValueError(" (did you mean resnet? BACKBONE.RESNET_NUM_BLOCK sets its depth, [3,4,23,3] for ResNet-101)")
+    name = name or re.sub(r"(?i)^(tf\.|tf_)?keras(\.applications)?\.|^keras$", "", kind) or "EfficientNetB0"
+    raise ValueError(f" (did you mean keras:{name}?)")
+
+
+def exactly(only: Any) -> Allowed:
+    """What the network determines: written down for those who read it, and no other value."""
+
+    def read(value: Any) -> Any:
+        if value != only:
+            raise ValueError
+        return copy.deepcopy(only)
+
+    return Allowed(f"{only}, which follows from the network", read)
+
+
+def span(most: float) -> Allowed:
+    """[lo, hi] with 0 < lo <= hi <= most, or []."""
+
+    def read(value: Any) -> list[float]:
+        if value in (None, []):
+            return []
+        low, high = list_of(number(above=0, high=most), 2).read(value)
+        if low > high:
+            raise ValueError
+        return [low, high]
+
+    return Allowed(f"[lo, hi] with 0 < lo <= hi <= {most}, or [] for none", read)
+
+
+pixels = whole(16, 16384, "a whole number of pixels")
+steps = whole(1, 10**9)
+names = Allowed("the name of a data set, or a list of names", _read_names)
+class_names = Allowed("a list of names of foreground classes", _read_names)
+datasets = Allowed("{name: ['annotations.json', 'image folder']} or {name: [format, path, …]}", _read_datasets)
+edges = Allowed("pixels from 16 to 16384: a number, [lo, hi] with lo <= hi, or a longer list", _read_edges)
+pairs = Allowed("a list of pairs of keypoints, by name or number from 0; or []", _read_pairs)
+schedule = Allowed("1x to 9x, or a list of increasing iterations like [120000,160000,180000]", _read_schedule)
+pattern = Allowed("a regular expression", _read_pattern)
+backbone = Allowed("resnet, keras:NETWORK or module:function", _read_backbone)
+anchors = Allowed(
+    "a list for each level of anchors [x1,y1,x2,y2] with x1 < x2 and y1 < y2; [] for none",
+    list_of(list_of(Allowed("", _read_box)), least=0).read,
+)
+
+
 # ------------------------------------------------------------------------------------------------------ reading a value
+_BAD = (ValueError, TypeError, OverflowError)
+
+
 def parse_literal(given: str) -> Any:
     """The Python literal that a text is, otherwise the text itself. Nothing is executed."""
     try:
@@ -170,10 +307,19 @@ def read_value(key: str, setting: Setting, value: Any, origin: str) -> Any:
     value = _plain(value)
     try:
         return setting.allowed.read(value)
-    except (ValueError, TypeError):
-        shown = repr(value) if len(repr(value)) <= 80 else f"{repr(value)[:77]}..."
-        wants = f"{origin}: {key}={shown} must be {setting.allowed.says}"
-        raise UserError(wants + _meant(setting.allowed, value)) from None
+    except _BAD as e:
+        hint = str(e) if type(e) is ValueError else ""
+        wants = f"{origin}: {key}={shown(value)} must be {setting.allowed.says}"
+        raise UserError(wants + (hint or _meant(setting.allowed, value))) from None
+
+
+def shown(value: Any) -> str:
+    """A value for a message of one line."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no number of more than 4300 digits
+        return "(a very large number)"
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _meant(allowed: Allowed, value: Any) -> str:
@@ -187,15 +333,15 @@ def _meant(allowed: Allowed, value: Any) -> str:
     for guess in guesses:
         try:
             return f" (did you mean {allowed.read(guess)}?)"
-        except (ValueError, TypeError):
+        except _BAD:
             continue
     return ""
 
 
-def nearest(word: str, known: Iterable[str], cutoff: float = 0.5) -> list[str]:
-    """The known word that looks most like `word`, case aside, as a list of one; [] where none does."""
-    by_lower = {k.lower(): k for k in known}
-    return [by_lower[k] for k in difflib.get_close_matches(word.lower(), by_lower, 1, cutoff)]
+def nearest(word: str, known: Iterable[str], cutoff: float = 0.5, count: int = 1) -> list[str]:
+    """The known words, `count` at most, that look most like `word`, case and underscores aside; [] where none does."""
+    plain = {k.lower().replace("_", ""): k for k in known}
+    return [plain[k] for k in difflib.get_close_matches(word.lower().replace("_", ""), plain, count, cutoff)]
 
 
 def _plain(value: Any) -> Any:

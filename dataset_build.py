@@ -461,7 +461,13 @@ def count_keypoints(cfg: Config, origin: str, categories: list[dict], raw: Annot
             f"{origin}: its categories have {len(counts) or 'no'} "
             f"{'different numbers of ' if counts else ''}keypoints; MODE_KEYPOINT=True needs one kind of skeleton"
         )
-    return counts.pop()
+    count = counts.pop()
+    if count != cfg.KRCNN.NUM_KEYPOINT:
+        raise UserError(
+            f"{origin}: its objects have {count} keypoints, but KRCNN.NUM_KEYPOINT is "
+            f"{cfg.KRCNN.NUM_KEYPOINT}; set KRCNN.NUM_KEYPOINT={count} (the model and its data must have as many)"
+        )
+    return count
 
 
 def _missing_images(folder: str, files: list[str]) -> np.ndarray:

@@ -21,6 +21,7 @@ import numpy as np
 from basemodel import grouped_conv, name_seed, normalize_image, preprocess_image, resnet_stages
 from common import UserError, describe_error, import_function
 from config import Config
+from config_check import nearest
 from model_syncbn import normalize_batch, wide_type
 from utils.checkpoint import load_weights
 from utils.tf_v1 import tf
@@ -153,7 +154,7 @@ def _network(application: str, precision: str) -> _Network:
     """The application without its classifier, built for images of any size, its norms with frozen statistics."""
     known = _applications()
     if application not in known:
-        near = difflib.get_close_matches(application, known, 3, 0.5)
+        near = nearest(application, known, 0.5, 3)
         hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known)}"
         raise UserError(f"setting BACKBONE.NAME=keras:{application}: Keras has no such network; {hint}")
     keras = tf.keras.backend

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from common import UserError, logger, read_json
-from config import Config, default_config, finalize_config
+from config import Config, default_config, doubts, finalize_config
 from utils import ranks
 from utils.checkpoint import (
     assign_weights,
@@ -50,17 +50,17 @@ def training_settings(arguments: Sequence[str], meta: dict[str, Any] | None = No
     stored = (meta or {}).get("settings") or {}
     second = _SECOND_STAGE_SETTINGS if stored.get("MODE_RPN_ONLY") else ()
     stored = {k: v for k, v in stored.items() if _MODEL_SETTINGS.match(k) and k not in second}
-    return _settings(arguments, stored, origin, None)
+    return _settings(arguments, stored, origin, None, training=True)
 
 
 def inference_settings(arguments: Sequence[str], meta: dict[str, Any] | None = None, origin: str = "") -> Config:
     """Settings to run a model with: all of those stored with its weights, its classes, then the KEY=VAL arguments."""
     meta = meta or {}
-    return _settings(arguments, meta.get("settings") or {}, origin, meta.get("class_names"))
+    return _settings(arguments, meta.get("settings") or {}, origin, meta.get("class_names"), training=False)
 
 
 def _settings(
-    arguments: Sequence[str], stored: dict[str, Any], origin: str, class_names: Sequence[str] | None
+    arguments: Sequence[str], stored: dict[str, Any], origin: str, class_names: Sequence[str] | None, training: bool
 ) -> Config:
     cfg = default_config()
     backbone = {} if origin else _settings_of_backbone(arguments)
@@ -68,7 +68,9 @@ def _settings(
     cfg.update_from_dict(stored, f"settings stored in {origin}")
     if class_names:
         cfg.DATA.CLASS_NAMES, cfg.DATA.NUM_CATEGORY = list(class_names), len(class_names)
-    cfg = finalize_config(cfg.update_args(arguments))
+    cfg = finalize_config(cfg.update_args(arguments), training)
+    for doubt in doubts(cfg, training):
+        logger.warning(doubt)
     if cfg.BACKBONE.NAME != "resnet":
         from model_backbones import check_backbone  # imports TensorFlow
 

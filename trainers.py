@@ -219,6 +219,8 @@ def freeze_variables(pattern: str | None) -> list[str]:
     collection[:] = [v for v in collection if not re.search(pattern, v.op.name)]
     if not frozen:
         raise UserError(f"setting TRAIN.FREEZE_PATTERN={pattern!r} matches no trainable variable")
+    if not collection:
+        raise UserError(f"setting TRAIN.FREEZE_PATTERN={pattern!r} matches every variable; nothing is left to train")
     return sorted(v.op.name for v in frozen)
 
 

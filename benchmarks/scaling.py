@@ -110,7 +110,7 @@ def gradient_schedule(settings: Sequence[str], height: int, width: int, repeats:
     from trainers import DetectionOptimizer
     from utils.tf_v1 import tf
 
-    cfg = finalize_config(default_config().update_args([*settings, "DATA.NUM_CATEGORY=80"]))
+    cfg = finalize_config(default_config().update_args([*settings, "TRAIN.EVAL_PERIOD=0", "DATA.NUM_CATEGORY=80"]))
     batch = synthetic_batch(1, height, width)
     with tf.Graph().as_default(), tf.Session() as session:
         tf.set_random_seed(1)

@@ -125,7 +125,7 @@ def test_outlines_and_boxes_are_those_of_the_objects_pixels(coloured, name):
     folder, args = coloured
     cfg = settings(
         folder, *args, "MODE_FPN=True", "PREPROC.SHORT_EDGE_SIZE=[90,160]", "PREPROC.MAX_SIZE=300",
-        "PREPROC.CROP_SIZE=[200,260]", *VIEWS[name],
+        "TRAIN.EVAL_PERIOD=0", "PREPROC.CROP_SIZE=[200,260]", *VIEWS[name],
     )  # fmt: skip
     split = load_training_split(cfg)
     pasted, beside = [], []
@@ -330,7 +330,7 @@ def test_keypoints_outside_of_a_crop_are_not_labelled(tmp_path):
         [box_annotation(10, 10, 80, 80, keypoints=[20, 20, 2, 60, 50, 1, 0, 0, 0])],
         [{"id": 1, "name": "person", "keypoints": ["left_eye", "right_eye", "nose"]}],
     )  # fmt: skip
-    cfg = settings(tmp_path, *args, "MODE_FPN=True", "MODE_KEYPOINT=True")
+    cfg = settings(tmp_path, *args, "MODE_FPN=True", "MODE_KEYPOINT=True", "KRCNN.NUM_KEYPOINT=3")
     split = load_training_split(cfg)
     for flip, points in ((False, [[0, 0, 0], [41, 21, 1], [0, 0, 0]]), (True, [[79, 21, 1], [0, 0, 0], [0, 0, 0]])):
         view = View(40, 40, 60, 60, (120, 120), flip)

@@ -1,19 +1,46 @@
 """config.py: keys, types, literals, aliases, schedules."""
 
 import json
+import math
 import re
 
 import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from random_settings import draw_settings
 
 from common import UserError
-from config import ALIASES, RELATIONS, SETTINGS, default_config, explain, finalize_config
+from config import (
+    DOUBTS,
+    PREDICTION_RELATIONS,
+    RELATIONS,
+    SETTINGS,
+    TRAINING_DOUBTS,
+    TRAINING_RELATIONS,
+    default_config,
+    doubts,
+    explain,
+    finalize_config,
+)
+from config_names import ALIASES, TENSORPACK
 from tools import settings_doc
 
 pytestmark = pytest.mark.quick
 
 
-def make(*args):
-    return finalize_config(default_config().update_args(args))
+ALL_RELATIONS = [*RELATIONS, *TRAINING_RELATIONS, *PREDICTION_RELATIONS, *DOUBTS, *TRAINING_DOUBTS]
+
+
+def make(*args, training=True):
+    return finalize_config(default_config().update_args(args), training)
+
+
+def refusal(*args, training=True):
+    with pytest.raises(UserError) as error:
+        make(*args, training=training)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500
+    return str(error.value)
 
 
 def test_values_parse_as_literals_and_else_as_strings():
@@ -59,10 +86,7 @@ def test_a_value_is_never_executed(tmp_path):
     ],
 )
 def test_a_wrong_setting_is_one_line_that_names_the_key_and_the_fix(argument, hint):
-    with pytest.raises(UserError) as error:
-        make(argument)
-    assert hint in str(error.value)
-    assert "\n" not in str(error.value)
+    assert hint in refusal(argument)
 
 
 @pytest.mark.parametrize(
@@ -120,8 +144,8 @@ def test_every_default_is_a_value_that_its_setting_takes():
 
 
 def test_relations_and_explanations_name_settings_that_exist():
-    texts = [sentence for _, _, sentence in RELATIONS] + [s.about for s in SETTINGS.values()]
-    named = {k for t in texts for k in re.findall(r"\b[A-Z]+\.[A-Z][A-Z_0-9]*\b", t)} | {k for k, _, _ in RELATIONS}
+    texts = [sentence for _, _, sentence in ALL_RELATIONS] + [s.about for s in SETTINGS.values()]
+    named = {k for t in texts for k in re.findall(r"\b[A-Z]+\.[A-Z][A-Z_0-9]*\b", t)} | {k for k, _, _ in ALL_RELATIONS}
     assert len(named) > 20 and named <= set(SETTINGS)
     assert set(ALIASES.values()) <= set(SETTINGS)
 
@@ -162,3 +186,165 @@ def test_a_finalised_config_cannot_be_changed_but_its_copy_can():
 def test_cell_anchors_of_a_wrong_form_are_refused_with_the_form_wanted(settings):
     with pytest.raises(UserError, match=r"RPN.CELL_ANCHORS.*\[x1,y1,x2,y2\]"):
         make(*settings)
+
+
+# ------------------------------------------------------------------------------------------- which values are allowed
+@pytest.mark.parametrize(
+    ("argument", "allowed"),
+    [
+        ("TRAIN.BASE_LR=-0.01", "from 0 to 100"),
+        ("TRAIN.BASE_LR=nan", "from 0 to 100"),
+        ("TRAIN.MOMENTUM=1", "from 0 to below 1"),
+        ("TRAIN.WEIGHT_DECAY=-1", "from 0 to 1"),
+        ("TRAIN.GRADIENT_CLIP=0", "from 0.0001 to 1000000, or None"),
+        ("TRAIN.WARMUP=-5", "from 0 to"),
+        ("TRAIN.WARMUP_INIT_LR=-1", "from 0 to 100"),
+        ("TRAIN.MAX_STEPS=0", "from 1 to"),
+        ("TRAIN.SEED=-1", "from 0 to 2147483647, or None"),
+        ("TRAIN.SEED=1.5", "from 0 to 2147483647, or None"),
+        ("DATA.NUM_WORKERS=-1", "from 0 to 256"),
+        ("DATA.PREFETCH=0", "from 1 to 255"),
+        ("TRAIN.KEEP_CHECKPOINTS=0", "from 1 to"),
+        ("TRAIN.CHECKPOINT_PERIOD=0", "from 1 to"),
+        ("PREPROC.SHORT_EDGE_SIZE=[800,600]", "lo <= hi"),
+        ("PREPROC.SHORT_EDGE_SIZE=None", "pixels from 16"),
+        ("PREPROC.MAX_SIZE=0", "from 16 to 16384"),
+        ("PREPROC.PIXEL_STD=[1,0,1]", "from 0.001 to 1000"),
+        ("PREPROC.PIXEL_MEAN=['a','b','c']", "R, G and B"),
+        ("RPN.ANCHOR_SIZES=[]", "from 1 to 16384"),
+        ("RPN.ANCHOR_SIZES=[32,-64,128,256,512]", "from 1 to 16384"),
+        ("RPN.ANCHOR_SIZES=['a']", "from 1 to 16384"),
+        ("RPN.ANCHOR_RATIOS=[0]", "from 0.01 to 100"),
+        ("FRCNN.BBOX_REG_WEIGHTS=[10,10,5]", "four numbers from 0.01 to 1000"),
+        ("FRCNN.BBOX_REG_WEIGHTS=[0,10,5,5]", "four numbers from 0.01 to 1000"),
+        ("CASCADE.BBOX_REG_WEIGHTS=[[1,1,1,-1]]", "four numbers from 0.01 to 1000"),
+        ("CASCADE.IOUS=[0.5,2]", "at most 1"),
+        ("TRAIN.FREEZE_PATTERN=conv[", "regular expression, or None (unterminated character set"),
+        ("FPN.ANCHOR_STRIDES=[8,16,32,64,128]", "follows from the network"),
+        ("RPN.ANCHOR_STRIDE=8", "16, which follows from the network"),
+        ("DATA.BASEDIR=", "a path"),
+        ("TRAIN.BASE_LR=" + "9" * 500, "from 0 to 100"),
+        ("TRAIN.SEED=0x" + "f" * 9000, "from 0 to"),
+        ("DATA.BASEDIR='a\\x00b'", "a path"),
+    ],
+)  # fmt: skip
+def test_a_value_out_of_range_is_refused_with_the_range(argument, allowed):
+    for training in (True, False):
+        message = refusal(argument, training=training)
+        assert message.startswith(f"--config: {argument.partition('=')[0]}=") and allowed in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        ("PREPROC.TEST_SHORT_EDGE_SIZE=1400", "PREPROC.MAX_SIZE (1333)"),
+        ("MODE_FPN=True FPN.NORM=GN FPN.NUM_CHANNEL=48", "multiple of 32"),
+        ("MODE_FPN=True FPN.FRCNN_HEAD_FUNC=fastrcnn_4conv1fc_gn_head FPN.FRCNN_CONV_HEAD_DIM=48", "multiple of 32"),
+        ("MODE_FPN=True FPN.MRCNN_HEAD_FUNC=maskrcnn_up4conv_gn_head MRCNN.HEAD_DIM=48", "multiple of 32"),
+        ("BACKBONE.NORM=GN BACKBONE.NUM_GROUPS=5 BACKBONE.WIDTH_PER_GROUP=4", "BACKBONE.NUM_GROUPS (5)"),
+        ("FRCNN.BATCH_PER_IM=3", "no foreground"),
+        ("RPN.BATCH_PER_IM=1", "no foreground"),
+        ("MODE_FPN=True FPN.CASCADE=True CASCADE.IOUS=[0.5,0.6]", "each stage of CASCADE.IOUS ([0.5, 0.6])"),
+    ],
+)
+def test_values_that_do_not_go_together_are_refused(arguments, hint):
+    assert hint in refusal(*arguments.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "training"),
+    [
+        ("PREPROC.MAX_SIZE=600 PREPROC.TEST_SHORT_EDGE_SIZE=480", False),  # the short edge of training is larger
+        ("PREPROC.MAX_SIZE=600 TEST.AUG_SHORT_EDGES=[480,640]", False),
+        ("PREPROC.MAX_SIZE=600 PREPROC.SHORT_EDGE_SIZE=480 TRAIN.EVAL_PERIOD=0", True),  # nothing is tested
+        ("PREPROC.MAX_SIZE=600 PREPROC.SHORT_EDGE_SIZE=480 DATA.VAL=[]", True),
+        ("PREPROC.SCALE_JITTER=[0.1,2.0] PREPROC.MAX_SIZE=640 PREPROC.TEST_SHORT_EDGE_SIZE=480", True),
+        ("CASCADE.IOUS=[0.5,0.6]", True),  # no cascade
+        ("FPN.NORM=GN FPN.NUM_CHANNEL=48 FPN.MRCNN_HEAD_FUNC=maskrcnn_up4conv_gn_head MRCNN.HEAD_DIM=48", True),  # C4
+        ("MODE_FPN=True MODE_MASK=False FPN.MRCNN_HEAD_FUNC=maskrcnn_up4conv_gn_head MRCNN.HEAD_DIM=48", True),
+        ("RPN.ANCHOR_SIZES=[32]", True),  # C4
+        ("MODE_RPN_ONLY=True FRCNN.ROI_OP=crop_and_resize FRCNN.ROI_SAMPLES=0 FRCNN.BATCH_PER_IM=1", True),
+        ("MODE_RPN_ONLY=True FPN.CASCADE=True MODE_KEYPOINT=True", True),
+        ("TRAIN.ACCUMULATION=2 TRAIN.TOTAL_BATCH=8", False),
+        ("RPN.POSITIVE_ANCHOR_THRESH=0.2 FRCNN.BG_THRESH_LO=0.9", False),
+        ("BACKBONE.NAME=a:b MODE_FPN=True BACKBONE.FREEZE_AT=2 BACKBONE.NORM=GN BACKBONE.STEM_CHANNELS=5", False),
+    ],
+)
+def test_a_setting_that_plays_no_part_blocks_nothing(arguments, training):
+    make(*arguments.split(), training=training)
+
+
+@given(rng=st.randoms(use_true_random=False), training=st.booleans())
+@hypothesis_settings(max_examples=400)
+def test_random_settings_are_taken_as_they_are_or_refused_in_one_line(rng, training):
+    words = [f"{key}={value!r}" for key, value in draw_settings(rng).items()]
+    try:
+        cfg = make(*words, training=training)
+    except UserError as e:
+        assert "\n" not in str(e) and any(word.partition("=")[0] in str(e) for word in words)
+        return
+    again = finalize_config(
+        default_config().update_from_dict(json.loads(json.dumps(cfg.to_dict(), allow_nan=False)), "stored"), training
+    )
+    assert again.to_dict() == cfg.to_dict()
+    numbers = [v for v in cfg.to_dict().values() if isinstance(v, (int, float))]
+    assert all(math.isfinite(v) for v in numbers)
+
+
+def test_what_is_probably_a_mistake_is_warned_of():
+    assert doubts(make()) == doubts(make("PREPROC.PIXEL_MEAN=[0,0,0]", "PREPROC.PIXEL_STD=[1,1,1]")) == []
+    small = doubts(make("PREPROC.PIXEL_STD=[0.229,0.224,0.225]", "PREPROC.PIXEL_MEAN=[0.485,0.456,0.406]"))
+    assert len(small) == 2 and all("multiply it by 255" in d for d in small)
+    assert doubts(make("TRAIN.BASE_LR=0", "TRAIN.WARMUP=0")) == ["setting TRAIN.BASE_LR=0.0 trains nothing"]
+    assert "TRAIN.WARMUP_INIT_LR=0.0033" in doubts(make("TRAIN.BASE_LR=0.001"))[0]
+    assert not doubts(make("TRAIN.BASE_LR=0.001", "TRAIN.WARMUP=0")) + doubts(make("TRAIN.BASE_LR=0"), training=False)
+
+
+# ---------------------------------------------------------------------------------------------- what was probably meant
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("TRAIN.LR", "TRAIN.BASE_LR?"), ("LR", "TRAIN.BASE_LR?"), ("LEARNING_RATE", "TRAIN.BASE_LR?"),
+        ("learning_rate", "TRAIN.BASE_LR?"), ("SOLVER.BASE_LR", "TRAIN.BASE_LR?"), ("train.base_lr", "TRAIN.BASE_LR?"),
+        ("BATCH_SIZE", "TRAIN.BATCH_SIZE_PER_GPU"), ("TRAIN.BATCH_SIZE", "TRAIN.TOTAL_BATCH"),
+        ("SOLVER.IMS_PER_BATCH", "TRAIN.TOTAL_BATCH"), ("NUM_GPUS", "CUDA_VISIBLE_DEVICES"),
+        ("EPOCHS", "TRAIN.MAX_STEPS"), ("TRAIN.MAX_EPOCH", "TRAIN.LR_SCHEDULE"), ("MAX_ITER", "TRAIN.MAX_STEPS"),
+        ("NUM_CLASSES", "DATA.CLASS_NAMES"), ("MODEL.MASK_ON", "MODE_MASK?"), ("OUTPUT_DIR", "--logdir"),
+        ("mode_fpn", "MODE_FPN?"), ("MODE-FPN", "MODE_FPN?"), ("FP16", "TRAIN.PRECISION"),
+        ("SCORE_THRESHOLD", "TEST.RESULT_SCORE_THRESH?"), ("IMAGE_SIZE", "PREPROC.SHORT_EDGE_SIZE"),
+        ("TRAIN.LR_SCHEDUL", "TRAIN.LR_SCHEDULE?"), ("LEARNINGRATE", "TRAIN.BASE_LR?"), ("a\nb", "--print-config"),
+        *((key, hint[-30:]) for key, hint in TENSORPACK.items()), ("DATA.ABSOLUTE_COORD", "normalised=True"),
+    ],
+)  # fmt: skip
+def test_an_unknown_key_is_answered_by_its_meaning(key, meant):
+    message = refusal(f"{key}=1")
+    assert message.rstrip("?").endswith(meant.rstrip("?")) or meant in message
+
+
+@pytest.mark.parametrize(
+    ("argument", "meant"),
+    [
+        ("MODE_FPN=true", "did you mean True?"), ("MODE_FPN=no", "did you mean False?"),
+        ("MODE_FPN='True'", "did you mean True?"), ("TRAIN.BASE_LR='0.01'", "did you mean 0.01?"),
+        ("TRAIN.SEED=none", "did you mean None?"), ("RPN.ANCHOR_RATIOS=1.0", "did you mean [1.0]?"),
+        ("BACKBONE.NORM=freezebn", "did you mean FreezeBN?"), ("TEST.NMS=gaussian", "did you mean soft_gaussian?"),
+        ("DATA.TRAIN=[a,b]", "put quotes around"), ("DATA.CLASS_NAMES=['BG','person']", "leave 'BG' out"),
+        ("BACKBONE.NAME=resnet50", "did you mean resnet?"), ("BACKBONE.NAME=ResNet", "did you mean resnet?"),
+        ("BACKBONE.NAME=EfficientNetB0", "did you mean keras:EfficientNetB0?"),
+        ("BACKBONE.NAME=kears:EfficientNetB0", "did you mean keras:EfficientNetB0?"),
+        ("BACKBONE.NAME=Keras:MobileNetV2", "did you mean keras:MobileNetV2?"),
+        ("BACKBONE.NAME=keras.MobileNetV2", "did you mean keras:MobileNetV2?"),
+    ],
+)  # fmt: skip
+def test_a_mistyped_value_is_answered_by_the_right_one(argument, meant):
+    assert meant in refusal(argument)
+
+
+def test_tensorpacks_words_have_their_meaning():
+    cfg = make("BACKBONE.NORM='None'", "FPN.NORM='None'", "DATA.FILTER_EMPTY_ANNOTATIONS=False", "RPN.MIN_SIZE=0")
+    assert cfg.BACKBONE.NORM is None and cfg.FPN.NORM is None and cfg.DATA.FILTER_EMPTY is False
+
+
+def test_class_names_of_data_may_begin_with_a_background():
+    stored = make().to_dict() | {"DATA.CLASS_NAMES": ["BG", "(other)"]}
+    assert finalize_config(default_config().update_from_dict(stored, "run")).DATA.CLASS_NAMES == ["BG", "(other)"]

@@ -41,7 +41,7 @@ SMALL = [
 
 
 def settings(basedir, *args):
-    return finalize_config(default_config().update_args([f"DATA.BASEDIR={basedir}", *args]))
+    return finalize_config(default_config().update_args([f"DATA.BASEDIR={basedir}", "TRAIN.EVAL_PERIOD=0", *args]))
 
 
 def write_set(folder, images, annotations, categories=None):
@@ -163,7 +163,7 @@ def test_masks_and_keypoints_are_shipped_when_asked_for(tmp_path):
         [box_annotation(10, 10, 20, 20, keypoints=[10, 20, 2, 30, 15, 1, 0, 0, 0])],
         [{"id": 1, "name": "person", "keypoints": ["nose", "left_eye", "right_eye"]}],
     )  # fmt: skip
-    cfg = settings(tmp_path, *args, *SMALL, "MODE_KEYPOINT=True", "MODE_MASK=False")
+    cfg = settings(tmp_path, *args, *SMALL, "MODE_KEYPOINT=True", "KRCNN.NUM_KEYPOINT=3", "MODE_MASK=False")
     batch = one_batch(load_training_split(cfg), cfg)
     assert list(batch)[-1] == "gt_keypoints" and batch["gt_keypoints"].shape == (1, 1, 3, 3)
 
@@ -225,7 +225,7 @@ def test_flip_is_exact_for_pixels_boxes_outlines_and_keypoints(tmp_path):
         tmp_path, {"a.png": rng.integers(0, 255, (64, 80, 3), np.uint8)}, annotations,
         [{"id": 1, "name": "person", "keypoints": ["left_eye", "right_eye", "nose"]}],
     )  # fmt: skip
-    args += ["MODE_FPN=True", "MODE_KEYPOINT=True", "PREPROC.SHORT_EDGE_SIZE=128"]
+    args += ["MODE_FPN=True", "MODE_KEYPOINT=True", "KRCNN.NUM_KEYPOINT=3", "PREPROC.SHORT_EDGE_SIZE=128"]
     cfg, plain_cfg = settings(tmp_path, *args), settings(tmp_path, *args, "PREPROC.FLIP=False")
     split = load_training_split(cfg)
     plain = one_batch(split, plain_cfg)

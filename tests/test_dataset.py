@@ -475,7 +475,8 @@ def keypoint_category(names=("nose", "left_eye", "right_eye")):
 def test_keypoints_are_pixel_centres_and_invisible_ones_zero(tmp_path):
     points = [10, 20, 2, 0, 0, 0, 30, 15, 1]
     annotations = [annotation(keypoints=points, num_keypoints=2), annotation()]
-    split = load(tmp_path, annotations, "MODE_KEYPOINT=True", "MODE_FPN=True", categories=keypoint_category())
+    keypoints = ["MODE_KEYPOINT=True", "MODE_FPN=True", "KRCNN.NUM_KEYPOINT=3"]
+    split = load(tmp_path, annotations, *keypoints, categories=keypoint_category())
     found = split.annotations(0)["keypoints"]
     assert found.dtype == np.float32 and found.shape == (2, 3, 3)
     np.testing.assert_array_equal(found[0], [[10.5, 20.5, 2], [0, 0, 0], [30.5, 15.5, 1]])
@@ -496,6 +497,14 @@ def test_coco_person_keypoints_swap_left_and_right(tmp_path):
 def test_data_without_keypoints_cannot_train_them(tmp_path):
     with pytest.raises(UserError, match="its categories have no keypoints"):
         load(tmp_path, [annotation()], "MODE_KEYPOINT=True", "MODE_FPN=True")
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("categories", [keypoint_category(), [{"id": 1, "name": "person"}]])
+def test_a_model_of_another_number_of_keypoints_than_the_data_is_refused(tmp_path, categories):
+    annotations = [annotation(keypoints=[10, 20, 2] * 3)]
+    with pytest.raises(UserError, match=r"3 keypoints, but KRCNN\.NUM_KEYPOINT is 17; set KRCNN\.NUM_KEYPOINT=3"):
+        load(tmp_path, annotations, "MODE_KEYPOINT=True", "MODE_FPN=True", categories=categories)
 
 
 # ---------------------------------------------------------------- what users are told

@@ -385,6 +385,6 @@ def test_a_head_that_plays_no_part_is_not_called():
 def test_the_settings_offer_the_heads_there_are():
     for key, heads in (("FPN.FRCNN_HEAD_FUNC", BOX_HEADS), ("FPN.MRCNN_HEAD_FUNC", MASK_HEADS)):
         for name in heads:
-            assert tiny_config(f"{key}={name}").get(key) == name
+            assert tiny_config(f"{key}={name}", "MRCNN.HEAD_DIM=32").get(key) == name
         with pytest.raises(UserError, match=f"must be one of {', '.join(heads)}"):
             tiny_config(f"{key}=another")

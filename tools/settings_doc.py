@@ -9,7 +9,8 @@ import import_path
 from pathlib import Path
 
 from common import atomic_write
-from config import ALIASES, RELATIONS, SETTINGS
+from config import PREDICTION_RELATIONS, RELATIONS, SETTINGS, TRAINING_RELATIONS
+from config_names import ALIASES, TENSORPACK
 
 __all__ = ["DOCUMENT", "document"]
 
@@ -42,6 +43,24 @@ that a command would use. A run stores its settings beside its checkpoints; `--r
 `--evaluate` read them from there, and `--config` wins.
 """
 
+_COMING_FROM_TENSORPACK = """
+## Coming from tensorpack's example
+
+Its keys are the keys here, and the command lines of its documents work. What differs:
+
+- The defaults are those of its version of 2018: C4 and the 2x schedule. Its newer versions start from FPN and 1x, so
+  write `MODE_FPN` and `TRAIN.LR_SCHEDULE` where a command relies on them.
+- Other defaults: `DATA.TRAIN` and `DATA.VAL` are COCO 2017; `RPN.CROWD_OVERLAP_THRESH` is off, as in its newer versions
+  (0.7 in 2018); `TEST.RESULT_SCORE_THRESH_VIS` is 0.5 (0.3 in 2018); `DATA.NUM_WORKERS` is 2 (10 there).
+- `DATA.CLASS_NAMES` holds the foreground classes only, without "BG" in front, and chooses among those of the data.
+- A value is read as a Python literal and never executed. `None` and `'None'` both switch a norm off.
+- A GPU may take several images (`TRAIN.BATCH_SIZE_PER_GPU`), and any number of GPUs will do: the schedule is scaled to
+  the total batch.
+
+| its setting | here |
+|---|---|
+"""
+
 
 def document() -> str:
     """The text of docs/SETTINGS.md."""
@@ -51,11 +70,15 @@ def document() -> str:
         for key, setting in SETTINGS.items():
             if key.rpartition(".")[0] != group:
                 continue
-            needs = [f"`{k}` {sentence}." for k, _, sentence in RELATIONS if k == key]
+            needs = [f"It {sentence}." for k, _, sentence in RELATIONS if k == key]
+            needs += [f"In training it {sentence}." for k, _, sentence in TRAINING_RELATIONS if k == key]
+            needs += [f"In prediction it {sentence}." for k, _, sentence in PREDICTION_RELATIONS if k == key]
             meaning = _cell(" ".join([setting.about, *needs]))
             parts.append(f"| `{key}` | `{_cell(setting.default)}` | {_cell(setting.allowed.says)} | {meaning} |\n")
     parts.append("\n## Other spellings\n\n")
     parts += [f"- `{alias}` is `{key}`.\n" for alias, key in ALIASES.items()]
+    parts.append(_COMING_FROM_TENSORPACK)
+    parts += [f"| `{key}` | {hint} |\n" for key, hint in TENSORPACK.items()]
     return "".join(parts)
 
 
