@@ -14,6 +14,7 @@ import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from config_check import nearest
 from model_syncbn import normalize_batch, wide_type
 from utils.checkpoint import load_weights
 from utils.tf_v1 import tf
+from utils.weight_files import check_hdf5
 
 __all__ = ["backbone_stages", "check_backbone", "load_backbone_weights"]
 
@@ -343,6 +345,7 @@ def _keras_weights(path: str, application: str, given: tuple[str, ...]) -> dict[
     network, stages = _network(application, "float32"), _variable_stages(application, given)
     if not os.path.isfile(path):
         raise UserError(f"BACKBONE.WEIGHTS {path} does not exist; Keras publishes its files as …_notop.h5")
+    check_hdf5(Path(path))
     with network.graph.as_default(), _cpu_session_for_keras(network.graph) as session:
         try:
             network.model.load_weights(path)

@@ -388,5 +388,5 @@ def test_pretrained_variables_of_other_backbones_are_looked_for():
     graph = {"backbone/stem/W": (3, 3), "backbone/stem/gn/gamma": (3,), "fpn/lateral_1x1_c2/W": (3, 3)}
     pretrained = {name: shape for name, shape in graph.items() if name.startswith("backbone")}
     assert match_weights(graph, pretrained, expect="backbone").check().loaded == list(pretrained)
-    with pytest.raises(UserError, match="lacks backbone/stem/gn/gamma"):
+    with pytest.raises(UserError, match="does not contain .*backbone/stem/gn/gamma"):
         match_weights(graph, {"backbone/stem/W": (3, 3)}, expect="backbone").check()

@@ -12,7 +12,8 @@ import pytest
 from torch_files import Tensor, save_pickled_tensors, save_stream, save_zip, tensors
 
 from common import UserError
-from utils.safe_pickle import is_torch_zip, read_pickle
+from utils.safe_pickle import read_pickle
+from utils.weight_files import file_kind
 
 pytestmark = pytest.mark.quick
 GOLDEN = Path(os.environ.get("GOLDEN", Path(__file__).resolve().parent.parent / "../shared/golden"))
@@ -109,7 +110,7 @@ def test_tensors_of_every_type_and_stride(tmp_path, save):
 def test_only_torch_zips_are_taken_for_them(tmp_path):
     save_zip(tmp_path / "a.pth", tensors({"w": np.ones(3, np.float32)}))
     np.savez(tmp_path / "b.npz", w=np.ones(3))
-    assert is_torch_zip(tmp_path / "a.pth") and not is_torch_zip(tmp_path / "b.npz")
+    assert file_kind(tmp_path / "a.pth") == "torch" and file_kind(tmp_path / "b.npz") == "npz"
 
 
 class Calls:
@@ -202,7 +203,7 @@ def test_tensors_that_reach_outside_their_storage_are_refused(tmp_path, shape, s
     bad = Tensor(np.empty(1), "<f4", np.zeros(10, np.float32), strides, offset)
     bad.shape = shape
     save_zip(tmp_path / "a.pth", {"w": bad})
-    with pytest.raises(UserError, match="exceeds its storage"):
+    with pytest.raises(UserError, match="exceeds its storage|an impossible shape"):
         read_pickle(tmp_path / "a.pth")
 
 

@@ -17,7 +17,6 @@ import math
 import os
 import re
 import sys
-import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,8 +27,17 @@ from tabulate import tabulate
 
 from common import UserError, logger, read_json
 from config import default_config
-from utils.checkpoint import is_training_state, load_weights, make_meta, native_names, save_npz
-from utils.safe_pickle import is_torch_zip, read_pickle
+from utils.checkpoint import (
+    is_tf_checkpoint,
+    is_training_state,
+    load_npz,
+    load_weights,
+    make_meta,
+    native_names,
+    save_npz,
+)
+from utils.safe_pickle import read_pickle
+from utils.weight_files import check_tensor_name, file_kind, is_number_type, one_line, read_hdf5
 
 __all__ = ["convert", "Report", "expected_names", "legacy_cell_anchors"]
 
@@ -59,7 +67,7 @@ class Report:
     mapped: dict[str, str] = field(default_factory=dict)  # name in the file -> name here
     ignored: list[tuple[str, str]] = field(default_factory=list)  # (name in the file, why it carries no weights)
     unused: list[str] = field(default_factory=list)  # names in the file that have no place
-    missing: list[str] = field(default_factory=list)  # names here that the model needs and the file lacks
+    missing: list[str] = field(default_factory=list)  # names here that the model needs, missing from the file
     notes: list[str] = field(default_factory=list)
     class_names: list[str] = field(default_factory=list)
     category_ids: list[int] = field(default_factory=list)  # of the classes in their data set; [] = not known
@@ -93,9 +101,12 @@ def convert(
     report = Report()
     system, translate = _recognise(tensors, facts, Path(path))
     report.system = system
-    variables, settings = translate(tensors, facts, report)
-    _check_known_structure(variables, path)
-    settings = {**_derive_settings(variables), **settings}
+    with one_line(path, f"a model of {system}"):  # tensors may have the right names and any shapes
+        variables, settings = translate(tensors, facts, report)
+        _check_known_structure(variables, path)
+        settings = {**_derive_settings(variables), **settings}
+        if sum(settings["BACKBONE.RESNET_NUM_BLOCK"]) > len(variables):
+            raise UserError(f"{path}: its settings describe more blocks than it has tensors; leave out its settings")
     if settings["BACKBONE.BLOCK"] == "basic":  # where a system's habit was taken for an answer: there is no 1x1
         settings["BACKBONE.STRIDE_1X1"] = False
     classes = settings.get("DATA.NUM_CATEGORY", 0)
@@ -109,7 +120,9 @@ def convert(
             f"{path} has {settings.get('DATA.NUM_CATEGORY', 0)} classes, --class-names gives {len(names)}; correct it"
         )
     report.class_names = list(names)
-    expected, optional = expected_names(settings)
+    # Stored settings may be only those that differ from the defaults.
+    complete = {**default_config().to_dict(), **settings} if "MODE_FPN" in settings else settings
+    expected, optional = expected_names(complete)
     report.missing = sorted(expected - set(variables))
     homeless = set(variables) - expected - optional
     report.unused += [old for old, new in report.mapped.items() if new in homeless]
@@ -123,42 +136,37 @@ def convert(
 # ---------------------------------------------------------------------------------------------------------- reading
 def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """(name -> array, facts: the other entries of the file, e.g. a configuration) by the file's content."""
-    if not path.exists():
-        raise UserError(f"{path} does not exist")
-    if path.is_dir():
-        return load_weights(path)[0], {}
-    with open(path, "rb") as f:
-        magic = f.read(8)
-    if magic == b"\x89HDF\r\n\x1a\n":
-        return _read_h5(path), {"keras": True}
-    if zipfile.is_zipfile(path) and not is_torch_zip(path):
-        tensors, meta = load_weights(path) if path.suffix == ".npz" else _load_unnamed_npz(path)
-        return tensors, {"meta": meta}
-    if Path(re.sub(r"\.(index|data-\d{5}-of-\d{5})$", "", str(path)) + ".index").exists():
+    if path.is_dir() or is_tf_checkpoint(path):
         tensors, meta = load_weights(path)
         return tensors, {"meta": meta}
+    kind = file_kind(path)
+    if kind == "hdf5":
+        return _read_h5(path), {"is_keras": True}
+    if kind == "npz":
+        tensors, meta = load_npz(path)
+        return tensors, {"meta": meta}
     return _unwrap(read_pickle(path), path)
-
-
-def _load_unnamed_npz(path: Path) -> tuple[dict[str, np.ndarray], None]:
-    with np.load(path, allow_pickle=False) as archive:
-        return {name: archive[name] for name in archive.files}, None
 
 
 def _unwrap(content: Any, path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The dictionary of arrays inside the layers that training programs put around it."""
     facts: dict[str, Any] = {}
-    while isinstance(content, dict):
+    for _ in range(4):  # a dictionary may hold itself
         layers = ("model", "state_dict", "blobs", "model_state")
-        inner = next((k for k in layers if isinstance(content.get(k), dict)), "")
+        inner = next((k for k in layers if isinstance(content, dict) and isinstance(content.get(k), dict)), "")
         if not inner:
             break
         facts.update({k: v for k, v in content.items() if k != inner})
         content = content[inner]
     if not isinstance(content, dict) or not any(isinstance(v, np.ndarray) for v in content.values()):
         raise UserError(f"{path} holds no dictionary of tensors; save the model's state_dict() and convert that")
-    tensors = {str(k): v for k, v in content.items() if isinstance(v, np.ndarray)}
+    tensors = {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, np.ndarray)}
+    for name, value in tensors.items():
+        if not is_number_type(value.dtype):
+            raise UserError(f"{path}: {check_tensor_name(name, path)} holds {value.dtype.name}, not numbers")
+        check_tensor_name(name, path)
     facts.update({k: v for k, v in content.items() if not isinstance(v, np.ndarray)})
+    facts = {k: v for k, v in facts.items() if k in ("__author__", "cfg")}  # what the translators look at
     if all(name.startswith("module.") for name in tensors):
         tensors = {name[len("module.") :]: value for name, value in tensors.items()}
     return tensors, facts
@@ -166,22 +174,10 @@ def _unwrap(content: Any, path: Path) -> tuple[dict[str, np.ndarray], dict[str, 
 
 def _read_h5(path: Path) -> dict[str, np.ndarray]:
     """{"layer/weight": array} of a Keras weights or model file."""
-    try:
-        import h5py
-    except ImportError:
-        raise UserError(f"{path} is an HDF5 file: pip install h5py to read it") from None
     tensors: dict[str, np.ndarray] = {}
-
-    def visit(name: str, item: Any) -> None:
-        if isinstance(item, h5py.Dataset) and not name.startswith("optimizer_weights"):
-            layer, weight = re.sub(r"^model_weights/", "", name).split("/")[0], name.rsplit("/", 1)[-1]
-            tensors[f"{layer}/{weight.split(':')[0]}"] = np.asarray(item)
-
-    try:
-        with h5py.File(path, "r") as f:
-            f.visititems(visit)
-    except (OSError, RuntimeError, KeyError) as e:
-        raise UserError(f"{path} cannot be read as HDF5 ({str(e).splitlines()[0][:120]}); copy it again") from None
+    for name, value in read_hdf5(path, lambda name: not name.startswith("optimizer_weights")).items():
+        layer, weight = re.sub(r"^model_weights/", "", name).split("/")[0], name.rsplit("/", 1)[-1]
+        tensors[f"{layer}/{weight.split(':')[0]}"] = value
     return tensors
 
 
@@ -193,7 +189,7 @@ def _recognise(tensors: Mapping[str, Any], facts: Mapping[str, Any], path: Path)
     def has(*wanted: str) -> bool:
         return all(w in names for w in wanted)
 
-    if facts.get("keras"):
+    if facts.get("is_keras"):
         if has("conv1_conv/kernel", "conv2_block1_1_conv/kernel"):
             return "Keras applications ResNet", _from_keras
         raise UserError(
@@ -611,6 +607,8 @@ def _from_tensorpack(tensors: dict, facts: dict, report: Report, path: Path) -> 
             _put(variables, name, value, old, report)
     stored = ((facts.get("meta") or {}).get("settings")) or {}
     if stored:
+        typed = default_config().update_from_dict(stored, f"settings stored in {path}")
+        stored = {k: typed.get(k) for k in stored}
         return variables, {k: v for k, v in stored.items() if not k.startswith(("TRAIN", "TEST.", "DATA."))}
     settings: dict[str, Any] = {}
     if not any(name.startswith("rpn/") for name in variables):
@@ -776,13 +774,16 @@ def _check_known_structure(variables: Mapping[str, np.ndarray], path: Any) -> No
     if "conv0/W" not in variables or "group0/block0/conv1/W" not in variables:
         raise UserError(f"{path}: no ResNet found in it")
     if "group0/block0/conv2/W" not in variables:
-        raise UserError(f"{path}: no residual blocks found in it, group0/block0 lacks its second convolution")
+        raise UserError(f"{path}: no residual blocks found in it, the second convolution of group0/block0 is missing")
     stem = variables["conv0/W"].shape[3]
     width = variables["group0/block0/conv1/W"].shape[3]
     basic = _has_basic_blocks(variables)
     if basic and _groups(variables) != 1:
         raise UserError(f"{path}: a ResNet of basic blocks with groups; only bottlenecks can have groups here")
     for name, value in variables.items():
+        block = re.match(r"group\d/block(\d+)/", name)
+        if block and int(block[1]) >= len(variables):
+            raise UserError(f"{path}: the number of the block {name} is higher than that of all tensors")
         match = re.fullmatch(r"group(\d)/block\d+/conv([123])/W", name)
         if match:
             want = (stem if basic else stem * 4 if match[2] == "3" else width) * 2 ** int(match[1])
@@ -980,7 +981,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--class-names", help="a,b,c or a file: one per line, or annotations .json")
     parser.add_argument("--drop-unused-classes", action="store_true", help="keep 80 of torchvision's 90 COCO ids")
     parser.add_argument("--allow-unused", action="store_true", help="write although tensors of the file have no place")
-    parser.add_argument("--allow-missing", action="store_true", help="write although the model lacks tensors")
+    parser.add_argument("--allow-missing", action="store_true", help="write although tensors of the model are missing")
     parser.add_argument("--verbose", action="store_true", help="list every tensor's new name")
     args = parser.parse_args(argv)
     try:

@@ -7,12 +7,11 @@ variables a file carries its `meta`: {settings: {dotted key: value}, class_names
 import contextlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import re
 import shutil
-import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,17 +22,19 @@ from tabulate import tabulate
 from termcolor import colored
 
 from common import UserError, atomic_write, git_revision, logger, project_version, read_json, write_json
+from utils.weight_files import check_regular, file_kind, is_number_type, read_npz, read_tensor_index
 
 __all__ = [
-    "load_weights", "native_names", "save_npz", "make_meta", "write_checkpoint_meta", "read_checkpoint_meta",
-    "newest_checkpoint",
+    "load_weights", "load_npz", "is_tf_checkpoint", "native_names", "newest_checkpoint", "stored_step",
+    "read_meta", "read_checkpoint_meta", "read_description", "make_meta", "write_checkpoint_meta", "save_npz",
     "without_averages", "start_averages", "AVERAGE_PREFIX",
-    "save_tf_checkpoint", "assign_weights", "match_weights", "fit_weights", "LoadReport", "is_training_state",
+    "save_tf_checkpoint", "assign_weights", "match_weights", "fit_weights", "LoadReport",
+    "is_model_tensor", "is_training_state",
 ]  # fmt: skip
 
 META_KEY = "__meta__"
 AVERAGE_PREFIX = "EMA/"  # of the variable that holds the moving average of the one whose name follows
-_FOREIGN_SUFFIXES = (".pkl", ".pth", ".pt", ".h5", ".hdf5", ".keras", ".caffemodel", ".safetensors", ".onnx")
+_CONVERTED_SUFFIXES = (".pkl", ".pth", ".pt", ".h5", ".hdf5")
 
 # Variables that belong to a run, not to a model: steps, rates, optimizer slots, moving averages of summaries.
 _TRAINING_STATE = re.compile(
@@ -57,27 +58,44 @@ _RENAMES = [
 
 
 # ---------------------------------------------------------------------------------------------------------- reading
-def load_weights(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, Any] | None]:
-    """All variables stored at `path`, optimizer slots included, and the meta stored with them (None if there is none).
+def load_weights(
+    path: str | os.PathLike, wanted: Callable[[str], bool] = lambda name: True
+) -> tuple[dict[str, np.ndarray], dict[str, Any] | None]:
+    """The variables stored at `path`, and the meta stored with them (None if there is none).
 
     `path` is a native or tensorpack .npz, a TensorFlow checkpoint (its prefix `…/model-500`, .index or .data file), or
     a run directory: then its newest checkpoint, or, with a warning, the newest one before it that reads completely.
+    `wanted` tells by a variable's name whether it is read at all, e.g. `is_model_tensor` (default: everything,
+    optimizer slots included).
     """
     path = Path(path)
     if path.is_dir():
-        return _load_newest(path)
-    if path.suffix == ".npz":
-        return _load_npz(path)
-    prefix = _checkpoint_prefix(path)
-    if Path(f"{prefix}.index").exists():
-        return _load_tf(prefix)
+        return _load_newest(path, wanted)
+    if is_tf_checkpoint(path):
+        return _load_tf(_checkpoint_prefix(path), wanted)
     if not path.exists():
         raise UserError(f"weights {path} do not exist{_what_is_there(path)}")
-    if path.suffix.lower() in _FOREIGN_SUFFIXES:
-        raise UserError(
-            f"{path} is another system's file: run tools/convert.py {path} weights.npz, then load that .npz"
-        )
-    raise UserError(f"{path} is neither an .npz, a TensorFlow checkpoint nor a run directory; see tools/convert.py")
+    kind = file_kind(path)
+    if kind == "npz":
+        return load_npz(path, wanted)
+    if kind == "unknown" and path.suffix == ".npz":
+        raise UserError(f"weights {path} cannot be read as an .npz: it is no zip archive; copy the file again")
+    if kind == "unknown" and path.suffix.lower() not in _CONVERTED_SUFFIXES:
+        raise UserError(f"{path} is neither an .npz, a TensorFlow checkpoint nor a run directory; see tools/convert.py")
+    raise UserError(f"{path} is another system's file: run tools/convert.py {path} weights.npz, then load that .npz")
+
+
+def read_meta(path: str | os.PathLike) -> dict[str, Any] | None:
+    """The meta that `load_weights` would return of a file, without its variables; of other systems' files None."""
+    path = Path(path)
+    if is_tf_checkpoint(path):
+        return read_checkpoint_meta(_checkpoint_prefix(path))
+    return load_npz(path, lambda name: False)[1] if path.is_file() and file_kind(path) == "npz" else None
+
+
+def is_tf_checkpoint(path: str | os.PathLike) -> bool:
+    """Whether `path` is a TensorFlow checkpoint's prefix or one of its files."""
+    return os.path.isfile(f"{_checkpoint_prefix(Path(path))}.index")
 
 
 def newest_checkpoint(directory: str | os.PathLike) -> str | None:
@@ -88,72 +106,138 @@ def newest_checkpoint(directory: str | os.PathLike) -> str | None:
 
 def _candidates(directory: Path) -> list[str]:
     """Prefixes with an .index: the state file's, those of lower steps from the highest down, then those of higher."""
-    found = [str(p)[: -len(".index")] for p in directory.glob("*.index")]
+    found = [str(p)[: -len(".index")] for p in directory.glob("*.index") if p.is_file()]
     found.sort(key=lambda p: (_step_of(p), p), reverse=True)
-    with contextlib.suppress(OSError, UnicodeDecodeError):
-        state = re.search(r'^model_checkpoint_path: "(.*)"', (directory / "checkpoint").read_text(), re.M)
-        # A moved run keeps absolute paths of its old place: only the last part is looked for.
-        named = str(directory / Path(state.group(1)).name) if state else ""
-        if named in found:
-            at = found.index(named)
-            found = found[at:] + found[:at]
+    state_file = directory / "checkpoint"
+    if state_file.is_file():
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            state = re.search(r'^model_checkpoint_path: "(.*)"', state_file.read_text(), re.M)
+            # A moved run keeps absolute paths of its old place: only the last part is looked for.
+            named = str(directory / Path(state.group(1)).name) if state else ""
+            if named in found:
+                at = found.index(named)
+                found = found[at:] + found[:at]
     return found
 
 
-def _load_newest(directory: Path) -> tuple[dict[str, np.ndarray], dict[str, Any] | None]:
+def _load_newest(directory: Path, wanted: Callable[[str], bool]) -> tuple[dict[str, np.ndarray], dict[str, Any] | None]:
     candidates = _candidates(directory)
     if not candidates:
+        if (directory / "saved_model.pb").exists():
+            raise UserError(
+                f"{directory} is a SavedModel, a graph for serving: load the checkpoint or .npz it was made from"
+            )
         raise UserError(f"run directory {directory} holds no checkpoint (no *.index file){_what_is_there(directory)}")
     for prefix in candidates:
         try:
-            return _load_tf(prefix)
+            return _load_tf(prefix, wanted)
         except UserError as e:
             logger.warning(f"{e}; trying the one before it")
     raise UserError(f"none of the {len(candidates)} checkpoints in {directory} can be read; start again or use a copy")
 
 
-def _load_tf(prefix: str) -> tuple[dict[str, np.ndarray], dict[str, Any] | None]:
-    # Not at the top of the file: the converter and the .npz paths do without TensorFlow.
-    from utils.tf_v1 import tf
-
+def _load_tf(prefix: str, wanted: Callable[[str], bool]) -> tuple[dict[str, np.ndarray], dict[str, Any] | None]:
     try:
+        entries = read_tensor_index(prefix)
+        # Not at the top of the file: the converter and the .npz paths do without TensorFlow.
+        from utils.tf_v1 import tf
+
         reader = tf.train.load_checkpoint(prefix)
-        # Reading verifies each tensor's checksum, so a truncated or overwritten data file is found here.
-        values = {name: reader.get_tensor(name) for name in sorted(reader.get_variable_to_shape_map())}
-    except (tf.errors.OpError, ValueError, RuntimeError, LookupError, OSError) as e:
-        reason = str(getattr(e, "message", None) or e).splitlines()[0]
-        raise UserError(f"checkpoint {prefix} is damaged or incomplete ({reason[:160]})") from None
+        values = {}
+        for name, entry in entries.items():
+            dtype = tf.as_dtype(entry.dtype)
+            # Texts and resources: descriptions of objects, never variables.
+            if not is_number_type(np.dtype(dtype.as_numpy_dtype)) or not wanted(native_name(name)):
+                continue
+            if entry.size != math.prod(entry.shape) * dtype.size:
+                raise UserError(f"{name} of shape {list(entry.shape)} takes {entry.size} bytes")
+            # Reading verifies each tensor's checksum, so a truncated or overwritten data file is found here.
+            values[name] = reader.get_tensor(name)
+    except Exception as e:
+        # TensorFlow's reader fails in many ways.
+        reason = " ".join(str(getattr(e, "message", None) or e).split())
+        raise UserError(f"checkpoint {prefix} is damaged or incomplete ({reason[:200]})") from None
     return native_names(values, prefix), read_checkpoint_meta(prefix)
 
 
-def _load_npz(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any] | None]:
+def load_npz(
+    path: Path, wanted: Callable[[str], bool] = lambda name: True
+) -> tuple[dict[str, np.ndarray], dict[str, Any] | None]:
+    """As `load_weights`, of a file that is known to be an .npz whatever it is called."""
+    values, text = read_npz(path, lambda name: wanted(native_name(name)), META_KEY)
+    if text is None:
+        return native_names(values, path), None
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            values = {name: archive[name] for name in archive.files}
-    except FileNotFoundError:
-        raise UserError(f"weights {path} do not exist{_what_is_there(path)}") from None
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, AttributeError) as e:
-        raise UserError(f"weights {path} cannot be read ({e}); copy the file again") from None
-    meta = values.pop(META_KEY, None)
-    if meta is not None:
-        try:
-            meta = json.loads(str(meta))
-        except json.JSONDecodeError as e:
-            raise UserError(f"weights {path}: the entry {META_KEY} is not JSON ({e}); save the file again") from None
-    return native_names(values, path), meta
+        meta = json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"weights {path}: the entry {META_KEY} is not JSON ({e}); save the file again") from None
+    return native_names(values, path), _checked_meta(meta, f"weights {path}")
+
+
+def native_name(name: str) -> str:
+    """This project's name of a tensorpack variable: without ":0", group norms inside their convolution's scope."""
+    name = name.removesuffix(":0")
+    for pattern, replacement in _RENAMES:
+        name = pattern.sub(replacement, name)
+    return name
 
 
 def native_names(values: dict[str, np.ndarray], origin: str | os.PathLike) -> dict[str, np.ndarray]:
-    """The same arrays under this project's names: without ":0", group norms inside their convolution's scope."""
+    """The same arrays under this project's names."""
     named: dict[str, np.ndarray] = {}
     for old, value in values.items():
-        name = old[:-2] if old.endswith(":0") else old
-        for pattern, replacement in _RENAMES:
-            name = pattern.sub(replacement, name)
+        name = native_name(old)
         if name in named:
             raise UserError(f"{origin} holds the variable {name} twice; remove one of them")
         named[name] = value
     return named
+
+
+def stored_step(weights: Mapping[str, np.ndarray], origin: str | os.PathLike) -> int:
+    """The step at which a run saved these weights."""
+    step = weights.get("global_step")
+    if step is None or step.shape != () or step.dtype.kind not in "iu" or not 0 <= step < 1 << 53:
+        raise UserError(f"{origin} says no step of a training run (global_step); start from its weights with --load")
+    return int(step)
+
+
+def read_checkpoint_meta(prefix: str) -> dict[str, Any] | None:
+    path = f"{prefix}.meta.json"
+    return read_description(path) if os.path.exists(path) else None
+
+
+def read_description(path: str | os.PathLike) -> dict[str, Any]:
+    """The meta written by `write_checkpoint_meta`, or as settings.json of a run."""
+    check_regular(path)
+    return _checked_meta(read_json(path, "description"), f"description {path}")
+
+
+def _checked_meta(meta: Any, origin: str) -> dict[str, Any]:
+    """The meta without what is null; UserError where an entry is not what `make_meta` and a run write."""
+    if not isinstance(meta, dict):
+        raise UserError(f"{origin}: it must be a JSON object, not {type(meta).__name__}; copy it again")
+
+    def is_list(value: Any, *types: type) -> bool:
+        return isinstance(value, list) and all(type(v) in types for v in value)
+
+    def is_pairing(value: Any) -> bool:
+        return is_list(value, int) and all(0 <= v < len(value) and value[v] == i for i, v in enumerate(value))
+
+    meta = {key: value for key, value in meta.items() if value is not None}
+    wants = {
+        "settings": ("an object of settings", lambda v: isinstance(v, dict)),
+        "class_names": ("a list of texts", lambda v: is_list(v, str)),
+        "category_ids": ("a list of numbers or texts", lambda v: is_list(v, int, str)),
+        "keypoint_flip": ("a list of the keypoints' partners", is_pairing),
+        "step": ("a number of steps", lambda v: type(v) is int and v >= 0),
+        "total_batch": ("a number of images", lambda v: type(v) is int and v >= 1),
+        "versions": ("an object of versions", lambda v: isinstance(v, dict)),
+    }
+    for key, (what, test) in wants.items():
+        if key in meta and not test(meta[key]):
+            shown = repr(meta[key]) if len(repr(meta[key])) < 60 else f"{repr(meta[key])[:57]}..."
+            raise UserError(f"{origin}: {key} must be {what}, not {shown}; remove it or copy the file again")
+    return meta
 
 
 def _checkpoint_prefix(path: Path) -> str:
@@ -209,11 +293,6 @@ def write_checkpoint_meta(prefix: str, meta: Mapping[str, Any]) -> None:
     write_json(f"{prefix}.meta.json", meta, indent=1)
 
 
-def read_checkpoint_meta(prefix: str) -> dict[str, Any] | None:
-    path = f"{prefix}.meta.json"
-    return read_json(path, "checkpoint description") if os.path.exists(path) else None
-
-
 def save_tf_checkpoint(
     saver: Any, sess: Any, logdir: str | os.PathLike, step: int, meta: Mapping[str, Any], keep: int = 10
 ) -> str:
@@ -265,6 +344,11 @@ def _delete_checkpoint(prefix: str) -> None:
 def is_training_state(name: str) -> bool:
     """True for the variables of a run (step, rates, optimizer slots, averages) as opposed to those of a model."""
     return _TRAINING_STATE.search(name) is not None
+
+
+def is_model_tensor(name: str) -> bool:
+    """True for what a model is started from or run with: its variables, and their moving averages."""
+    return name.startswith(AVERAGE_PREFIX) or not is_training_state(name)
 
 
 def match_weights(
@@ -340,7 +424,7 @@ class LoadReport:
             ("loaded", "green", self.loaded),
             ("re-initialised", "yellow", [n for n, _, _ in self.reinitialised]),
             ("shape differs", "red", [n for n, _, _ in self.mismatched]),
-            ("missing in the file", "red", self.missing),
+            ("missing from the file", "red", self.missing),
             ("unused", "yellow", self._notable_unused()),
         ):
             rows += [[colored(label, color), group, count] for group, count in _grouped(names)]
@@ -378,13 +462,14 @@ class LoadReport:
                 f"{self._hint() or 'use the settings the weights were trained with'} {way_out}"
             )
         stray = [name for name in self.unused if _BACKBONE.match(name)]
-        for problem, names in (("lacks", self.missing), ("has, unused by this model,", stray)):
-            if names:
-                more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-                raise UserError(
-                    f"{self.origin} {problem} {names[0]}{more}; "
-                    f"{self._hint() or 'use the settings the weights were trained with'} {way_out}"
-                )
+        problem = ""
+        if self.missing:
+            problem = f"does not contain {_tensors(self.missing)} of this model, e.g. {self.missing[0]}"
+        elif stray:
+            problem = f"contains {_tensors(stray)} this model does not use, e.g. {stray[0]}"
+        if problem:
+            hint = self._hint() or "use the settings the weights were trained with"
+            raise UserError(f"{self.origin} {problem}; {hint} {way_out}")
         return self
 
     def _notable_unused(self) -> list[str]:
@@ -403,7 +488,7 @@ class LoadReport:
             if with_part and any(_BACKBONE.match(n) and part not in n for n in self.missing):
                 return f"set BACKBONE.NORM={value}"
         if any_of(mismatched, _CLASS_TENSOR.match) and not any_of(mismatched, lambda n: not _CLASS_TENSOR.match(n)):
-            return "the number of classes differs: --trim-heads starts those tensors anew"
+            return "the number of classes differs: --trim-heads re-initialises those tensors,"
         if any_of(self.unused, re.compile(r"^group\d/block\d+/conv3/").match) and not any_of(
             [*self.loaded, *self.missing, *mismatched], re.compile(r"^group\d/block\d+/conv3/").match
         ):
@@ -427,6 +512,10 @@ class LoadReport:
             if any(n.startswith(prefix) for n in self.unused):
                 return f"set {setting}=True"
         return ""
+
+
+def _tensors(names: list[str]) -> str:
+    return f"{len(names)} tensor{'s' * (len(names) > 1)}"
 
 
 def _grouped(names: Iterable[str]) -> list[tuple[str, int]]:
