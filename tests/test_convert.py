@@ -234,7 +234,7 @@ def to_maskrcnn_benchmark(variables):
         for target in [module, *copies]:
             out[f"module.{target}.{TORCH_LEAF[leaf]}"] = value
     for level in range(5 if fpn else 1):
-        out[f"module.rpn.anchor_generator.cell_anchors.{level}"] = np.zeros((3, 4), np.float32)
+        out[f"module.rpn.anchor_generator.cell_anchors.{level}"] = np.array([[-8, -8, 8, 8]] * 3, np.float32)
     return out
 
 
@@ -336,7 +336,7 @@ def test_detectron2_comes_back_unchanged(tmp_path, kind, classes):
         pytest.skip("with one class both kinds of box regressor look alike and are taken for the class-specific one")
     want = model(kind, classes)
     state = to_detectron2(want, classes)
-    state["proposal_generator.anchor_generator.cell_anchors.0"] = np.zeros((3, 4), np.float32)
+    state["proposal_generator.anchor_generator.cell_anchors.0"] = np.array([[-8, -8, 8, 8]] * 3, np.float32)
     save_zip(tmp_path / "a.pth", {"model": tensors(state), "iteration": 9})
     settings, report = check(tmp_path / "a.pth", kind, classes, len(state))
     caffe_like = kind not in ("gn", "resnext")

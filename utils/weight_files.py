@@ -237,7 +237,7 @@ def _read_npy(
             raise UserError(f"{origin} declares {size} bytes and has {entry.file_size}; copy the file again")
         budget.spend(size)
         flat = np.empty(math.prod(shape), dtype)
-        left = memoryview(flat.view(np.uint8)) if size else b""
+        left = memoryview(flat.view(np.uint8) if size else np.empty(0, np.uint8))
         while left:
             # Deflated data arrives in small pieces: larger requests would copy what is there again and again.
             piece = f.read(min(len(left), 1 << 20))
@@ -374,7 +374,7 @@ def _read_table(content: bytes, budget: Budget) -> Iterator[tuple[bytes, bytes]]
         number, at = _varint(content[-48:-8], at)
         numbers.append(number)
     last = None
-    for _key, handle in _read_block(content, *numbers[2:], budget):
+    for _key, handle in _read_block(content, numbers[2], numbers[3], budget):
         start, at = _varint(handle, 0)
         size, _at = _varint(handle, at)
         for key, value in _read_block(content, start, size, budget):
