@@ -10,10 +10,9 @@ import zlib
 
 import numpy as np
 
-from common import visible_gpus
 from config import Config
 from model_syncbn import batch_norm, wide_type
-from utils.tf_v1 import onednn_enabled, tf
+from utils.tf_v1 import gpu_count, onednn_enabled, tf
 
 __all__ = [
     "batch_norm_frozen",
@@ -159,7 +158,7 @@ def conv2d(
 
 def grouped_conv(x, weight, stride, padding, groups):
     """Convolution of x [N,H,W,Ci] with a kernel [k,k,Ci/groups,Co], with a gradient on every device."""
-    if groups == 1 or visible_gpus() > 0 or (onednn_enabled() and x.dtype in (tf.float32, tf.bfloat16)):
+    if groups == 1 or gpu_count() > 0 or (onednn_enabled() and x.dtype in (tf.float32, tf.bfloat16)):
         return tf.nn.conv2d(x, weight, strides=stride, padding=padding)  # the group count follows from the shapes
     # TensorFlow's own CPU kernels have no gradient for grouped convolutions. Narrow groups are joined, their kernels
     # on the diagonal, until a part has 32 channels: fewer, fuller convolutions.

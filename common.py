@@ -135,13 +135,23 @@ def read_json(path: str | os.PathLike, what: str) -> Any:
         raise UserError(f"{what} {path} is not valid JSON: {e}") from None
 
 
+_NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")  # a folder for each GPU, where the driver is loaded
+
+
 def visible_gpus() -> int:
-    """How many NVIDIA GPUs this process may use, found without importing TensorFlow (which the answer configures)."""
+    """How many NVIDIA GPUs of this machine CUDA_VISIBLE_DEVICES leaves to this process, without TensorFlow, which may
+    be unable to use them: `utils.tf_v1.gpu_count` is what it has."""
+    installed = len(list(_NVIDIA_GPUS.iterdir())) if _NVIDIA_GPUS.is_dir() else 0
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return len([d for d in visible.split(",") if d.strip() and d.strip() != "-1"])
-    devices = Path("/proc/driver/nvidia/gpus")
-    return len(list(devices.iterdir())) if devices.is_dir() else 0
+    if visible is None:
+        return installed
+    count = 0
+    for device in visible.split(","):
+        name = device.strip()
+        if not (name.startswith(("GPU-", "MIG-")) or (name.isdecimal() and int(name) < installed)):
+            break  # CUDA ignores what follows the first device that does not exist
+        count += 1
+    return min(count, installed)
 
 
 def git_revision() -> str:

@@ -11,7 +11,8 @@ from utils.tf_v1 import tf
 
 __all__ = [
     "BOX_SCALE_CLAMP", "anchors_of_level", "area", "cell_anchors", "clip_boxes", "decode_boxes", "encode_boxes",
-    "generalized_iou", "greedy_nms", "pairwise_ioa", "pairwise_iou", "pool_from_levels", "rasterize_edges",
+    "covered_share", "generalized_iou", "greedy_nms", "match_boxes", "pairwise_iou", "pool_from_levels",
+    "rasterize_edges",
     "roi_align", "roi_crop_and_resize", "roi_pool",
 ]  # fmt: skip
 
@@ -38,9 +39,77 @@ def pairwise_iou(a, b):
     return tf.math.divide_no_nan(intersection, union)
 
 
-def pairwise_ioa(a, b):
-    """Intersection over the area of a (for crowd regions b): [..., A, 4], [..., B, 4] -> [..., A, B]."""
-    return tf.math.divide_no_nan(_pairwise_intersection(a, b), area(a)[..., :, None])
+_PAIR_BUDGET = 1 << 23  # pairs of a box and a target that are looked at together: 32 MB per number of a pair
+
+
+def _over_blocks(targets, num_pairs, step, initial, shapes):
+    """Runs state = step(block of targets [N,B,4], *state) over all targets [N,G,4], so many at once that the pairs,
+    `num_pairs` of each target number, fit the budget. No gradients. -> the last state."""
+    total = tf.shape(targets)[1]
+    size = tf.maximum(_PAIR_BUDGET // tf.maximum(num_pairs, 1), 1)
+
+    def body(start, *state):
+        end = tf.minimum(start + size, total)
+        return end, *step(targets[:, start:end], start, *state)
+
+    shapes = [tf.TensorShape([]), *map(tf.TensorShape, shapes)]
+    loop = tf.while_loop(
+        lambda start, *_: start < total, body, [0, *initial], shapes, parallel_iterations=1, back_prop=False
+    )
+    return loop[1:]
+
+
+def match_boxes(boxes, targets, counted=None):
+    """The best target of each box and the best box of each target, by IoU. No gradients.
+
+    boxes [N or 1,A,4], targets [N,G,4] (an empty one has IoU 0 with everything); counted bool [N,A]: the boxes among
+    which a target looks for its best, None: all. Memory grows with A + G, not with A · G.
+    -> IoU [N,A] of a box with its best target, index int32 [N,A] of that target, IoU [N,G] of a target with its best
+    box, and bool [N,A]: the box is the best of a target that it overlaps; of equally good ones, all are.
+    """
+    images, num_boxes = tf.shape(targets)[0], tf.shape(boxes)[1]
+
+    def step(block, start, best, match, best_of_target, is_best):
+        iou = pairwise_iou(block, boxes)  # [N, B, A]
+        best_here = tf.reduce_max(iou, 1)
+        better = best_here > best  # so that the first of equal ones stays
+        index = tf.cast(tf.argmax(iou, 1, output_type=tf.int32), tf.float32) + tf.cast(start, tf.float32)
+        match = tf.where_v2(better, index, match)
+        if counted is not None:
+            iou = tf.where_v2(counted[:, None], iou, 0.0)
+        top = tf.reduce_max(iou, 2, keepdims=True)  # [N, B, 1]
+        is_best_here = tf.reduce_any(iou >= tf.where_v2(top > 0, top, 2.0), 1)
+        best_of_target = tf.concat([best_of_target, top[..., 0]], 1)
+        return (
+            tf.maximum(best, best_here),
+            match,
+            best_of_target,
+            tf.maximum(is_best, tf.cast(is_best_here, tf.float32)),
+        )
+
+    # All of the state is float32: what a loop carries of int32 and bool lies in host memory on GPUs.
+    shape = [images, num_boxes]
+    initial = [tf.fill(shape, -1.0), tf.zeros(shape), tf.zeros([images, 0]), tf.zeros(shape)]
+    known = [[targets.shape[0], None]] * 4
+    for value in initial:
+        value.set_shape(known[0])
+    best, match, best_of_target, is_best = _over_blocks(targets, images * num_boxes, step, initial, known)
+    return best, tf.cast(match, tf.int32), best_of_target, is_best > 0
+
+
+def covered_share(boxes, regions):
+    """The largest share of a box's area that lies in one region: boxes [N or 1,A,4], regions [N,G,4] -> [N,A].
+    Memory grows with A + G. No gradients."""
+    images, num_boxes = tf.shape(regions)[0], tf.shape(boxes)[1]
+
+    def step(block, _, share):
+        inside = tf.math.divide_no_nan(_pairwise_intersection(block, boxes), area(boxes)[:, None])  # [N, B, A]
+        return (tf.maximum(share, tf.reduce_max(inside, 1)),)
+
+    known = [regions.shape[0], None]
+    initial = tf.zeros([images, num_boxes])
+    initial.set_shape(known)
+    return _over_blocks(regions, images * num_boxes, step, [initial], [known])[0]
 
 
 def generalized_iou(a, b):
@@ -389,6 +458,9 @@ def greedy_nms(boxes, scores, groups, rescore, max_outputs, min_score):
 
 
 # ------------------------------------------------------------------------------------------------------ mask targets
+_EDGE_BUDGET = 1 << 22  # columns of edges that are rasterised together: 16 MB per number of a column
+
+
 def rasterize_edges(edges, boxes, resolution):
     """Binary masks of polygons inside boxes, pixel for pixel those of COCO's rasteriser.
 
@@ -398,10 +470,29 @@ def rasterize_edges(edges, boxes, resolution):
 
     edges [R,E,4]: directed outline edges x1 y1 x2 y2 of one instance each, zero-length ones pad (vertical ones say
     nothing and may be left out); boxes [R,4]. A pixel is inside where the winding number is not zero, so overlapping
-    parts unite and opposite rings cut holes. -> float32 [R,resolution,resolution].
+    parts unite and opposite rings cut holes. No gradients. -> float32 [R,resolution,resolution].
     """
-    m = resolution
-    # Exact halves round up; float32 must not lose them. Values that are no halves differ from them by far more.
+    total = tf.shape(edges)[0]
+    size = tf.maximum(_EDGE_BUDGET // tf.maximum(tf.shape(edges)[1] * resolution, 1), 1)
+
+    def rasterize_some(start, masks):
+        end = tf.minimum(start + size, total)
+        some = _rasterize_block(edges[start:end], boxes[start:end], resolution)
+        return end, tf.concat([masks, some], 0)
+
+    return tf.while_loop(
+        lambda start, _: start < total,
+        rasterize_some,
+        [0, tf.zeros([0, resolution, resolution])],
+        [tf.TensorShape([]), tf.TensorShape([None, resolution, resolution])],
+        parallel_iterations=1,
+        back_prop=False,
+    )[1]
+
+
+def _rasterize_block(edges, boxes, m):
+    """`rasterize_edges` of so many RoIs that all their edges' columns fit into memory."""
+    # Exact halves round up in spite of float32's error: this is far below the distance of other values from a half.
     nudge = 1e-4
     size = tf.maximum(boxes[:, 2:] - boxes[:, :2], 0.1)
     corner = tf.concat([boxes[:, :2]] * 2, 1)[:, None, :]

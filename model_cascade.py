@@ -49,7 +49,7 @@ def cascade_losses(pool, rois, batch, cfg: Config):
             boxes = _refine(rois["boxes"], deltas, batch["image_shape"], reg_weights)
             sides = boxes[..., 2:] - boxes[..., :2]
             valid = tf.logical_and(rois["valid"], tf.reduce_all(sides > 0, -1))
-            labels, match, _ = label_rois(boxes, valid, batch, stages[stage + 1][0])
+            labels, match, *_ = label_rois(boxes, valid, batch, stages[stage + 1][0])
             if cfg.FRCNN.CROWD_OVERLAP_THRESH < 1:
                 ignored = tf.logical_and(tf.equal(labels, 0), covered_by_crowd(boxes, batch, cfg))
                 valid = tf.logical_and(valid, tf.logical_not(ignored))

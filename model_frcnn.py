@@ -8,7 +8,7 @@ import numpy as np
 from basemodel import conv2d, detector_group_norm, fully_connected, he_fan_out, normal_init
 from common import import_function
 from config import Config
-from model_box import clip_boxes, decode_boxes, greedy_nms, pairwise_ioa, pairwise_iou
+from model_box import clip_boxes, covered_share, decode_boxes, greedy_nms, match_boxes
 from model_losses import box_losses, loss_weights, sample_per_image, usable_gt
 from utils.tf_v1 import tf
 
@@ -25,22 +25,22 @@ class SampledRois(dict):
     truth a foreground RoI belongs to. Foreground RoIs come first, at most `fg_limit` (an int) of them."""
 
 
-def label_rois(boxes, valid, batch, fg_thresh):
-    """boxes [N,R,4], valid bool [N,R] -> labels int32 [N,R] (0 where IoU < fg_thresh or not valid), match int32 [N,R]
-    and the pairwise IoU [N,R,G] with usable ground truth."""
+def label_rois(boxes, valid, batch, fg_thresh, counted=None):
+    """boxes [N,R,4], valid bool [N,R] -> labels int32 [N,R] (0 where IoU < fg_thresh or not valid) and, with usable
+    ground truth, match int32 [N,R], IoU [N,R] with it, and of each object the best IoU [N,G] with a RoI of `counted`
+    bool [N,R]."""
     gt_boxes = tf.where_v2(usable_gt(batch)[..., None], batch["gt_boxes"], 0.0)
-    iou = pairwise_iou(boxes, gt_boxes)  # [N, R, G]
-    match = tf.argmax(iou, 2, output_type=tf.int32)
-    foreground = tf.logical_and(valid, tf.reduce_max(iou, 2) >= fg_thresh)
+    best, match, best_of_gt, _ = match_boxes(boxes, gt_boxes, counted)
+    foreground = tf.logical_and(valid, best >= fg_thresh)
     labels = tf.where_v2(foreground, tf.gather(batch["gt_labels"], match, batch_dims=1), 0)
-    return labels, match, iou
+    return labels, match, best, best_of_gt
 
 
 def covered_by_crowd(boxes, batch, cfg: Config):
     """boxes [N,R,4] -> bool [N,R]: more than CROWD_OVERLAP_THRESH of the box lies in a crowd region."""
     crowd = tf.logical_and(batch["gt_is_crowd"], batch["gt_labels"] > 0)
     crowd_boxes = tf.where_v2(crowd[..., None], batch["gt_boxes"], 0.0)
-    return tf.reduce_max(pairwise_ioa(boxes, crowd_boxes), 2) > cfg.FRCNN.CROWD_OVERLAP_THRESH
+    return covered_share(boxes, crowd_boxes) > cfg.FRCNN.CROWD_OVERLAP_THRESH
 
 
 def sample_rois(proposals, valid, batch, cfg: Config):
@@ -53,11 +53,13 @@ def sample_rois(proposals, valid, batch, cfg: Config):
     usable = usable_gt(batch)
     gt_boxes = tf.where_v2(usable[..., None], batch["gt_boxes"], 0.0)
     boxes = tf.stop_gradient(tf.concat([proposals, gt_boxes], 1))  # [N, P+G, 4]
+    # What an object's proposals reach leaves the objects themselves out: it measures the RPN.
+    proposed = tf.concat([valid, tf.zeros_like(usable)], 1)
     valid = tf.concat([valid, usable], 1)
-    labels, match, iou = label_rois(boxes, valid, batch, cfg.CASCADE.IOUS[0] if cfg.FPN.CASCADE else frcnn.FG_THRESH)
+    threshold = cfg.CASCADE.IOUS[0] if cfg.FPN.CASCADE else frcnn.FG_THRESH
+    labels, match, best, best_of_gt = label_rois(boxes, valid, batch, threshold, proposed)
     foreground = labels > 0
     background = tf.logical_and(valid, tf.logical_not(foreground))
-    best = tf.reduce_max(iou, 2)
     if frcnn.BG_THRESH_HI is not None:
         background = tf.logical_and(background, best < frcnn.BG_THRESH_HI)
     if frcnn.BG_THRESH_LO > 0:
@@ -84,10 +86,6 @@ def sample_rois(proposals, valid, batch, cfg: Config):
         boxes=pick(boxes), valid=kept, labels=tf.where_v2(kept, pick(labels), 0), match=pick(match), fg_limit=fg_limit
     )
     num_gt = tf.reduce_sum(tf.cast(usable, tf.float32))
-    num_proposals = tf.shape(proposals)[1]
-    best_of_gt = tf.reduce_max(
-        tf.where_v2(valid[:, :num_proposals, None], iou[:, :num_proposals], 0.0), 1
-    )  # [N, G] of proposals alone, so that it measures the RPN
     stats = {
         "frcnn/num_foreground": tf.reduce_mean(tf.cast(num_fg, tf.float32)),
         "frcnn/num_background": tf.reduce_mean(tf.reduce_sum(tf.cast(bg_valid, tf.float32), 1)),

@@ -11,9 +11,9 @@ from model_box import (
     batched_nms,
     cell_anchors,
     clip_boxes,
+    covered_share,
     decode_boxes,
-    pairwise_ioa,
-    pairwise_iou,
+    match_boxes,
 )  # fmt: skip
 from model_losses import box_losses, sample_per_image, usable_gt
 from utils.tf_v1 import tf
@@ -108,15 +108,9 @@ def match_anchors(anchors, gt_boxes, gt_usable, cfg: Config):
     Foreground: IoU >= POSITIVE_ANCHOR_THRESH with some box, or the best anchor of a box (ties included) if it overlaps
     it at all. Background: IoU < NEGATIVE_ANCHOR_THRESH with every box.
     """
-    boxes = tf.where_v2(gt_usable[..., None], gt_boxes, 0.0)  # an empty box has IoU 0 with everything
-    iou = pairwise_iou(anchors[None], boxes)  # [N, A, G]
-    match = tf.argmax(iou, 2, output_type=tf.int32)
-    best_of_anchor = tf.reduce_max(iou, 2)  # [N, A]
-    best_of_gt = tf.reduce_max(iou, 1, keepdims=True)  # [N, 1, G]
-    best_of_gt = tf.where_v2(best_of_gt > 0, best_of_gt, 2.0)
-    is_best = tf.reduce_any(iou >= best_of_gt, 2)
-    foreground = tf.logical_or(best_of_anchor >= cfg.RPN.POSITIVE_ANCHOR_THRESH, is_best)
-    background = tf.logical_and(best_of_anchor < cfg.RPN.NEGATIVE_ANCHOR_THRESH, tf.logical_not(is_best))
+    best, match, _, is_best = match_boxes(anchors[None], tf.where_v2(gt_usable[..., None], gt_boxes, 0.0))
+    foreground = tf.logical_or(best >= cfg.RPN.POSITIVE_ANCHOR_THRESH, is_best)
+    background = tf.logical_and(best < cfg.RPN.NEGATIVE_ANCHOR_THRESH, tf.logical_not(is_best))
     return foreground, background, match
 
 
@@ -138,7 +132,7 @@ def rpn_losses(logits, deltas, anchors, batch, cfg: Config):
         background = tf.logical_and(background, inside)
     if rpn.CROWD_OVERLAP_THRESH < 1:
         crowd_boxes = tf.where_v2(crowd[..., None], batch["gt_boxes"], 0.0)
-        in_crowd = tf.reduce_max(pairwise_ioa(anchors[None], crowd_boxes), 2) > rpn.CROWD_OVERLAP_THRESH
+        in_crowd = covered_share(anchors[None], crowd_boxes) > rpn.CROWD_OVERLAP_THRESH
         background = tf.logical_and(background, tf.logical_not(in_crowd))
     fg_limit = int(rpn.BATCH_PER_IM * rpn.FG_RATIO)
     fg_index, fg_valid = sample_per_image(foreground, fg_limit, batch["image_seed"], _SALT_RPN[0])

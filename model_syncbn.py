@@ -4,7 +4,7 @@ Whether statistics come from the batch or from the moving averages, how sums are
 the feature maps is image, is said once around the construction of a graph (`batch_statistics`, `valid_area`), not in
 each layer's arguments.
 
-The padding of a batch does not count: the statistics are means over the cells of all replicas that show a part of an
+The padding of a batch is left out: the statistics are means over the cells of all replicas that show a part of an
 image. So they do not depend on how images are grouped into padded batches, replicas whose maps differ in size add up
 with the right weights, and training normalises with what prediction, whose images have no padding, will see.
 """
@@ -18,10 +18,12 @@ from utils.tf_v1 import tf
 
 __all__ = ["batch_norm", "batch_statistics", "collective_sum", "normalize_batch", "valid_area", "wide_type"]
 
-_DECAY = 0.9  # of the moving averages, per step
-# None: use the moving averages. Otherwise sum_over_replicas(tensor) -> tensor.
-_SUM: contextvars.ContextVar[Callable[[Any], Any] | None] = contextvars.ContextVar("sum_over_replicas", default=None)
-# (image_shape [N,2], padded height and width [2]); None: everything counts.
+_DECAY = 0.9  # of the moving averages, per update of the weights
+# None: use the moving averages. Otherwise sum_over_replicas(tensor) -> tensor, and the averages' decay per batch.
+_BATCH: contextvars.ContextVar[tuple[Callable[[Any], Any], float] | None] = contextvars.ContextVar(
+    "batch_statistics", default=None
+)
+# (image_shape [N,2], padded height and width [2]); None: every cell shows a part of an image.
 _AREA: contextvars.ContextVar[tuple[Any, Any] | None] = contextvars.ContextVar("valid_area", default=None)
 
 
@@ -31,13 +33,17 @@ def wide_type(x: Any) -> Any:
 
 
 @contextlib.contextmanager
-def batch_statistics(sum_over_replicas: Callable[[Any], Any]) -> Iterator[None]:
-    """Layers built inside normalise with the batch's statistics, and update the moving averages (UPDATE_OPS)."""
-    token = _SUM.set(sum_over_replicas)
+def batch_statistics(sum_over_replicas: Callable[[Any], Any], batches_per_update: int = 1) -> Iterator[None]:
+    """Layers built inside normalise with the batch's statistics, and update the moving averages (UPDATE_OPS).
+
+    batches_per_update: batches whose gradients are accumulated into one update of the weights. Each batch is normalised
+    by itself; its decay is the root of that order, so that the averages follow updates as fast as without accumulation.
+    """
+    token = _BATCH.set((sum_over_replicas, _DECAY ** (1.0 / batches_per_update)))
     try:
         yield
     finally:
-        _SUM.reset(token)
+        _BATCH.reset(token)
 
 
 @contextlib.contextmanager
@@ -85,13 +91,14 @@ def batch_norm(x, epsilon, trainable):
 
 def normalize_batch(x, gamma, beta, mean_ema, var_ema, epsilon, trainable):
     """`batch_norm` with given variables [C] of `wide_type(x)`; gamma and beta may be any tensors."""
-    total = _SUM.get()
-    if total is None or not trainable:
+    batch = _BATCH.get()
+    if batch is None or not trainable:
         scale = gamma * tf.rsqrt(var_ema + epsilon)
         return x * tf.cast(scale, x.dtype) + tf.cast(beta - mean_ema * scale, x.dtype)
+    total, decay = batch
     y, mean, variance = _normalise(x, gamma, beta, epsilon, total, _counted(tf.shape(x)))
     for average, value in ((mean_ema, mean), (var_ema, variance)):
-        update = average.assign_sub((1.0 - _DECAY) * (average.read_value() - tf.stop_gradient(value)))
+        update = average.assign_sub((1.0 - decay) * (average.read_value() - tf.stop_gradient(value)))
         tf.add_to_collection(tf.GraphKeys.UPDATE_OPS, update)
     return y
 

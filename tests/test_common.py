@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+import common
 from common import UserError, atomic_write, read_json, visible_gpus, without_nan, write_json
 
 pytestmark = pytest.mark.quick
@@ -28,9 +29,20 @@ def test_a_missing_or_broken_json_is_named_with_its_role(tmp_path, content):
         read_json(path, "annotation file")
 
 
-@pytest.mark.parametrize(("visible", "count"), [("", 0), ("-1", 0), ("0", 1), ("0,1,3", 3)])
-def test_visible_gpus_follow_the_environment(monkeypatch, visible, count):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+@pytest.mark.parametrize(
+    ("visible", "count"),
+    [(None, 4), ("", 0), ("-1", 0), ("0", 1), ("0,1,3", 3), ("1, 2", 2), ("0,-1,2", 1), ("0,9,1", 1), ("9", 0),
+     ("GPU-7d3a,GPU-11", 2), ("gpu", 0)],
+)  # fmt: skip
+def test_visible_gpus_are_those_of_the_driver_that_the_environment_leaves(monkeypatch, tmp_path, visible, count):
+    monkeypatch.setattr(common, "_NVIDIA_GPUS", tmp_path / "gpus")
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert visible_gpus() == 0
+    for index in range(4):
+        (tmp_path / "gpus" / f"0000:0{index}:00.0").mkdir(parents=True)
     assert visible_gpus() == count
 
 

@@ -25,7 +25,7 @@ def test_labels_of_rois_equal_the_recording(golden):
     batch = {
         "gt_boxes": gt[None], "gt_labels": np.array([[3, 1, 2, 1]], np.int32), "gt_is_crowd": np.zeros([1, 4], bool)
     }  # fmt: skip
-    labels, match, _ = evaluate(
+    labels, match, *_ = evaluate(
         lambda: model_frcnn.label_rois(tf.constant(boxes), tf.ones(boxes.shape[:2], tf.bool), constants(batch), 0.5)
     )
     foreground = golden["matcher/roi_labels"] == 1
@@ -237,7 +237,7 @@ def test_rois_have_the_classes_of_all_boxes_equal_to_theirs():
 
     def make():
         tensors = constants(batch)
-        labels, match, _ = model_frcnn.label_rois(tf.constant(boxes), tf.ones([2, 3], tf.bool), tensors, 0.5)
+        labels, match, *_ = model_frcnn.label_rois(tf.constant(boxes), tf.ones([2, 3], tf.bool), tensors, 0.5)
         return model_frcnn.labels_of_rois({"labels": labels, "match": match}, tensors, 3)
 
     own = evaluate(make)

@@ -116,3 +116,16 @@ def test_inference_and_frozen_layers_use_the_moving_averages():
         sess.run(tf.global_variables_initializer())
         for value in sess.run([y, frozen]):
             np.testing.assert_allclose(value, X / np.sqrt(1 + 1e-5), rtol=1e-5)
+
+
+@pytest.mark.parametrize("count", [1, 2, 8])
+def test_averages_follow_an_update_of_several_batches_as_fast_as_one_of_one(count):
+    with tf.Graph().as_default(), tf.Session() as sess:
+        with batch_statistics(lambda t: t, count):
+            batch_norm(tf.constant(X), 1e-5, True)
+        updates = tf.get_collection(tf.GraphKeys.UPDATE_OPS)
+        sess.run(tf.global_variables_initializer())
+        for _ in range(count):
+            mean, variance = sess.run(updates)
+    np.testing.assert_allclose(mean, 0.1 * X.mean((0, 1, 2)), rtol=1e-4)
+    np.testing.assert_allclose(variance, 0.9 + 0.1 * X.var((0, 1, 2)), rtol=1e-4)

@@ -5,6 +5,7 @@ PACKRCNN_VERBOSE_TF=1 in the environment (train.py --verbose-tf) brings TensorFl
 """
 
 import contextlib
+import functools
 import logging
 import os
 import sys
@@ -13,7 +14,7 @@ from collections.abc import Iterator
 
 from common import visible_gpus
 
-__all__ = ["onednn_enabled", "tf"]
+__all__ = ["gpu_count", "gpu_problem", "onednn_enabled", "tf"]
 
 _VERBOSE = bool(os.environ.get("PACKRCNN_VERBOSE_TF"))
 
@@ -23,12 +24,6 @@ if not _VERBOSE:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     warnings.filterwarnings("ignore", module=r"(tensorflow|tensorpack|tf_keras|keras)(\.|$)")
-if visible_gpus() == 0:
-    # The multi-threaded CPU gradient of crop_and_resize accumulates without synchronisation and is wrong (errors up
-    # to 10 % of the largest gradient) unless deterministic kernels are asked for. GPU kernels refuse to run under it.
-    if "tensorflow" in sys.modules and "TF_DETERMINISTIC_OPS" not in os.environ:
-        raise ImportError("TensorFlow was imported before utils.tf_v1, which must prepare it: import this one first")
-    os.environ.setdefault("TF_DETERMINISTIC_OPS", "1")
 
 
 @contextlib.contextmanager
@@ -47,7 +42,15 @@ def _stderr_to_nowhere() -> Iterator[None]:
 
 
 with contextlib.nullcontext() if _VERBOSE else _stderr_to_nowhere():
+    import tensorflow
     import tensorflow.compat.v1 as tf
+
+    _DEVICES = tf.config.list_physical_devices()
+
+if "TF_DETERMINISTIC_OPS" not in os.environ and not any(d.device_type == "GPU" for d in _DEVICES):
+    # The multi-threaded CPU gradient of crop_and_resize accumulates without synchronisation and is wrong (errors up
+    # to 10 % of the largest gradient) unless deterministic kernels are asked for. GPU kernels refuse to run under it.
+    tensorflow.config.experimental.enable_op_determinism()
 
 if not _VERBOSE:
     tf.logging.set_verbosity(tf.logging.ERROR)
@@ -56,6 +59,26 @@ tf.disable_v2_behavior()
 # A reference variable may be updated while other operations of the same step still read it; reads of a resource
 # variable are snapshots. Without this, two runs of the same step differ by up to 1 % in some gradients.
 tf.enable_resource_variables()
+
+
+@functools.cache
+def gpu_count() -> int:
+    """How many GPUs TensorFlow has in this process."""
+    return len(tf.config.list_physical_devices("GPU"))
+
+
+def gpu_problem() -> str | None:
+    """One line, where TensorFlow has no GPU although this machine has one or CUDA_VISIBLE_DEVICES names one."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES", "").strip()
+    if gpu_count() or named.startswith("-1"):
+        return None
+    if installed := visible_gpus():
+        return (
+            f"TensorFlow cannot use the {installed} NVIDIA GPU{'s' * (installed > 1)} of this machine: install CUDA's "
+            "libraries with pip install -r requirements-gpu.txt (or a newer driver), or set CUDA_VISIBLE_DEVICES=-1 to "
+            "compute on the CPU"
+        )
+    return f"CUDA_VISIBLE_DEVICES={named} names a GPU that this machine does not have" if named else None
 
 
 def onednn_enabled() -> bool:

@@ -1,0 +1,76 @@
+"""utils/tf_v1.py: TensorFlow's own count of GPUs decides, not what the machine seems to have."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import common
+from utils import tf_v1
+
+pytestmark = pytest.mark.quick
+
+ROOT = Path(__file__).resolve().parent.parent
+PROGRAM = """
+import tensorflow
+from utils.tf_v1 import gpu_count, gpu_problem
+from tensorflow.python.framework.config import is_op_determinism_enabled
+print(gpu_count(), is_op_determinism_enabled(), gpu_problem())
+"""
+
+
+def test_deterministic_kernels_are_on_where_cuda_visible_devices_names_a_gpu_that_tensorflow_lacks():
+    """Also where TensorFlow was imported before."""
+    if tf_v1.gpu_count():
+        pytest.skip("TensorFlow has a GPU here")
+    environment = {k: v for k, v in os.environ.items() if k != "TF_DETERMINISTIC_OPS"} | {"CUDA_VISIBLE_DEVICES": "0"}
+    result = subprocess.run(
+        [sys.executable, "-c", PROGRAM], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    assert result.stdout.startswith("0 True ") and result.stdout.count("\n") == 1
+
+
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+    """machine(GPUs of the driver, GPUs of TensorFlow, CUDA_VISIBLE_DEVICES) pretends to be such a one."""
+
+    def pretend(installed, usable, visible):
+        for index in range(installed):
+            (tmp_path / f"0000:0{index}:00.0").mkdir()
+        monkeypatch.setattr(common, "_NVIDIA_GPUS", tmp_path)
+        monkeypatch.setattr(tf_v1.tf.config, "list_physical_devices", lambda kind: [kind] * usable)
+        tf_v1.gpu_count.cache_clear()
+        if visible is None:
+            monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        else:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+
+    yield pretend
+    tf_v1.gpu_count.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("installed", "usable", "visible", "problem"),
+    [
+        (2, 0, None, "cannot use the 2 NVIDIA GPUs .*requirements-gpu.txt.*CUDA_VISIBLE_DEVICES=-1"),
+        (4, 0, "1", "cannot use the 1 NVIDIA GPU of"),
+        (2, 0, "-1", None),
+        (2, 0, "", None),
+        (0, 0, "0", "CUDA_VISIBLE_DEVICES=0 names a GPU that this machine does not have"),
+        (2, 0, "5", "CUDA_VISIBLE_DEVICES=5 names a GPU"),
+        (0, 0, None, None),
+        (2, 2, None, None),
+        (0, 1, None, None),  # a driver without /proc, as under Windows' Linux
+    ],
+)
+def test_gpus_that_tensorflow_cannot_use_are_said_in_one_line(machine, installed, usable, visible, problem):
+    machine(installed, usable, visible)
+    assert tf_v1.gpu_count() == usable
+    said = tf_v1.gpu_problem()
+    if problem is None:
+        assert said is None
+    else:
+        assert re.search(problem, said) and "\n" not in said
