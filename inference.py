@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 
+from common import logger
 from config import Config
 from model_rcnn import build_inference
 from utils.checkpoint import AVERAGE_PREFIX
 from utils.ranks import use_own_gpu
-from utils.tf_v1 import tf
+from utils.tf_v1 import gpu_problem, tf
 
 __all__ = ["Predictor", "inference_callable", "start_session"]
 
@@ -50,6 +51,8 @@ def inference_callable(cfg: Config, device: str | None = None, scope: str = "", 
 
 def start_session(graph: Any, load: Callable[[Any], None]) -> Any:
     """A session of `graph` with the weights that load(sess) puts there."""
+    if problem := gpu_problem():
+        logger.warning(problem)
     config = tf.ConfigProto(allow_soft_placement=True)
     config.gpu_options.allow_growth = True
     use_own_gpu(config)

@@ -71,10 +71,10 @@ def _settings(
     cfg = finalize_config(cfg.update_args(arguments), training)
     for doubt in doubts(cfg, training):
         logger.warning(doubt)
-    if cfg.BACKBONE.NAME != "resnet":
-        from model_backbones import check_backbone  # imports TensorFlow
+    if any(":" in cfg.get(key) for key in ("BACKBONE.NAME", "FPN.FRCNN_HEAD_FUNC", "FPN.MRCNN_HEAD_FUNC")):
+        from model_rcnn import check_own_parts  # imports TensorFlow
 
-        check_backbone(cfg)
+        check_own_parts(cfg)
     defaults = default_config()
     taken = [f"{k}={v}" for k, v in backbone.items() if cfg.get(k) == v != defaults.get(k)]
     if taken:

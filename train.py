@@ -236,9 +236,10 @@ def _train(start: Start, fitting: Fitting, rank: int, size: int, started: float)
     plan = make_plan(cfg, size * len(devices), len(split))
     trainer = make_trainer(cfg, plan, devices)
     if chief:
-        logger.info(f"plan\n{plan.table(cfg)}")
-        if plan.warning(cfg):
-            logger.warning(plan.warning(cfg))
+        where = ", ".join(d.lstrip("/") for d in devices) + (f" of each of {size} ranks" if size > 1 else "")
+        logger.info(f"plan, on {where}\n{plan.table(cfg)}")
+        for warning in plan.warnings(cfg):
+            logger.warning(warning)
     check_plan(start, plan.total_batch)
     if start.step >= plan.total_steps:
         # Not an error: a job that is killed after its last step, and started again by itself, has nothing left to do.

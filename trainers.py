@@ -14,7 +14,7 @@ from config import Config
 from model_rcnn import build_training
 from model_syncbn import batch_statistics, collective_sum
 from training_plan import TrainingPlan
-from utils.tf_v1 import tf
+from utils.tf_v1 import gpu_count, gpu_problem, tf
 
 # isort: split
 from tensorpack import HorovodTrainer, ModelDesc, SimpleTrainer, SyncMultiGPUTrainerReplicated
@@ -177,7 +177,7 @@ class DetectionModel(ModelDesc):
         return [tf.TensorSpec([images, *INPUT_TYPES[k][1]], INPUT_TYPES[k][0], k) for k in self._keys]
 
     def build_graph(self, *tensors):
-        with batch_statistics(self._sum_over_replicas()):
+        with batch_statistics(self._sum_over_replicas(), self._plan.accumulation):
             losses, stats = build_training(dict(zip(self._keys, tensors)), self._cfg)
         frozen = freeze_variables(self._cfg.TRAIN.FREEZE_PATTERN)
         if frozen and not self.losses:
@@ -211,12 +211,19 @@ class DetectionModel(ModelDesc):
 
 
 def freeze_variables(pattern: str | None) -> list[str]:
-    """Removes variables whose names match TRAIN.FREEZE_PATTERN from the trainable ones; returns their names."""
+    """Removes variables whose names match TRAIN.FREEZE_PATTERN from the trainable ones; returns their names.
+
+    The name of a variable is that in checkpoints, whichever replica's copy it is.
+    """
     if not pattern:
         return []
+
+    def matches(variable: Any) -> bool:
+        return re.search(pattern, re.sub(r"^tower\d+/", "", variable.op.name)) is not None
+
     collection = tf.get_collection_ref(tf.GraphKeys.TRAINABLE_VARIABLES)
-    frozen = [v for v in collection if re.search(pattern, v.op.name)]
-    collection[:] = [v for v in collection if not re.search(pattern, v.op.name)]
+    frozen = [v for v in collection if matches(v)]
+    collection[:] = [v for v in collection if not matches(v)]
     if not frozen:
         raise UserError(f"setting TRAIN.FREEZE_PATTERN={pattern!r} matches no trainable variable")
     if not collection:
@@ -359,8 +366,13 @@ def make_trainer(cfg: Config, plan: TrainingPlan, devices: list[str]):
 
 
 def local_devices(cfg: Config) -> list[str]:
-    """Devices of this process's replicas: its GPUs, else TRAIN.CPU_REPLICAS logical CPU devices."""
-    gpus = visible_gpus()
+    """Devices of this process's replicas: its GPUs, else TRAIN.CPU_REPLICAS logical CPU devices. GPUs that TensorFlow
+    cannot use are an error: training on the CPU instead would take weeks."""
+    gpus = gpu_count()
+    if problem := gpu_problem():
+        if visible_gpus():
+            raise UserError(problem)
+        logger.warning(f"{problem}: computing on the CPU")
     if cfg.TRAINER == "horovod":
         return ["/gpu:0" if gpus else "/cpu:0"]
     if gpus:

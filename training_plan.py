@@ -78,15 +78,23 @@ class TrainingPlan:
             disable_numparse=True,
         )
 
-    def warning(self, cfg: Config) -> str | None:
+    def warnings(self, cfg: Config) -> list[str]:
         """What is probably not meant; a run that TRAIN.MAX_STEPS cuts short is."""
+        found = []
         end = min([*self.milestones, self.total_steps])
-        if self.warmup_steps < end or cfg.TRAIN.MAX_STEPS is not None:
-            return None
-        return (
-            f"TRAIN.WARMUP={self.warmup_steps} reaches to step {end}, where the rate falls or the run ends, so that "
-            "the learning rate is never reached: lower it, or use fewer replicas"
-        )
+        if self.warmup_steps >= end and cfg.TRAIN.MAX_STEPS is None:
+            found.append(
+                f"TRAIN.WARMUP={self.warmup_steps} is longer than the first {end} steps of the schedule, so the base "
+                "rate is never reached: shorten the warm-up or use fewer replicas"
+            )
+        if cfg.BACKBONE.NORM == "SyncBN" and self.accumulation > 1:
+            at_once = self.replicas * self.images_per_replica
+            found.append(
+                f"BACKBONE.NORM=SyncBN normalises over the {at_once} images computed together, not over the "
+                f"{self.total_batch} of an update: statistics differ from those of a run without accumulation; "
+                "BACKBONE.NORM=GN or FreezeBN does not depend on it"
+            )
+        return found
 
 
 def make_plan(cfg: Config, replicas: int, images_per_epoch: int) -> TrainingPlan:

@@ -441,6 +441,79 @@ def test_iou_equals_the_recording_and_is_zero_between_empty_boxes(golden):
 
 
 # ---------------------------------------------------------------------------------------------------------- box coding
+def crowded(random, count):
+    """Boxes [count, 4] of which some are equal and some empty."""
+    corner = random.uniform(0, 90, [count, 2])
+    boxes = np.concatenate([corner, corner + random.uniform(2, 40, [count, 2])], 1)
+    boxes[random.rand(count) < 0.2] = boxes[0]
+    boxes[random.rand(count) < 0.1] = 0
+    return np.round(boxes).astype(np.float32)
+
+
+@pytest.mark.parametrize("budget", [1, 300, 1000, 1 << 23])
+@pytest.mark.parametrize("objects", [1, 7, 40])
+def test_matching_in_blocks_equals_all_pairs_at_once_to_the_bit(budget, objects, monkeypatch):
+    monkeypatch.setattr(model_box, "_PAIR_BUDGET", budget)
+    random = np.random.RandomState(objects)
+    boxes, targets = crowded(random, 100)[None], np.stack([crowded(random, objects) for _ in range(2)])
+    counted = random.rand(2, 100) < 0.7
+
+    def make():
+        pairs = tf.constant(boxes), tf.constant(targets)
+        iou = model_box.pairwise_iou(*pairs)  # [2, 100, G], the definition
+        blocks = model_box.match_boxes(*pairs), model_box.match_boxes(*pairs, tf.constant(counted))
+        return iou, *blocks, model_box.covered_share(*pairs)
+
+    iou, everything, some, share = evaluate(make)
+    for (best, match, best_of_target, is_best), seen in ((everything, np.ones_like(counted)), (some, counted)):
+        looked = np.where(seen[..., None], iou, 0)
+        top = looked.max(1, keepdims=True)
+        np.testing.assert_array_equal(best, iou.max(2))
+        np.testing.assert_array_equal(match, iou.argmax(2))
+        np.testing.assert_array_equal(best_of_target, top[:, 0])
+        np.testing.assert_array_equal(is_best, ((looked == top) & (top > 0)).any(2))
+    a, b = boxes[:, :, None].astype(np.float64), targets[:, None].astype(np.float64)
+    sides = np.clip(np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2]), 0, None)
+    own = np.prod(a[..., 2:] - a[..., :2], -1)
+    wanted = np.divide(sides.prod(-1), own, out=np.zeros(iou.shape), where=own > 0).max(2)
+    np.testing.assert_allclose(share, wanted, atol=1e-6)
+
+
+def test_matching_nothing_finds_nothing():
+    def make():
+        return model_box.match_boxes(tf.ones([1, 3, 4]), tf.ones([2, 0, 4]))
+
+    best, match, best_of_target, is_best = evaluate(make)
+    assert (best < 0).all() and not match.any() and not is_best.any() and best_of_target.shape == (2, 0)
+
+
+MEMORY_PROGRAM = """
+import resource
+import numpy as np
+import model_box
+from utils.tf_v1 import tf
+random = np.random.RandomState(0)
+corner = random.uniform(0, 800, [100000, 2])
+boxes = np.concatenate([corner, corner + random.uniform(8, 200, corner.shape)], 1).astype(np.float32)
+edges = random.uniform(0, 100, [128, 6000, 4]).astype(np.float32)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+with tf.Graph().as_default(), tf.Session() as session:
+    fed = [tf.placeholder(tf.float32, shape) for shape in ([1, None, 4], [1, None, 4], [None, None, 4])]
+    found = model_box.match_boxes(*fed[:2]), model_box.covered_share(*fed[:2])
+    masks = model_box.rasterize_edges(fed[2], fed[0][0, :128], 28)
+    total = [tf.reduce_max(v) for v in (*found[0][:3], found[1], masks)]
+    session.run(total, dict(zip(fed, (boxes[None], boxes[None, :400], edges))))
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+
+
+def test_memory_of_matching_and_of_mask_targets_is_bounded():
+    """100,000 boxes and 400 objects have 160 MB of IoUs alone, 128 outlines of 6,000 edges 86 MB of columns."""
+    command = [sys.executable, "-c", MEMORY_PROGRAM]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert int(result.stdout.split()[-1]) < 450
+
+
 @pytest.mark.parametrize("number", [0, 1, 2, 3])
 def test_box_coding_equals_the_recording_and_clamps_large_scales(golden, number):
     weights = golden[f"boxcode/w{number}"]
@@ -602,8 +675,9 @@ def coco_mask(rings, box, resolution):
     return coco.decode(coco.merge(coco.frPyObjects(parts, resolution, resolution)))
 
 
-@pytest.mark.parametrize("vertices, parts", [(3, 1), (3, 4), (4, 1)])
-def test_mask_targets_equal_cocos_rasteriser_on_random_polygons(vertices, parts):
+@pytest.mark.parametrize("vertices, parts, budget", [(3, 1, 1 << 22), (3, 4, 1000), (4, 1, 1)])
+def test_mask_targets_equal_cocos_rasteriser_on_random_polygons(vertices, parts, budget, monkeypatch):
+    monkeypatch.setattr(model_box, "_EDGE_BUDGET", budget)
     random = np.random.RandomState(0)
     count = 300
     rings = random.uniform(-20, 60, [count, parts, vertices, 2]).astype(np.float32)

@@ -164,7 +164,10 @@ def joined(tmp_path_factory):
             done[settings] = weights_of(logdir)
         return done[settings]
 
-    data = [*data_of_one_size(tmp_path_factory.mktemp("data"), 11), "TRAIN.EMA_DECAY=0.9"]
+    data = [
+        *data_of_one_size(tmp_path_factory.mktemp("data"), 11), "TRAIN.EMA_DECAY=0.9", "TRAIN.LR_POLICY=cosine",
+        "TRAIN.FREEZE_PATTERN=^group0/",
+    ]  # fmt: skip
     return lambda *settings: (train(*data, *settings), [*data, *settings])
 
 
@@ -251,9 +254,19 @@ def test_half_precision_trains_and_evaluates_like_float32(trained, tmp_path, pre
     assert ("loss_scale" in weights) == (precision == "float16")
 
 
-def test_a_frozen_pattern_stays_as_loaded(trained, tmp_path):
+@pytest.mark.parametrize(
+    "others",
+    [
+        [],
+        ["TRAIN.CPU_REPLICAS=2", "TRAIN.TOTAL_BATCH=4", "TRAIN.PRECISION=float16", "TRAIN.LOSS_PER_IMAGE=False",
+         "TRAIN.EMA_DECAY=0.9", "TRAIN.LR_POLICY=cosine", "TRAIN.LR_FINAL=0.1"],
+    ],
+    ids=["alone", "two replicas and all other switches"],
+)  # fmt: skip
+def test_a_frozen_pattern_stays_as_loaded(others, trained, tmp_path):
     logdir = tmp_path / "run"
-    assert train_tiny(logdir, "TRAIN.FREEZE_PATTERN='^(conv0|group)'", flags=["--load", trained], steps=2) == 0
+    flags = ["--load", trained]
+    assert train_tiny(logdir, "TRAIN.FREEZE_PATTERN='^(conv0|group)'", *others, flags=flags, steps=2) == 0
     before, after = weights_of(trained), weights_of(logdir)
     assert np.array_equal(before["group2/block0/conv1/W"], after["group2/block0/conv1/W"])
     assert not np.array_equal(before["rpn/conv0/W"], after["rpn/conv0/W"])

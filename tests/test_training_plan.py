@@ -74,10 +74,20 @@ def test_the_table_shows_each_setting_and_what_it_becomes():
 
 def test_a_warm_up_that_lasts_until_the_rate_falls_is_warned_of():
     many = settings("TRAIN.LR_SCHEDULE=1x", "TRAIN.BATCH_SIZE_PER_GPU=4")  # 1x: the first drop is at step 469
-    assert "TRAIN.WARMUP=1000 reaches to step 469" in make_plan(many, 512, 8000).warning(many)
-    assert make_plan(many, 64, 8000).warning(many) is None
+    (warning,) = make_plan(many, 512, 8000).warnings(many)
+    assert "TRAIN.WARMUP=1000 is longer than the first 469 steps" in warning
+    assert make_plan(many, 64, 8000).warnings(many) == []
     short = settings("TRAIN.MAX_STEPS=5")
-    assert make_plan(short, 1, 8000).warning(short) is None
+    assert make_plan(short, 1, 8000).warnings(short) == []
+
+
+def test_batch_statistics_of_less_than_an_update_are_warned_of():
+    norm = settings("BACKBONE.NORM=SyncBN", "TRAIN.TOTAL_BATCH=16", "TRAIN.BATCH_SIZE_PER_GPU=2")
+    (warning,) = make_plan(norm, 2, 8000).warnings(norm)
+    assert "SyncBN normalises over the 4 images computed together, not over the 16 of an update" in warning
+    assert make_plan(norm, 8, 8000).warnings(norm) == []
+    frozen = settings("TRAIN.TOTAL_BATCH=16")
+    assert make_plan(frozen, 2, 8000).warnings(frozen) == []
 
 
 def test_scaling_can_be_turned_off():

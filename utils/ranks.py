@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from common import UserError, logger, visible_gpus
+from common import UserError, logger
 
 __all__ = [
     "LostRank", "from_first", "gather", "horovod", "lost_rank_in_one_line", "start", "use_own_gpu",
@@ -54,7 +54,9 @@ def horovod() -> Any:
 
 def use_own_gpu(config: Any) -> None:
     """Gives the sessions of a tf.ConfigProto the GPU of this rank among those of its machine."""
-    if visible_gpus() and "HOROVOD_LOCAL_RANK" in os.environ:
+    from utils.tf_v1 import gpu_count  # whoever has a ConfigProto has TensorFlow
+
+    if gpu_count() and "HOROVOD_LOCAL_RANK" in os.environ:
         config.gpu_options.visible_device_list = os.environ["HOROVOD_LOCAL_RANK"]
 
 
