@@ -26,7 +26,7 @@ from augment import (
     resize_into,
     resized_shape,
 )
-from common import UserError
+from common import UserError, logger
 from config import Config
 from data_sampling import StepPlan, training_images
 from dataset_split import DatasetSplit
@@ -78,18 +78,19 @@ def list_images(paths: Sequence[str | os.PathLike]) -> list[str]:
     files = []
     for path in map(Path, paths):
         if path.is_dir():
-            found = sorted(str(p) for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+            inside = sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith("."))
+            found = [str(p) for p in inside if p.suffix.lower() in IMAGE_SUFFIXES]
             if not found:
                 raise UserError(f"directory {path} has no image ({', '.join(IMAGE_SUFFIXES)})")
+            if other := [p.name for p in inside if p.suffix.lower() not in IMAGE_SUFFIXES]:
+                logger.info(f"{path}: {len(other)} other files are left out, e.g. {other[0]}")
             files += found
         elif path.is_file():
             files.append(str(path))
         else:
             raise UserError(f"image {path} does not exist")
-    for file in files:
-        # It looks at the first bytes only, and ends the process for a name that is not UTF-8.
-        if file.isprintable() and not cv2.haveImageReader(file):
-            raise UserError(f"image {file} is not an image that OpenCV can read, or it is damaged")
+    if len(files) == 1:
+        read_image(files[0])  # to say at once that there is nothing to do
     return files
 
 
@@ -305,7 +306,10 @@ def stack_images(images: Sequence[np.ndarray], cfg: Config) -> tuple[np.ndarray,
 
 
 def inference_batches(
-    images: DatasetSplit | Sequence[str], cfg: Config, shard: tuple[int, int] = (0, 1)
+    images: DatasetSplit | Sequence[str],
+    cfg: Config,
+    shard: tuple[int, int] = (0, 1),
+    unreadable: Callable[[int, UserError], None] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Batches of TEST.BATCH_SIZE images, each image of this shard exactly once, read ahead by threads.
 
@@ -314,6 +318,8 @@ def inference_batches(
     Args:
         images: a split, whose images are batched by orientation, or files.
         shard: (rank, size): every size-th image from the rank-th on.
+        unreadable: called with the index of an image that cannot be read, and the reason; it is in no batch then.
+            None: the reason is raised.
 
     Yields image uint8 [N, H, W, 3] BGR zero-padded, image_shape int32 [N, 2] valid heights and widths, indices (N ints
     into `images`), original_shapes (N pairs of height, width).
@@ -338,13 +344,22 @@ def inference_batches(
             for n, chunk in enumerate(chunks):
                 while len(ahead) < 3 and n + len(ahead) < len(chunks):
                     ahead.append([pool.submit(read, i) for i in chunks[n + len(ahead)]])
-                done = [job.result() for job in ahead.popleft()]
-                batch, shapes = stack_images([image for image, _ in done], cfg)
+                done = []
+                for index, job in zip(chunk, ahead.popleft()):
+                    try:
+                        done.append((index, *job.result()))
+                    except UserError as e:
+                        if unreadable is None:
+                            raise
+                        unreadable(index, e)
+                if not done:
+                    continue
+                batch, shapes = stack_images([image for _, image, _ in done], cfg)
                 yield {
                     "image": batch,
                     "image_shape": shapes,
-                    "indices": chunk,
-                    "original_shapes": [original for _, original in done],
+                    "indices": [index for index, _, _ in done],
+                    "original_shapes": [original for _, _, original in done],
                 }
         finally:
             for jobs in ahead:

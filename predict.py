@@ -6,11 +6,13 @@ found = predictor("photo.jpg")  # boxes, scores, labels, masks … in the frame 
 print([predictor.class_names[label - 1] for label in found.labels])
 """
 
+import contextlib
+import json
 import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from common import UserError, logger, write_json
+from common import UserError, atomic_write, logger
 from config import Config
 from data import inference_batches, read_image, resized_shape, stack_images
 from dataset_build import COCO_KEYPOINTS, mirrored_keypoints
@@ -37,7 +39,8 @@ __all__ = [
     "predict_files", "score",
 ]  # fmt: skip
 
-ImageResults = tuple[int, list[dict[str, Any]]]  # index of the image in its split, its COCO results
+# Index of the image in its split, and its COCO results, or why it cannot be read.
+ImageResults = tuple[int, list[dict[str, Any]] | str]
 GraphPredictor = Callable[[np.ndarray, np.ndarray], dict[str, np.ndarray]]  # (image, image_shape) -> outputs
 
 
@@ -107,25 +110,68 @@ def load_predictor(
 
 def predict_files(predictor: LoadedPredictor, files: Sequence[str], output: str, window: bool) -> None:
     """Writes a picture of each file with its detections into the folder `output`, and predictions.json with all that
-    was found; with `window` a single picture is shown."""
+    was found; with `window` a single picture is shown. Files that cannot be read are left out; then UserError names
+    them at the end."""
     cfg, names = predictor.cfg, predictor.class_names
-    entries, started = [], time.time()
-    for batch in inference_batches(files, cfg, (0, 1)):
-        outputs = predictor.predict_batch(batch["image"], batch["image_shape"])
-        for n, index in enumerate(batch["indices"]):
-            size = batch["original_shapes"][n]
-            one = {k: v[n] for k, v in outputs.items()}
-            detections = to_original_frame(one, batch["image_shape"][n], size)
-            path = write_prediction(output, files[index], detections, names, cfg.TEST.RESULT_SCORE_THRESH_VIS)
-            entries.append(prediction_entry(files[index], size, detections, names, predictor.category_ids))
-            shown = int((detections.scores >= cfg.TEST.RESULT_SCORE_THRESH_VIS).sum())
-            rate = (time.time() - started) / len(entries)
-            logger.info(f"{len(entries)}/{len(files)} {path}: {shown} objects ({rate:.2f} s/image)")
-            if window and len(files) == 1:
-                show_window(path)
-    target = Path(output) / "predictions.json"
-    write_json(target, entries, indent=1)
+    target, started = Path(output) / "predictions.json", time.time()
+    done, unreadable = 0, []
+
+    def leave_out(index: int, reason: UserError) -> None:
+        logger.warning(f"{reason}; it is left out")
+        unreadable.append(files[index])
+
+    with _growing_list(target) as append:
+        for batch in inference_batches(files, cfg, (0, 1), leave_out):
+            outputs = predictor.predict_batch(batch["image"], batch["image_shape"])
+            for n, index in enumerate(batch["indices"]):
+                size = batch["original_shapes"][n]
+                one = {k: v[n] for k, v in outputs.items()}
+                detections = to_original_frame(one, batch["image_shape"][n], size)
+                append(prediction_entry(files[index], size, detections, names, predictor.category_ids))
+                path = write_prediction(output, files[index], detections, names, cfg.TEST.RESULT_SCORE_THRESH_VIS)
+                done += 1
+                shown = int((detections.scores >= cfg.TEST.RESULT_SCORE_THRESH_VIS).sum())
+                rate = (time.time() - started) / done
+                logger.info(f"{done}/{len(files)} {path}: {shown} objects ({rate:.2f} s/image)")
+                if window and len(files) == 1:
+                    show_window(path)
     logger.info(f"pictures in {output}/, everything found in {target}")
+    if unreadable:
+        raise UserError(f"{_some(unreadable)} of {len(files)} images could not be read and were left out")
+
+
+def _some(names: Sequence[str], most: int = 5) -> str:
+    """ "7 (a.jpg, b.jpg, … and 2 more)"."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{len(names)} ({', '.join(names[:most])}{more})"
+
+
+@contextlib.contextmanager
+def _growing_list(path: Path) -> Iterator[Callable[[Any], None]]:
+    """append(entry) adds to a list that is in the JSON file `path` once the block has ended without an error.
+
+    Until then its entries are in `path`.partial, one on each line, also after the process was killed.
+    """
+    partial = path.with_name(f"{path.name}.partial")
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    if partial.exists():
+        earlier = partial.with_name(f"{partial.name}.old")
+        os.replace(partial, earlier)
+        logger.warning(f"what an unfinished run found is in {earlier}, one image on each line")
+    with open(partial, "w") as f:
+
+        def append(entry: Any) -> None:
+            f.write(json.dumps(entry) + "\n")
+            f.flush()
+
+        logger.info(f"until the end, what is found is in {partial}, one image on each line")
+        yield append
+    with atomic_write(path) as f, open(partial) as lines:
+        f.write("[")
+        for number, line in enumerate(lines):
+            f.write((",\n" if number else "\n") + line.rstrip("\n"))
+        f.write("\n]\n")
+    partial.unlink()
 
 
 # ---------------------------------------------------------------------------------------------------------- data sets
@@ -136,13 +182,16 @@ def evaluate_split(
     shard: tuple[int, int] = (0, 1),
     gather: Callable[[list[list[ImageResults]]], list[list[list[ImageResults]]]] | None = None,
     progress: bool = True,
+    unreadable: list[str] | None = None,
 ) -> list[dict[str, Any]]:
-    """COCO results of every image of a `DatasetSplit`, in the order of the split.
+    """COCO results of every image of a `DatasetSplit`, in the order of the split. An image that cannot be read is
+    warned of and has none.
 
     Args:
         predict: the predictor, or one for each device of this process; the images are dealt to them in turn.
         shard: (rank, number of processes) that evaluate together.
         gather: given this process's parts, returns those of all processes; needed with more than one.
+        unreadable: the reasons of all images that could not be read are added to it.
     """
     predictors = [predict] if callable(predict) else list(predict)
     rank, size = shard
@@ -157,7 +206,18 @@ def evaluate_split(
         parts = list(pool.map(run, range(len(predictors))))
     if gather is not None:
         parts = [part for process in gather(parts) for part in process]
-    return merge_shards(parts, len(split))
+    reasons: list[str] = []
+    results = merge_shards(parts, len(split), reasons)
+    if reasons:
+        logger.warning(
+            f"{len(reasons)} of {len(split)} images of {split.name} could not be read and are scored as images without "
+            f"detections: {'; '.join(reasons[:5])}{' …' * (len(reasons) > 5)}"
+        )
+    if reasons and len(reasons) == len(split):
+        raise UserError(f"none of the {len(split)} images of {split.name} can be read: {reasons[0]}")
+    if unreadable is not None:
+        unreadable += reasons
+    return results
 
 
 def _evaluate_shard(
@@ -177,7 +237,11 @@ def _evaluate_shard(
             results.append((index, coco_results(detections, image_id, split.label_to_category_id)))
         return results
 
+    def leave_out(index: int, reason: UserError) -> None:
+        left_out.append((index, str(reason)))
+
     results: list[ImageResults] = []
+    left_out: list[ImageResults] = []
     waiting: deque = deque()
     total = len(range(shard[0], len(split), shard[1]))
     # In a log file a bar that redraws ten times a second is noise.
@@ -193,22 +257,25 @@ def _evaluate_shard(
             dynamic_ncols=True,
         ) as bar,
     ):
-        for batch in inference_batches(split, cfg, shard):
+        for batch in inference_batches(split, cfg, shard, leave_out):
             waiting.append(pool.submit(convert, batch, predict(batch["image"], batch["image_shape"])))
             while len(waiting) > 2:
                 results += waiting.popleft().result()
             bar.update(len(batch["indices"]))
         for job in waiting:
             results += job.result()
-    return results
+    return results + left_out
 
 
-def merge_shards(shards: Iterable[Iterable[ImageResults]], num_images: int) -> list[dict[str, Any]]:
+def merge_shards(
+    shards: Iterable[Iterable[ImageResults]], num_images: int, unreadable: list[str] | None = None
+) -> list[dict[str, Any]]:
     """The results of all shards in the order of the split, which does not depend on how it was divided.
 
-    Every image must be there exactly once, images without detections included.
+    Every image must be there exactly once, images without detections included. Why images could not be read is added
+    to `unreadable`.
     """
-    by_image: list[list[dict[str, Any]] | None] = [None] * num_images
+    by_image: list[list[dict[str, Any]] | str | None] = [None] * num_images
     for part in shards:
         for index, results in part:
             if by_image[index] is not None:
@@ -217,7 +284,9 @@ def merge_shards(shards: Iterable[Iterable[ImageResults]], num_images: int) -> l
     missing = [i for i, results in enumerate(by_image) if results is None]
     if missing:
         raise ValueError(f"{len(missing)} of {num_images} images were evaluated by no shard, e.g. number {missing[0]}")
-    return [entry for results in by_image for entry in results or ()]
+    if unreadable is not None:
+        unreadable += [results for results in by_image if isinstance(results, str)]
+    return [entry for results in by_image if isinstance(results, list) for entry in results]
 
 
 def score(split: DatasetSplit, results: list[dict[str, Any]], cfg: Config) -> dict[str, float]:

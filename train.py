@@ -178,11 +178,13 @@ def evaluate(out: Path, load: str, settings: Sequence[str], fitting: Fitting, re
 
     rank, size = ranks.start()
     predictor = build_predictor(cfg, weight_loader(model.weights, model.origin, fitting), model.meta)
-    every = {}
+    every: dict[str, float] = {}
+    unreadable: list[str] = []
     for split in splits:
         path = out if len(splits) == 1 else out.with_name(f"{out.stem}-{split.name}{out.suffix or '.json'}")
         with ranks.lost_rank_in_one_line(size):
-            results = evaluate_split(predictor, split, cfg, (rank, size), ranks.gather if size > 1 else None)
+            gather = ranks.gather if size > 1 else None
+            results = evaluate_split(predictor, split, cfg, (rank, size), gather, unreadable=unreadable)
         if rank > 0:
             continue
         write_results(path, results)
@@ -198,6 +200,8 @@ def evaluate(out: Path, load: str, settings: Sequence[str], fitting: Fitting, re
         target = out.with_name(f"{out.stem}.metrics.json")
         write_json(target, without_nan(every), indent=1)
         logger.info(f"scores in {target}")
+    if unreadable:
+        raise UserError(f"{len(unreadable)} images could not be read, their scores are too low: {unreadable[0]}")
 
 
 def write_split_report(split: DatasetSplit, results: list[dict[str, Any]], name: str, cfg: Config, out: Path) -> None:

@@ -12,7 +12,7 @@ import struct
 import subprocess
 import sys
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,7 +48,7 @@ class _Item(NamedTuple):
     box: np.ndarray  # float [4]
     color: Color
     text: str
-    mask: np.ndarray | None = None  # bool [H, W]
+    mask: Callable[[], np.ndarray] | None = None  # -> bool [H, W]; one is kept at a time
     keypoints: np.ndarray | None = None  # [K, 3]: x, y, and how visible (0 = do not draw)
     crowd: bool = False
 
@@ -87,7 +87,7 @@ def draw_detections(
         if detections.keypoints is not None:
             points = detections.keypoints[i].astype(np.float64)
             points[:, 2] = 2
-        mask = None if detections.masks is None else decode_mask(detections.masks[i])
+        mask = None if detections.masks is None else functools.partial(decode_mask, detections.masks[i])
         text = f"{_class_name(class_names, label)} {detections.scores[i]:.2f}"
         items.append(_Item(detections.boxes[i], class_color(label), text, mask, points))
     return _draw(image, items)
@@ -100,7 +100,8 @@ def draw_annotations(image: np.ndarray, annotations: dict[str, Any], class_names
     for i, (box, label) in enumerate(zip(annotations["boxes"], annotations["labels"])):
         crowd = crowds is not None and bool(crowds[i])
         text = _class_name(class_names, int(label)) + (" (crowd)" if crowd else "")
-        mask = _fill(rings[i], image.shape[:2]) if rings is not None and len(rings[i]) else None
+        filled = rings is not None and len(rings[i])
+        mask = functools.partial(_fill, rings[i], image.shape[:2]) if filled else None
         keypoints = None if points is None else points[i]
         items.append(_Item(box, class_color(int(label)), text, mask, keypoints, crowd))
     return _draw(image, items)
@@ -113,13 +114,14 @@ def _class_name(class_names: Sequence[str], label: int) -> str:
 def _fill(rings: Sequence[np.ndarray], shape: tuple[int, int]) -> np.ndarray:
     """Pixels inside the rings by the non-zero winding rule: overlapping parts unite, opposite rings are holes."""
     winding = np.zeros(shape, np.int16)
+    inside = np.zeros(shape, np.uint8)
     for ring in rings:
         x, y = np.asarray(ring, np.float64).T
         sign = 1 if np.dot(x, np.roll(y, -1)) >= np.dot(y, np.roll(x, -1)) else -1
-        inside = np.zeros(shape, np.uint8)
+        inside[:] = 0
         # OpenCV's coordinates are pixel centres, here with 4 fractional bits.
         cv2.fillPoly(inside, [np.round((ring - 0.5) * 16).astype(np.int32)], 1, shift=4)
-        winding += sign * inside.astype(np.int16)
+        (np.add if sign > 0 else np.subtract)(winding, inside, out=winding, casting="unsafe")
     return winding != 0
 
 
@@ -146,18 +148,21 @@ def _area(box: np.ndarray) -> float:
 
 
 def _draw_mask(canvas: np.ndarray, item: _Item, line: int) -> None:
-    rows, columns = np.flatnonzero(item.mask.any(1)), np.flatnonzero(item.mask.any(0))
+    whole = item.mask()
+    rows, columns = np.flatnonzero(whole.any(1)), np.flatnonzero(whole.any(0))
     if len(rows) == 0:
         return
     top, left = int(rows[0]), int(columns[0])
-    mask = item.mask[top : rows[-1] + 1, left : columns[-1] + 1]
+    mask = np.ascontiguousarray(whole[top : rows[-1] + 1, left : columns[-1] + 1])
     region = canvas[top : rows[-1] + 1, left : columns[-1] + 1]
     filled = mask
     if item.crowd:
-        y, x = np.indices(mask.shape)
-        filled = mask & ((x + y + top + left) % (8 * line) < 3 * line)
+        y, x = (np.arange(n, dtype=np.int32) for n in mask.shape)
+        filled = mask & ((x + (y + (top + left))[:, None]) % (8 * line) < 3 * line)
     opacity = MASK_OPACITY * (1 - 0.5 * min(1.0, 2 * mask.sum() / canvas[:, :, 0].size))
-    region[filled] = (region[filled] * (1 - opacity) + np.array(item.color) * opacity).astype(np.uint8)
+    # What each of the 256 values of a channel becomes: nothing larger than the region is made.
+    table = np.arange(256)[:, None] * (1 - opacity) + np.array(item.color) * opacity
+    cv2.copyTo(cv2.LUT(region, table.astype(np.uint8)[None]), filled.view(np.uint8), region)
     contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE, offset=(left, top))
     contours = [cv2.approxPolyDP(contour, 0.7, True) for contour in contours]  # without the steps of pixels
     # A dark rim keeps the outline apart from a background of its own colour.
@@ -342,7 +347,8 @@ def write_prediction(
     if path is None:
         raise UserError(f"no free name for the picture of {image_path} in {out_dir}: choose another folder")
     picture = draw_detections(read_image(os.fspath(image_path)), detections, class_names, threshold)
-    good, encoded = cv2.imencode(extension, picture, [cv2.IMWRITE_JPEG_QUALITY, 92])
+    options = [cv2.IMWRITE_JPEG_QUALITY, 92] if extension == ".jpg" else []
+    good, encoded = cv2.imencode(extension, picture, options)
     if not good:
         raise UserError(f"the picture of {image_path} cannot be encoded as {extension}")
     with atomic_write(path, "wb") as f:

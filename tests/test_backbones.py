@@ -375,7 +375,7 @@ def test_your_own_backbone_and_heads_train_and_predict(tmp_path):
     assert main(["--logdir", str(run), "--config", *config]) == 0
     trained, _ = load_weights(run)
     assert trained["fastrcnn/conv/W"].shape == (3, 3, 16, 24) and trained["fastrcnn/fc/W"].shape == (24, 32)
-    assert trained["maskrcnn/logits/W"].shape == (1, 1, 16, trained["fastrcnn/class/b"].size - 1)
+    assert trained["maskrcnn/logits/W"].shape == (1, 1, 16, trained["fastrcnn/outputs/class/b"].size - 1)
     assert not {"fastrcnn/fc6/W", "maskrcnn/fcn0/W"} & set(trained)
     assert trained["fastrcnn/conv/b"].any() and trained["maskrcnn/logits/b"].any()  # from zeros, by a gradient
     assert trained["backbone/down5/W"].shape == (3, 3, 256, 512) and "backbone/residual2/gn/gamma" in trained

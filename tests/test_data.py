@@ -621,6 +621,13 @@ def test_inference_reads_files_and_names_a_damaged_one(tmp_path):
     assert found == list(range(6))
     shutil.copy(files[0], tmp_path / "a.jpg")
     (tmp_path / "b.jpg").write_bytes(b"damaged")
+    shutil.copy(files[1], tmp_path / "c.jpg")
+    damaged = data.list_images([tmp_path])
     with pytest.raises(UserError, match="b.jpg is not an image"):
-        list(data.inference_batches(data.list_images([tmp_path]), cfg))
+        list(data.inference_batches(damaged, cfg))
+    for batch in (1, 2):
+        cfg, reasons = settings(MINI, *SMALL, f"TEST.BATCH_SIZE={batch}"), {}
+        found = list(data.inference_batches(damaged, cfg, unreadable=reasons.__setitem__))
+        assert [b["indices"] for b in found] == [[0], [2]] and all(len(b["image"]) == 1 for b in found)
+        assert list(reasons) == [1] and "b.jpg is not an image" in str(reasons[1])
     assert list(data.inference_batches([], cfg)) == []

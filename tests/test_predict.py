@@ -17,11 +17,11 @@ import eval as scoring
 import predict
 from common import UserError
 from config import default_config, finalize_config
-from data import inference_batches
+from data import inference_batches, list_images
 from dataset import load_split
 from detections import to_original_frame
 from inference import inference_callable
-from predict import evaluate_split, keypoint_flip, load_predictor, merge_shards
+from predict import evaluate_split, keypoint_flip, load_predictor, merge_shards, predict_files
 from utils.checkpoint import save_npz
 from utils.tf_v1 import tf
 
@@ -91,9 +91,12 @@ class FakeSplit:
         return label * 10
 
 
-def fake_batches(split, cfg, shard):
+def fake_batches(split, cfg, shard, unreadable=None):
     """Batches of up to two images at half size, as data.inference_batches would give them."""
     indices = list(range(shard[0], len(split), shard[1]))
+    for i in [i for i in indices if split.images[i].get("damaged")]:
+        unreadable(i, UserError(f"image {i} is damaged"))
+        indices.remove(i)
     for start in range(0, len(indices), 2):
         batch = indices[start : start + 2]
         shapes = [(split.images[i]["height"], split.images[i]["width"]) for i in batch]
@@ -159,6 +162,95 @@ def test_processes_gather_the_results_of_all(fake_split):
     assert outcome == {0: alone, 1: alone, 2: alone}
     with pytest.raises(ValueError, match="gather"):
         evaluate_split(fake_predict, fake_split, None, (0, 2), progress=False)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("devices", [1, 2])
+def test_an_image_that_cannot_be_read_costs_its_own_results_only(fake_split, devices, caplog):
+    alone = evaluate_split(fake_predict, fake_split, None, progress=False)
+    fake_split.images[4]["damaged"] = fake_split.images[7]["damaged"] = True
+    reasons = []
+    results = evaluate_split([fake_predict] * devices, fake_split, None, progress=False, unreadable=reasons)
+    assert results == [r for r in alone if r["image_id"] not in (4, "image 7")] and len(results) < len(alone)
+    assert reasons == ["image 4 is damaged", "image 7 is damaged"]
+    for image in fake_split.images:
+        image["damaged"] = True
+    with pytest.raises(UserError, match="none of the 11 images of fake can be read: image 0 is damaged"):
+        evaluate_split(fake_predict, fake_split, None, progress=False)
+
+
+# ------------------------------------------------------------------------------------------ folders of photographs
+class OneBox:
+    """A predictor that finds the same box everywhere; `watch` is called with the number of images seen before."""
+
+    cfg = tiny_config("MODE_MASK=False", "TEST.BATCH_SIZE=1")
+    class_names, category_ids = ["cat", "dog", "owl"], None
+
+    def __init__(self, watch=lambda seen: None):
+        self.seen, self.watch = 0, watch
+
+    def predict_batch(self, image, image_shape):
+        self.watch(self.seen)
+        self.seen += len(image)
+        boxes = np.tile(np.array([[[4, 4, 20, 30]]], np.float32), (len(image), 1, 1))
+        return {"boxes": boxes, "scores": np.full((len(image), 1), 0.75, np.float32),
+                "labels": np.full((len(image), 1), 2, np.int32), "count": np.ones(len(image), np.int32)}  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Photographs of all kinds, one with a name that is not UTF-8, and two damaged ones."""
+    path = tmp_path / "photos"
+    path.mkdir()
+    pixels = cv2.resize(cv2.imread(str(next((COCO_MINI / "val2017").glob("*.jpg")))), (80, 60))
+    jpeg = cv2.imencode(".jpg", pixels)[1].tobytes()
+    for name in ("a.jpg", "b.jfif", os.fsdecode(b"caf\xe9.jpg")):
+        (path / name).write_bytes(jpeg)
+    for name in ("d.avif", "e.webp", "f.TIFF", "g.png", "h.gif"):
+        (path / name).write_bytes(cv2.imencode(Path(name).suffix.lower(), pixels)[1].tobytes())
+    (path / "b_truncated.jpg").write_bytes(jpeg[:200])
+    (path / "z.png").write_bytes(b"")
+    (path / "notes.txt").write_text("left out")
+    (path / "._a.jpg").write_bytes(b"what macOS leaves")
+    return path
+
+
+@pytest.mark.quick
+def test_a_folder_is_predicted_as_far_as_it_can_be_read_and_the_rest_is_named(folder, tmp_path, capfd):
+    out = tmp_path / "out"
+    files = list_images([folder])
+    with pytest.raises(UserError) as error:
+        predict_files(OneBox(), files, str(out), False)
+    message = str(error.value)
+    assert message.startswith(f"2 ({folder}/b_truncated.jpg, {folder}/z.png) of 10 images could not be read")
+    good = [f for f in files if "truncated" not in f and "z.png" not in f]
+    entries = json.loads((out / "predictions.json").read_text())
+    assert [e["file"] for e in entries] == good and len(good) == 8
+    assert all([d["class"] for d in e["detections"]] == ["dog"] for e in entries)
+    pictures = {p.name for p in out.iterdir()} - {"predictions.json"}
+    assert len(pictures) == 8 and os.fsdecode(b"caf\xe9.jpg") in pictures and "g.png" in pictures
+    shown = capfd.readouterr().err
+    assert "WARN:" not in shown and "notes.txt" in shown and "b_truncated.jpg" in shown
+
+
+@pytest.mark.quick
+def test_what_was_found_is_on_disk_before_the_next_image_is_looked_at(folder, tmp_path):
+    out, target = tmp_path / "out", tmp_path / "out" / "predictions.json"
+    partial = tmp_path / "out" / "predictions.json.partial"
+    files = [f for f in list_images([folder]) if "truncated" not in f and "z.png" not in f]
+
+    def end_at_the_fourth(seen):
+        lines = partial.read_text().splitlines()
+        assert [json.loads(line)["file"] for line in lines] == files[:seen] and not target.exists()
+        if seen == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        predict_files(OneBox(end_at_the_fourth), files, str(out), False)
+    assert len(partial.read_text().splitlines()) == 3 and not target.exists()
+    predict_files(OneBox(), files, str(out), False)
+    assert len(json.loads(target.read_text())) == len(files) and not partial.exists()
+    assert len((out / "predictions.json.partial.old").read_text().splitlines()) == 3
 
 
 @pytest.mark.quick

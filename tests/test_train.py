@@ -335,6 +335,22 @@ def test_weights_load_from_a_run_a_checkpoint_and_an_npz_alike(trained, tmp_path
     assert "loaded" in capsys.readouterr().err
 
 
+def test_a_damaged_image_of_an_evaluation_is_named_and_costs_no_other_result(trained, tmp_path, capsys):
+    shutil.copytree(COCO_MINI / "val2017", tmp_path / "val2017")
+    damaged = sorted((tmp_path / "val2017").glob("*.jpg"))[0]
+    damaged.write_bytes(damaged.read_bytes()[:300])
+    annotations = COCO_MINI / "annotations/instances_val2017.json"
+    data = [f"DATA.DATASETS={{'mine':['{annotations}','{tmp_path}/val2017']}}", "DATA.VAL=mine"]
+    out = tmp_path / "results.json"
+    settings = ["--config", "TEST.RESULT_SCORE_THRESH=0.0", *data]
+    assert run("--evaluate", out, "--load", trained, *settings) == 2
+    message = last_error(capsys)
+    assert "1 images could not be read" in message and damaged.name in message
+    images = {i["file_name"]: i["id"] for i in json.loads(annotations.read_text())["images"]}
+    assert {r["image_id"] for r in json.loads(out.read_text())} == set(images.values()) - {images[damaged.name]}
+    assert "bbox/AP" in json.loads((tmp_path / "results.metrics.json").read_text())
+
+
 def test_predict_takes_files_and_folders_and_writes_what_it_found(trained, tmp_path):
     files = sorted((COCO_MINI / "val2017").glob("*.jpg"))
     settings = ["--config", "TEST.RESULT_SCORE_THRESH=0.0", "TEST.BATCH_SIZE=2"]

@@ -28,7 +28,9 @@ __all__ = [
     "similar_file",
 ]
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+IMAGE_SUFFIXES = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".avif", ".tif", ".tiff", ".gif", ".ppm", ".pgm",
+)  # fmt: skip
 LARGEST_IMAGE = 1 << 30  # pixels that OpenCV decodes
 
 
