@@ -224,7 +224,7 @@ def preprocess_image(image, image_shape, cfg: Config):
 
 
 def normalize_image(image, image_shape, mean, std, dtype):
-    """As `preprocess_image`, with means and deviations of R, G, B on the 0..255 scale."""
+    """`preprocess_image` with the given means and standard deviations of R, G and B, on the scale 0 to 255."""
     mean = np.asarray(mean[::-1], np.float32)
     std = np.asarray(std[::-1], np.float32)
     x = (tf.cast(image, tf.float32) - mean) * (1.0 / std)

@@ -272,7 +272,8 @@ def _layer_sizes(application: str) -> dict[str, tuple]:
 
 @functools.cache
 def _variable_stages(application: str, given: tuple[str, ...]) -> dict[str, int]:
-    """{variable: 1 for the stem, 2 to 5 for what C2 to C5 need besides} of those the features need."""
+    """{variable: the first stage that is computed from it}, for the variables of C2 to C5: 1 is the stem, 2 to 5 are
+    C2 to C5."""
     network = _network(application, "float32")
     features, sizes = _feature_layers(application, given), _layer_sizes(application)
     # The stem ends with the last map that is larger than C2 and that C2 is computed from, else with the first map.

@@ -234,7 +234,7 @@ def _adaptive_samples(padded, start, sides, shift, image_index, resolution):
     channels = padded.shape[3]
     counts = tf.cast(tf.math.ceil(sides / float(m)), tf.int32)  # [R, 2] x, y
     empty = tf.reduce_any(counts <= 0, 1)  # no sample, hence 0
-    # A sample that far outside is 0 anyway; and a diverged box must not ask for memory without end.
+    # Samples that far outside are 0 anyway, and a box that has diverged must not need unlimited memory.
     counts = tf.clip_by_value(counts, 1, 1 << 12)
     key = counts[:, 1] * (1 << 13) + counts[:, 0]
     order = tf.argsort(key, stable=True)
@@ -422,7 +422,7 @@ def greedy_nms(boxes, scores, groups, rescore, max_outputs, min_score):
     boxes [N,K,4]; scores [N,K] >= 0; groups int32 [N,K]: only boxes of one group lower each other's scores, None makes
     all of an image one; rescore(iou [N,K]) -> factors [N,K] in [0, 1]; boxes of scores > min_score >= 0 are taken
     -> index int32 [N,T] into K and scores [N,T] as they were when taken, decreasing, both 0 from count int32 [N] on;
-    T = max_outputs. The best of several groups together are the best of each group's own list.
+    T = max_outputs. Groups do not influence each other: each group's boxes come out as if it were alone.
     """
     boxes, scores = tf.stop_gradient(boxes), tf.stop_gradient(scores)
     num_images, num_boxes = tf.shape(scores)[0], tf.shape(scores)[1]
@@ -468,9 +468,9 @@ def rasterize_edges(edges, boxes, resolution):
     there, and a column's pixels change from the first whose centre lies below the lower of the line's two points at
     the column's centre.
 
-    edges [R,E,4]: directed outline edges x1 y1 x2 y2 of one instance each, zero-length ones pad (vertical ones say
-    nothing and may be left out); boxes [R,4]. A pixel is inside where the winding number is not zero, so overlapping
-    parts unite and opposite rings cut holes. No gradients. -> float32 [R,resolution,resolution].
+    edges [R,E,4]: directed outline edges x1 y1 x2 y2 of one instance each; zero-length edges are padding, and vertical
+    edges change nothing and may be left out. boxes [R,4]. A pixel is inside where the winding number is not zero, so
+    overlapping parts unite and opposite rings cut holes. No gradients. -> float32 [R,resolution,resolution].
     """
     total = tf.shape(edges)[0]
     size = tf.maximum(_EDGE_BUDGET // tf.maximum(tf.shape(edges)[1] * resolution, 1), 1)

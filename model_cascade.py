@@ -35,7 +35,7 @@ def _refine(boxes, deltas, image_shape, reg_weights):
 def cascade_losses(pool, rois, batch, cfg: Config):
     """pool: boxes [N,R,4] -> RoI features [N·R,7,7,C]; rois: SampledRois of the first stage -> losses, stats.
 
-    Later stages relabel the refined boxes at their own IoU, without sampling anew; boxes that became empty drop out.
+    Later stages label the refined boxes again at their own IoU, without sampling; boxes that became empty are left out.
     """
     losses, stats = {}, {}
     stages = list(zip(cfg.CASCADE.IOUS, cfg.CASCADE.BBOX_REG_WEIGHTS))

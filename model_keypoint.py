@@ -40,7 +40,7 @@ def keypoint_losses(logits, cells, valid, image_index, num_images, cfg: Config):
 
     logits [F,56,56,K], cells int32 [F,K], valid bool [F,K], image_index int32 [F] -> losses {krcnn/keypoint_loss},
     stats. The divisor is the number of valid keypoints of the batch, or with TRAIN.LOSS_PER_IMAGE the mean of the
-    images' means, where an image without valid keypoints counts as 0.
+    images' means, where an image without valid keypoints has mean 0.
     """
     shape = tf.shape(logits)
     flat = tf.reshape(tf.transpose(logits, [0, 3, 1, 2]), [-1, shape[1] * shape[2]])  # [F·K, 56·56]

@@ -49,7 +49,7 @@ def loss_weights(members, per_image):
     """Weights [N,R] that make a sum over RoIs the mean over `members` (bool [N,R]).
 
     per_image: the mean of the images' means, which does not depend on how images are spread over devices; otherwise
-    one mean over the whole batch. Images without members weigh nothing.
+    one mean over the whole batch. Images without members have weight 0.
     """
     weights = tf.cast(members, tf.float32)
     if per_image:

@@ -207,7 +207,7 @@ def build_training(batch, cfg: Config):
         stats.update(branch_stats)
     if cfg.MODE_KEYPOINT:
         cells, visible = keypoint_targets(boxes, tf.gather_nd(batch["gt_keypoints"], gt_index))
-        used = tf.where(tf.reduce_any(visible, 1))[:, 0]  # the other RoIs have nothing to say
+        used = tf.where(tf.reduce_any(visible, 1))[:, 0]  # RoIs without a visible keypoint add nothing
         cells, visible, image_index = (tf.gather(x, used) for x in (cells, visible, image_index))
         keypoint_logits = _never_empty(
             lambda b, i: _keypoint_branch(pool(b, i, 14), cfg), tf.gather(boxes, used), image_index
@@ -233,7 +233,7 @@ def detect_boxes(features, pool, image_shape, cfg: Config):
     B = 1 (shared by the classes) or C, inside the image, scores [N,R,C] without background, valid bool [N,R].
     """
     proposals, _, valid = propose(features, image_shape, cfg)
-    # Rows of absent proposals are cut off where all images lack them.
+    # Drops the last rows, which hold no proposal in any image.
     most = tf.maximum(tf.reduce_max(tf.reduce_sum(tf.cast(valid, tf.int32), 1)), 1)
     proposals, valid = proposals[:, :most], valid[:, :most]
     if cfg.FPN.CASCADE:

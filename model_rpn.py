@@ -128,7 +128,7 @@ def rpn_losses(logits, deltas, anchors, batch, cfg: Config):
         center = 0.5 * (anchors[:, :2] + anchors[:, 2:])[None]  # [1, A, 2] as x, y
         limit = tf.cast(batch["image_shape"], tf.float32)[:, None, ::-1]  # [N, 1, 2]
         inside = tf.reduce_all(center < limit, -1)
-        # A ground truth keeps its best anchor wherever that is centred.
+        # An object keeps its best anchor even if that is centred in the padding.
         background = tf.logical_and(background, inside)
     if rpn.CROWD_OVERLAP_THRESH < 1:
         crowd_boxes = tf.where_v2(crowd[..., None], batch["gt_boxes"], 0.0)
@@ -150,7 +150,7 @@ def rpn_losses(logits, deltas, anchors, batch, cfg: Config):
     matched = tf.gather(batch["gt_boxes"], tf.gather(match, fg_index, batch_dims=1), batch_dims=1)  # [N, F, 4]
     fg_deltas, fg_anchors = tf.gather(deltas, fg_index, batch_dims=1), tf.gather(anchors, fg_index)
     fg_losses = box_losses(fg_deltas, fg_anchors, matched, rpn.BBOX_LOSS, rpn.SMOOTH_L1_BETA)
-    # Rows that are not foreground may match an empty box: their targets are meaningless and must not reach the sum.
+    # Anchors that are not foreground may match an empty box, whose targets mean nothing: they must not reach the sum.
     fg_losses = tf.where_v2(fg_valid[..., None], fg_losses, 0.0)
     normalizer = 1.0 / tf.cast(rpn.BATCH_PER_IM * tf.shape(logits)[0], tf.float32)
     losses = {
