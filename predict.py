@@ -166,11 +166,11 @@ def _growing_list(path: Path) -> Iterator[Callable[[Any], None]]:
 
         logger.info(f"until the end, what is found is in {partial}, one image on each line")
         yield append
-    with atomic_write(path) as f, open(partial) as lines:
-        f.write("[")
+    with atomic_write(path) as whole, open(partial) as lines:
+        whole.write("[")
         for number, line in enumerate(lines):
-            f.write((",\n" if number else "\n") + line.rstrip("\n"))
-        f.write("\n]\n")
+            whole.write((",\n" if number else "\n") + line.rstrip("\n"))
+        whole.write("\n]\n")
     partial.unlink()
 
 
@@ -226,7 +226,7 @@ def _evaluate_shard(
     """Results of every `size`-th image; one thread pastes and encodes a batch while the next is predicted."""
 
     def convert(batch: dict, outputs: dict) -> list[ImageResults]:
-        results = []
+        results: list[ImageResults] = []
         for n, (index, original_hw) in enumerate(zip(batch["indices"], batch["original_shapes"])):
             image_id = split.image_id(index)
             try:
