@@ -22,7 +22,7 @@ import numpy as np
 from common import UserError, atomic_write
 from data import read_image
 from detections import Detections
-from utils.polygons import decode_mask
+from utils.polygons import decode_part
 
 __all__ = [
     "class_color", "draw_detections", "draw_annotations", "side_by_side", "contact_sheet", "write_prediction",
@@ -48,7 +48,8 @@ class _Item(NamedTuple):
     box: np.ndarray  # float [4]
     color: Color
     text: str
-    mask: Callable[[], np.ndarray] | None = None  # -> bool [H, W]; one is kept at a time
+    # -> bool [h, w] of a part of the image, and its left and top; one is kept at a time
+    mask: Callable[[], tuple[np.ndarray, int, int]] | None = None
     keypoints: np.ndarray | None = None  # [K, 3]: x, y, and how visible (0 = do not draw)
     crowd: bool = False
 
@@ -87,7 +88,7 @@ def draw_detections(
         if detections.keypoints is not None:
             points = detections.keypoints[i].astype(np.float64)
             points[:, 2] = 2
-        mask = None if detections.masks is None else functools.partial(decode_mask, detections.masks[i])
+        mask = None if detections.masks is None else functools.partial(decode_part, detections.masks[i])
         text = f"{_class_name(class_names, label)} {detections.scores[i]:.2f}"
         items.append(_Item(detections.boxes[i], class_color(label), text, mask, points))
     return _draw(image, items)
@@ -111,8 +112,9 @@ def _class_name(class_names: Sequence[str], label: int) -> str:
     return str(class_names[label - 1]) if 1 <= label <= len(class_names) else f"class {label}"
 
 
-def _fill(rings: Sequence[np.ndarray], shape: tuple[int, int]) -> np.ndarray:
-    """Pixels inside the rings by the non-zero winding rule: overlapping parts unite, opposite rings are holes."""
+def _fill(rings: Sequence[np.ndarray], shape: tuple[int, int]) -> tuple[np.ndarray, int, int]:
+    """Pixels of the image inside the rings by the non-zero winding rule: overlapping parts unite, opposite rings are
+    holes."""
     winding = np.zeros(shape, np.int16)
     inside = np.zeros(shape, np.uint8)
     for ring in rings:
@@ -122,7 +124,7 @@ def _fill(rings: Sequence[np.ndarray], shape: tuple[int, int]) -> np.ndarray:
         # OpenCV's coordinates are pixel centres, here with 4 fractional bits.
         cv2.fillPoly(inside, [np.round((ring - 0.5) * 16).astype(np.int32)], 1, shift=4)
         (np.add if sign > 0 else np.subtract)(winding, inside, out=winding, casting="unsafe")
-    return winding != 0
+    return winding != 0, 0, 0
 
 
 # -------------------------------------------------------------------------------------------- drawing
@@ -148,13 +150,13 @@ def _area(box: np.ndarray) -> float:
 
 
 def _draw_mask(canvas: np.ndarray, item: _Item, line: int) -> None:
-    whole = item.mask()
-    rows, columns = np.flatnonzero(whole.any(1)), np.flatnonzero(whole.any(0))
+    part, left, top = item.mask()
+    rows, columns = np.flatnonzero(part.any(1)), np.flatnonzero(part.any(0))
     if len(rows) == 0:
         return
-    top, left = int(rows[0]), int(columns[0])
-    mask = np.ascontiguousarray(whole[top : rows[-1] + 1, left : columns[-1] + 1])
-    region = canvas[top : rows[-1] + 1, left : columns[-1] + 1]
+    mask = np.ascontiguousarray(part[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1])
+    left, top = left + int(columns[0]), top + int(rows[0])
+    region = canvas[top : top + mask.shape[0], left : left + mask.shape[1]]
     filled = mask
     if item.crowd:
         y, x = (np.arange(n, dtype=np.int32) for n in mask.shape)

@@ -323,3 +323,21 @@ def test_smoothing_keeps_small_rings_and_straight_outlines_and_never_loses_a_thi
     line = polygons.mask_to_rings(np.eye(40, dtype=bool) | np.eye(40, k=1, dtype=bool))
     for ring in line:
         assert polygons.signed_area(polygons.smooth_ring(ring)) > 0
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    size=st.tuples(st.integers(1, 12), st.integers(1, 12)),
+    share=st.sampled_from([0.0, 0.05, 0.5, 1.0]),
+    seed=st.integers(0, 99),
+)
+def test_the_part_of_a_mask_is_the_smallest_that_holds_the_object(size, share, seed):
+    mask = np.random.RandomState(seed).rand(*size) < share
+    part, left, top = polygons.decode_part(polygons.encode_mask(mask))
+    whole = np.zeros_like(mask)
+    whole[top : top + part.shape[0], left : left + part.shape[1]] = part
+    np.testing.assert_array_equal(whole, mask)
+    if mask.any():
+        assert part.any(0)[[0, -1]].all() and part.any(1)[[0, -1]].all()
+    else:
+        assert part.size == 0

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from graph import tiny_config
 
 import common
 from utils import tf_v1
@@ -74,3 +75,19 @@ def test_gpus_that_tensorflow_cannot_use_are_said_in_one_line(machine, installed
         assert said is None
     else:
         assert re.search(problem, said) and "\n" not in said
+
+
+def test_training_counts_the_gpus_that_tensorflow_has_and_refuses_those_it_cannot_use(machine, capsys):
+    from trainers import local_devices
+
+    cfg = tiny_config("TRAIN.CPU_REPLICAS=2")
+    machine(0, 2, None)
+    assert local_devices(cfg) == ["/gpu:0", "/gpu:1"]
+    machine(0, 0, "0")
+    assert local_devices(cfg) == ["/cpu:0", "/cpu:1"]
+    assert "CUDA_VISIBLE_DEVICES=0 names a GPU" in capsys.readouterr().err
+    machine(1, 0, None)
+    with pytest.raises(common.UserError, match="requirements-gpu.txt"):
+        local_devices(cfg)
+    machine(0, 0, "-1")
+    assert local_devices(cfg) == ["/cpu:0", "/cpu:1"] and not capsys.readouterr().err

@@ -18,6 +18,7 @@ __all__ = [
     "clip_edges",
     "clip_ring",
     "decode_mask",
+    "decode_part",
     "decode_rle",
     "decode_runs",
     "encode_mask",
@@ -175,6 +176,22 @@ def decode_rle(rle: dict, height: int, width: int) -> np.ndarray:
 def decode_mask(rle: dict) -> np.ndarray:
     """Bool mask of a compressed RLE that this program wrote or checked; `decode_rle` is for all others."""
     return coco_mask.decode(rle).astype(bool)
+
+
+def decode_part(rle: dict) -> tuple[np.ndarray, int, int]:
+    """As `decode_mask`, the smallest part that holds the object: bool [h, w], and its left and top in the image."""
+    height = int(rle["size"][0])
+    ends = np.cumsum(decode_runs(rle["counts"]))
+    first, beyond = ends[:-1:2], ends[1::2]  # of each run of the object; a last background run has no partner
+    some = beyond > first
+    first, beyond = first[some], beyond[some]
+    if len(first) == 0:
+        return np.zeros((0, 0), bool), 0, 0
+    left, right = int(first[0]) // height, int(beyond[-1] - 1) // height + 1
+    runs = np.diff(np.stack([first, beyond], 1).ravel(), prepend=left * height, append=right * height)
+    columns = np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(right - left, height)
+    rows = np.flatnonzero(columns.any(0))
+    return columns.T[rows[0] : rows[-1] + 1], left, int(rows[0])
 
 
 def rle_runs(rle: dict, height: int, width: int) -> np.ndarray:
