@@ -75,7 +75,11 @@ def tables(sections: list[Section]) -> str:
         rows = []
         for r in section.recipes:
             row = [f"`{r.name}`", f"`{' '.join(r.settings)}`"]
-            row += [r.score] * published + [r.parameters, r.gflops] + [r.compared] * compared
+            row += (
+                [r.score.replace(" / ", "&nbsp;/&nbsp;")] * published
+                + [r.parameters, r.gflops]
+                + [r.compared] * compared
+            )
             row += [f"[{r.model}]({MODELS.format(r.model)})" if r.model else ""] * linked
             rows.append(row)
         lines = [headers, ["---"] * len(headers), *rows]
