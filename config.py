@@ -206,7 +206,8 @@ SETTINGS: dict[str, Setting] = {
     # -------------------------------------------------------------------------------------------------------- training
     "TRAIN.BASE_LR": Setting(0.01, _RATE, "Learning rate at a total batch of 8 images."),
     "TRAIN.WARMUP": Setting(
-        1000, whole(0, 10**9), "Steps of this run in which the rate rises from TRAIN.WARMUP_INIT_LR."
+        1000, whole(0, 10**9),
+        "Steps of this run in which the rate rises from TRAIN.WARMUP_INIT_LR. With TRAIN.EPOCHS at most a tenth of it.",
     ),
     "TRAIN.WARMUP_INIT_LR": Setting(0.01 * 0.33, _RATE, "Learning rate of the first step, at a total batch of 8."),
     "TRAIN.WEIGHT_DECAY": Setting(1e-4, number(0, 1), "L2 decay of weights (not of biases and norms)."),
@@ -220,6 +221,11 @@ SETTINGS: dict[str, Setting] = {
     "TRAIN.LR_SCHEDULE": Setting(
         "2x", schedule,
         "Iterations at which the rate drops by 10, at a total batch of 8; the last one is the end.",
+    ),
+    "TRAIN.EPOCHS": Setting(
+        None, optional(number(above=0, high=10**6)),
+        "Length of the run in passes over the training images, instead of that of TRAIN.LR_SCHEDULE. The rate drops by "
+        "10 after 2/3 and 8/9 of it, as in the 1x schedule, and the warm-up takes at most a tenth of it.",
     ),
     "TRAIN.LR_SCALING": Setting(
         "linear", one_of("linear", "none"),

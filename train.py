@@ -248,7 +248,7 @@ def _train(start: Start, fitting: Fitting, rank: int, size: int, started: float)
     if start.step >= plan.total_steps:
         # Not an error: a job that is killed after its last step, and started again by itself, has nothing left to do.
         if chief:
-            more = "raise TRAIN.MAX_STEPS or TRAIN.LR_SCHEDULE to train longer"
+            more = "raise TRAIN.MAX_STEPS, TRAIN.EPOCHS or TRAIN.LR_SCHEDULE to train longer"
             logger.info(f"{logdir} has finished its {start.step} steps; {more}")
             if validation and not (logdir / "metrics.json").exists():
                 logger.warning(f"its model is not scored yet: ./train.py --evaluate results.json --load {logdir}")

@@ -10,6 +10,11 @@ from config import Config
 
 __all__ = ["TrainingPlan", "make_plan"]
 
+# TRAIN.EPOCHS: where the rate drops, as shares of the run; those of the 1x schedule.
+_DROPS = (2 / 3, 8 / 9)
+# A plan of more epochs is probably COCO's schedule on a small data set.
+_MANY_EPOCHS = 1000
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainingPlan:
@@ -54,11 +59,13 @@ class TrainingPlan:
         train = cfg.TRAIN
         parts = f"{self.replicas} replicas x {self.images_per_replica} images x {self.accumulation} accumulated"
         drops = ", ".join(f"{m} (epoch {self.epochs(m):.1f})" for m in self.milestones) or "none"
-        curve = ["rate / 10 at", str(train.LR_SCHEDULE[:-1]), drops]
+        by_epochs = train.EPOCHS is not None
+        written = f"{train.EPOCHS:g} epochs" if by_epochs else f"{train.LR_SCHEDULE[-1]} steps"
+        curve = ["rate / 10 at", "2/3 and 8/9" if by_epochs else str(train.LR_SCHEDULE[:-1]), drops]
         if self.cosine_end is not None:
             end = f"to {self.final_lr:.6g} at {self.cosine_end} (epoch {self.epochs(self.cosine_end):.1f})"
             last = f", {self.learning_rate(self.total_steps - 1):.6g} in the last step"
-            curve = ["cosine", f"to {train.LR_FINAL * train.BASE_LR:.6g} at {train.LR_SCHEDULE[-1]}", end]
+            curve = ["cosine", f"to {train.LR_FINAL * train.BASE_LR:.6g} at {written}", end]
             curve[2] += last * (self.total_steps < self.cosine_end)
         length = f"{self.total_steps} steps = {self.epochs(self.total_steps):.1f} epochs"
         return tabulate(
@@ -71,7 +78,7 @@ class TrainingPlan:
                     f"{self.warmup_steps} steps from {self.warmup_lr:.6g}",
                 ],
                 curve,
-                ["length", f"{train.LR_SCHEDULE[-1]} steps", length],
+                ["length", written, length],
             ],
             headers=["", "settings", f"this run (TRAIN.LR_SCALING={train.LR_SCALING})"],
             tablefmt="simple",
@@ -94,6 +101,12 @@ class TrainingPlan:
                 f"{self.total_batch} of an update: statistics differ from those of a run without accumulation; "
                 "BACKBONE.NORM=GN or FreezeBN does not depend on it"
             )
+        epochs = self.epochs(self.total_steps)
+        if epochs > _MANY_EPOCHS and cfg.TRAIN.EPOCHS is None and cfg.TRAIN.MAX_STEPS is None:
+            found.append(
+                f"{self.total_steps} steps are {epochs:.0f} passes over {self.images_per_epoch} images: "
+                "TRAIN.LR_SCHEDULE is COCO's; set the length that fits your data, e.g. TRAIN.EPOCHS=50"
+            )
         return found
 
 
@@ -109,7 +122,11 @@ def make_plan(cfg: Config, replicas: int, images_per_epoch: int) -> TrainingPlan
             f"images: use another number of replicas, TRAIN.BATCH_SIZE_PER_GPU, or a total batch of {near}"
         )
     factor = total / 8.0 if train.LR_SCALING == "linear" else 1.0
-    milestones = [max(1, math.ceil(m / factor)) for m in train.LR_SCHEDULE]
+    milestones, warmup = [max(1, math.ceil(m / factor)) for m in train.LR_SCHEDULE], train.WARMUP
+    if train.EPOCHS is not None:
+        length = max(1, math.ceil(train.EPOCHS * images_per_epoch / total - 1e-9))
+        milestones = sorted({max(1, round(share * length)) for share in _DROPS} | {length})
+        warmup = min(warmup, length // 10)
     steps = milestones[-1] if train.MAX_STEPS is None else min(milestones[-1], train.MAX_STEPS)
     cosine = train.LR_POLICY == "cosine"
     return TrainingPlan(
@@ -117,7 +134,7 @@ def make_plan(cfg: Config, replicas: int, images_per_epoch: int) -> TrainingPlan
         images_per_replica=train.BATCH_SIZE_PER_GPU,
         accumulation=total // at_once,
         base_lr=train.BASE_LR * factor,
-        warmup_steps=train.WARMUP,
+        warmup_steps=warmup,
         warmup_lr=train.WARMUP_INIT_LR * min(factor, 1.0),
         milestones=[] if cosine else [m for m in milestones[:-1] if m < steps],
         total_steps=steps,

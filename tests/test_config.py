@@ -308,7 +308,7 @@ def test_what_is_probably_a_mistake_is_warned_of():
         ("learning_rate", "TRAIN.BASE_LR?"), ("SOLVER.BASE_LR", "TRAIN.BASE_LR?"), ("train.base_lr", "TRAIN.BASE_LR?"),
         ("BATCH_SIZE", "TRAIN.BATCH_SIZE_PER_GPU"), ("TRAIN.BATCH_SIZE", "TRAIN.TOTAL_BATCH"),
         ("SOLVER.IMS_PER_BATCH", "TRAIN.TOTAL_BATCH"), ("NUM_GPUS", "CUDA_VISIBLE_DEVICES"),
-        ("EPOCHS", "TRAIN.MAX_STEPS"), ("TRAIN.MAX_EPOCH", "TRAIN.LR_SCHEDULE"), ("MAX_ITER", "TRAIN.MAX_STEPS"),
+        ("EPOCHS", "TRAIN.EPOCHS?"), ("TRAIN.MAX_EPOCH", "TRAIN.EPOCHS?"), ("MAX_ITER", "TRAIN.MAX_STEPS"),
         ("NUM_CLASSES", "DATA.CLASS_NAMES"), ("MODEL.MASK_ON", "MODE_MASK?"), ("OUTPUT_DIR", "--logdir"),
         ("mode_fpn", "MODE_FPN?"), ("MODE-FPN", "MODE_FPN?"), ("FP16", "TRAIN.PRECISION"),
         ("SCORE_THRESHOLD", "TEST.RESULT_SCORE_THRESH?"), ("IMAGE_SIZE", "PREPROC.SHORT_EDGE_SIZE"),

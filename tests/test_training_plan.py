@@ -11,6 +11,8 @@ from training_plan import make_plan
 
 pytestmark = pytest.mark.quick
 
+COSINE = ["TRAIN.LR_POLICY=cosine", "TRAIN.WARMUP=10"]
+
 
 def settings(*args):
     return finalize_config(default_config().update_args(args))
@@ -90,6 +92,38 @@ def test_batch_statistics_of_less_than_an_update_are_warned_of():
     assert make_plan(frozen, 2, 8000).warnings(frozen) == []
 
 
+@pytest.mark.parametrize(("replicas", "images"), [(1, 61), (2, 61), (8, 118287), (3, 7)])
+def test_a_length_in_epochs_is_so_many_passes_over_the_images(replicas, images):
+    plan = plan_of(replicas, "TRAIN.EPOCHS=12", images=images)
+    assert (plan.total_steps - 1) * replicas < 12 * images <= plan.total_steps * replicas
+    assert plan.milestones == [round(plan.total_steps * 2 / 3), round(plan.total_steps * 8 / 9)]
+    assert plan.warmup_steps == min(1000, plan.total_steps // 10)
+    assert plan.base_lr == pytest.approx(0.01 * replicas / 8)  # the rate is that of any other schedule
+    assert plan.warnings(settings("TRAIN.EPOCHS=12")) == []
+
+
+def test_a_length_in_epochs_without_scaling_and_with_a_cosine():
+    plan = plan_of(4, "TRAIN.EPOCHS=0.5", "TRAIN.LR_SCALING=none", *COSINE, images=800)
+    assert (plan.total_steps, plan.cosine_end, plan.milestones, plan.base_lr) == (100, 100, [], 0.01)
+    assert plan_of(4, "TRAIN.EPOCHS=0.001", images=2).total_steps == 1
+    table = plan.table(settings("TRAIN.EPOCHS=0.5", *COSINE))
+    assert "0.5 epochs" in table and "100 steps = 0.5 epochs" in table
+
+
+def test_the_table_shows_a_length_in_epochs():
+    table = plan_of(2, "TRAIN.EPOCHS=30", images=90).table(settings("TRAIN.EPOCHS=30"))
+    rows = [re.split("  +", line.strip()) for line in table.split("\n")]
+    assert ["rate / 10 at", "2/3 and 8/9", "900 (epoch 20.0), 1200 (epoch 26.7)"] in rows
+    assert ["length", "30 epochs", "1350 steps = 30.0 epochs"] in rows
+
+
+def test_cocos_schedule_on_a_few_images_is_warned_of_with_the_setting_to_change():
+    (warning,) = plan_of(1, images=61).warnings(settings())
+    assert warning.startswith("2880000 steps are 47213 passes over 61 images") and "TRAIN.EPOCHS=" in warning
+    assert plan_of(8, images=118287).warnings(settings()) == []
+    assert plan_of(1, "TRAIN.MAX_STEPS=900", images=61).warnings(settings("TRAIN.MAX_STEPS=900")) == []
+
+
 def test_scaling_can_be_turned_off():
     plan = plan_of(64, "TRAIN.LR_SCHEDULE=1x", "TRAIN.LR_SCALING=none")
     assert (plan.base_lr, plan.total_steps) == (0.01, 180000)
@@ -98,9 +132,6 @@ def test_scaling_can_be_turned_off():
 def test_a_step_limit_cuts_the_run_and_the_drops_beyond_it():
     plan = plan_of(8, "TRAIN.LR_SCHEDULE=[10,20,30]", "TRAIN.MAX_STEPS=15")
     assert (plan.milestones, plan.total_steps) == ([10], 15)
-
-
-COSINE = ["TRAIN.LR_POLICY=cosine", "TRAIN.WARMUP=10"]
 
 
 def test_the_cosine_falls_from_the_first_rate_after_warmup_to_the_last_at_the_end():
