@@ -295,6 +295,7 @@ def test_given_layers_are_used():
     "given, message",
     [
         (["BACKBONE.NAME=keras:MobilNetV2"], r"keras:MobilNetV2: .* did you mean MobileNetV2"),
+        (["BACKBONE.NAME=keras:mobilenetv2"], r"keras:mobilenetv2: .* did you mean MobileNetV2"),
         (["BACKBONE.NAME=keras:InceptionV3"], r"keras:InceptionV3: no layer is exactly 4 times smaller"),
         (["BACKBONE.NAME=keras:MobileNetV2", "BACKBONE.FEATURE_LAYERS=['block_2_ad','a','b','c']"], "mean block_2_add"),
         (["BACKBONE.NAME=keras:MobileNetV2", "BACKBONE.FEATURE_LAYERS=['block_2_add']"], "four layers"),
