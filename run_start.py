@@ -68,6 +68,9 @@ def _settings(
     cfg.update_from_dict(stored, f"settings stored in {origin}")
     if class_names:
         cfg.DATA.CLASS_NAMES, cfg.DATA.NUM_CATEGORY = list(class_names), len(class_names)
+    if not training:
+        # A run without evaluations may have stored more. Images come out the same: their long edge limits them.
+        cfg.PREPROC.TEST_SHORT_EDGE_SIZE = min(cfg.PREPROC.TEST_SHORT_EDGE_SIZE, cfg.PREPROC.MAX_SIZE)
     cfg = finalize_config(cfg.update_args(arguments), training)
     for doubt in doubts(cfg, training):
         logger.warning(doubt)
