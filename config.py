@@ -89,6 +89,7 @@ SETTINGS: dict[str, Setting] = {
         "Your own data sets by name, for DATA.TRAIN and DATA.VAL. COCO format: [annotation json, image folder], paths "
         "relative to DATA.BASEDIR or absolute. Other formats: [format, path, split or folder]. Options come last, "
         "e.g. 'normalised=True' for boxes in 0..1.",
+        names_code=True,
     ),
     "DATA.SAMPLING": Setting(
         "uniform", one_of("uniform", "repeat_factor", "class_aware"),
@@ -162,6 +163,7 @@ SETTINGS: dict[str, Setting] = {
         "resnet", backbone,
         "resnet: a ResNet as the settings below describe it. keras:EfficientNetB0 or another network of "
         "tf_keras.applications. module:function: your own function(normalised image [N,H,W,3], cfg) -> [C2,C3,C4,C5].",
+        names_code=True,
     ),
     "BACKBONE.FEATURE_LAYERS": Setting(
         [], either(list_of(text(), 0), list_of(text(), 4), "a list of four layers' names, or [] for the usual ones"),
@@ -392,6 +394,7 @@ SETTINGS: dict[str, Setting] = {
         function_or(one_of("fastrcnn_2fc_head", "fastrcnn_4conv1fc_head", "fastrcnn_4conv1fc_gn_head")),
         "Head that classifies RoIs and refines their boxes. module:function: your own head(RoI features [R,7,7,C], "
         "cfg) -> [R,D], as in demo/own_head.py.",
+        names_code=True,
     ),
     "FPN.FRCNN_CONV_HEAD_DIM": Setting(256, _CHANNELS, "Channels of the convolutions of 4conv1fc heads."),
     "FPN.FRCNN_FC_HEAD_DIM": Setting(1024, _CHANNELS, "Outputs of the fully connected layers of box heads."),
@@ -399,6 +402,7 @@ SETTINGS: dict[str, Setting] = {
         "maskrcnn_up4conv_head", function_or(one_of("maskrcnn_up4conv_head", "maskrcnn_up4conv_gn_head")),
         "Head that predicts masks. module:function: your own head(RoI features [F,14,14,C], classes, cfg) -> mask "
         "logits [F,28,28,classes].",
+        names_code=True,
     ),
     "FPN.CASCADE": Setting(False, flag, "Cascade R-CNN: box heads in a row, each with a higher IoU threshold."),
     # ------------------------------------------------------------------------------------------------------ the heads

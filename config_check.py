@@ -38,6 +38,7 @@ class Setting:
     default: Any
     allowed: Allowed
     about: str
+    names_code: bool = False  # a value may name a module that is imported (trust.py)
 
 
 # ------------------------------------------------------------------------------------------------------ kinds of values

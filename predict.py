@@ -102,10 +102,14 @@ class LoadedPredictor:
 
 
 def load_predictor(
-    path: str | os.PathLike, settings: Sequence[str] = (), fitting: Fitting = STRICT
-) -> LoadedPredictor:  # fmt: skip
-    """The predictor of a run directory, checkpoint or .npz; `settings` are KEY=VAL as after --config."""
-    return LoadedPredictor(load_model(str(path), settings), fitting)
+    path: str | os.PathLike,
+    settings: Sequence[str] = (),
+    fitting: Fitting = STRICT,
+    trusted: Sequence[str] = (),
+) -> LoadedPredictor:
+    """The predictor of a run directory, checkpoint or .npz; `settings` are KEY=VAL as after --config, `trusted` modules
+    as after --trust-code."""
+    return LoadedPredictor(load_model(str(path), settings, trusted), fitting)
 
 
 def predict_files(predictor: LoadedPredictor, files: Sequence[str], output: str, window: bool) -> None:

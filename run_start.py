@@ -8,16 +8,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common import UserError, logger, read_json
+from common import UserError, logger
 from config import Config, default_config, doubts, finalize_config
+from trust import check_trust
 from utils import ranks
 from utils.checkpoint import (
     assign_weights,
     fit_weights,
+    is_model_tensor,
     load_weights,
     newest_checkpoint,
     read_checkpoint_meta,
+    read_description,
+    read_meta,
     start_averages,
+    stored_step,
     without_averages,
 )
 
@@ -44,23 +49,39 @@ _DERIVED_SETTINGS = ("DATA.NUM_CATEGORY", "DATA.CLASS_NAMES")
 
 
 # ------------------------------------------------------------------------------------------------------------ settings
-def training_settings(arguments: Sequence[str], meta: dict[str, Any] | None = None, origin: str = "") -> Config:
+def training_settings(
+    arguments: Sequence[str], meta: dict[str, Any] | None = None, origin: str = "", trusted: Sequence[str] = ()
+) -> Config:
     """Settings of a new run: the defaults, then those that shape the network as stored with the weights (of `origin`,
-    else of BACKBONE.WEIGHTS), then the KEY=VAL arguments."""
+    else of BACKBONE.WEIGHTS), then the KEY=VAL arguments. trusted: modules that stored settings may name."""
     stored = (meta or {}).get("settings") or {}
     second = _SECOND_STAGE_SETTINGS if stored.get("MODE_RPN_ONLY") else ()
     stored = {k: v for k, v in stored.items() if _MODEL_SETTINGS.match(k) and k not in second}
-    return _settings(arguments, stored, origin, None, training=True)
+    return _settings(arguments, stored, origin, trusted, None, training=True)
 
 
-def inference_settings(arguments: Sequence[str], meta: dict[str, Any] | None = None, origin: str = "") -> Config:
-    """Settings to run a model with: all of those stored with its weights, its classes, then the KEY=VAL arguments."""
+def inference_settings(
+    arguments: Sequence[str],
+    meta: dict[str, Any] | None = None,
+    origin: str = "",
+    trusted: Sequence[str] = (),
+    uses_data: bool = False,
+) -> Config:
+    """Settings to run a model with: all of those stored with its weights, its classes, then the KEY=VAL arguments.
+    trusted: modules that stored settings may name; uses_data: whether the data sets of DATA.VAL will be loaded."""
     meta = meta or {}
-    return _settings(arguments, meta.get("settings") or {}, origin, meta.get("class_names"), training=False)
+    stored = meta.get("settings") or {}
+    return _settings(arguments, stored, origin, trusted, meta.get("class_names"), training=False, uses_data=uses_data)
 
 
 def _settings(
-    arguments: Sequence[str], stored: dict[str, Any], origin: str, class_names: Sequence[str] | None, training: bool
+    arguments: Sequence[str],
+    stored: dict[str, Any],
+    origin: str,
+    trusted: Sequence[str],
+    class_names: Sequence[str] | None,
+    training: bool,
+    uses_data: bool = True,
 ) -> Config:
     cfg = default_config()
     backbone = {} if origin else _settings_of_backbone(arguments)
@@ -71,7 +92,10 @@ def _settings(
     if not training:
         # A run without evaluations may have stored more. Images come out the same: their long edge limits them.
         cfg.PREPROC.TEST_SHORT_EDGE_SIZE = min(cfg.PREPROC.TEST_SHORT_EDGE_SIZE, cfg.PREPROC.MAX_SIZE)
-    cfg = finalize_config(cfg.update_args(arguments), training)
+    cfg.update_args(arguments)
+    datasets = None if training else cfg.DATA.VAL if uses_data else ()
+    check_trust(cfg, arguments, origin or cfg.BACKBONE.WEIGHTS, trusted, datasets)
+    cfg = finalize_config(cfg, training)
     for doubt in doubts(cfg, training):
         logger.warning(doubt)
     if any(":" in cfg.get(key) for key in ("BACKBONE.NAME", "FPN.FRCNN_HEAD_FUNC", "FPN.MRCNN_HEAD_FUNC")):
@@ -88,7 +112,7 @@ def _settings(
 def _settings_of_backbone(arguments: Sequence[str]) -> dict[str, Any]:
     """What the file that the arguments give as BACKBONE.WEIGHTS says about the network it contains, if anything."""
     path = os.path.expanduser(default_config().update_args(arguments).BACKBONE.WEIGHTS)
-    meta = load_weights(path)[1] if os.path.isfile(path) and not path.endswith((".h5", ".hdf5")) else None
+    meta = read_meta(path) if os.path.isfile(path) and not path.endswith((".h5", ".hdf5")) else None
     return {k: v for k, v in ((meta or {}).get("settings") or {}).items() if _BACKBONE_SETTINGS.match(k)}
 
 
@@ -136,12 +160,15 @@ class Model(NamedTuple):
     origin: str
 
 
-def load_model(path: str, arguments: Sequence[str] = ()) -> Model:
-    """The model to run from a checkpoint, run directory or .npz; its settings are changed by KEY=VAL arguments."""
-    weights, meta = load_weights(path)
+def load_model(
+    path: str, arguments: Sequence[str] = (), trusted: Sequence[str] = (), uses_data: bool = False
+) -> Model:  # fmt: skip
+    """The model to run from a checkpoint, run directory or .npz; its settings are changed by KEY=VAL arguments.
+    trusted, uses_data: as for `inference_settings`."""
+    weights, meta = load_weights(path, is_model_tensor)
     if meta is None:
         logger.warning(f"{path} contains no settings: the defaults and --config must describe its model")
-    cfg = inference_settings(arguments, meta, path)
+    cfg = inference_settings(arguments, meta, path, trusted, uses_data)
     return Model(cfg, _of_this_model(weights, cfg, path), meta, path)
 
 
@@ -221,8 +248,13 @@ class Start:
 
 
 def begin(
-    arguments: Sequence[str], load: str | None, logdir: str | None, resume: bool, fitting: Fitting = STRICT
-) -> Start:  # fmt: skip
+    arguments: Sequence[str],
+    load: str | None,
+    logdir: str | None,
+    resume: bool,
+    fitting: Fitting = STRICT,
+    trusted: Sequence[str] = (),
+) -> Start:
     """Settings, weights and directory of a run, new or continued.
 
     Args:
@@ -230,18 +262,19 @@ def begin(
         load: checkpoint, run directory or .npz to start from.
         logdir: the run directory; None for a new one under train_log/.
         resume: continue the run in `logdir` with its own settings.
+        trusted: modules that stored settings may name.
     """
-    weights, meta = load_weights(load) if load else (None, None)
-    cfg = training_settings(arguments, meta, load or "")
+    weights, meta = load_weights(load, is_model_tensor) if load else (None, None)
+    cfg = training_settings(arguments, meta, load or "", trusted)
     directory = Path(logdir or f"train_log/{time.strftime('%Y%m%d-%H%M%S')}")
-    cfg, resume_from = _open_logdir(directory, cfg, arguments, load, resume)
+    cfg, resume_from = _open_logdir(directory, cfg, arguments, load, resume, trusted)
     if cfg.TRAIN.SEED is None:  # chosen once, so that the run can be resumed and repeated
         cfg = cfg.copy()
         cfg.TRAIN.SEED = int.from_bytes(os.urandom(3), "little")
         cfg.freeze()
     if resume_from is not None:
         weights, meta = load_weights(directory)
-        step, total_batch = int(weights["global_step"]), (meta or {}).get("total_batch")
+        step, total_batch = stored_step(weights, directory), (meta or {}).get("total_batch")
         return Start(cfg, directory, step, weights, f"{directory} at step {step}", total_batch=total_batch)
     weights = weights and _of_this_model(weights, cfg, load)
     if cfg.BACKBONE.WEIGHTS and (weights is None or fitting.partial):
@@ -269,10 +302,16 @@ def _backbone_weights(cfg: Config) -> dict[str, Any]:
 
 
 def begin_with_the_others(
-    arguments: Sequence[str], load: str | None, logdir: str | None, resume: bool, fitting: Fitting, rank: int
+    arguments: Sequence[str],
+    load: str | None,
+    logdir: str | None,
+    resume: bool,
+    fitting: Fitting,
+    rank: int,
+    trusted: Sequence[str] = (),
 ) -> Start:
     """As `begin` on rank 0, whose settings, step and weights are everybody's: other machines may not see its files."""
-    start = begin(arguments, load, logdir, resume, fitting) if rank == 0 else None
+    start = begin(arguments, load, logdir, resume, fitting, trusted) if rank == 0 else None
     flat, directory, step = ranks.from_first((start.cfg.to_dict(), start.logdir, start.step) if start else None)
     if start:
         return start
@@ -280,7 +319,7 @@ def begin_with_the_others(
 
 
 def _open_logdir(
-    logdir: Path, cfg: Config, arguments: Sequence[str], load: str | None, resume: bool
+    logdir: Path, cfg: Config, arguments: Sequence[str], load: str | None, resume: bool, trusted: Sequence[str]
 ) -> tuple[Config, str | None]:
     """The settings in effect and the checkpoint to continue from.
 
@@ -293,10 +332,11 @@ def _open_logdir(
         return cfg, None
     if not settings.exists():
         raise UserError(f"--logdir {logdir} is not empty and contains no run of this program; choose another directory")
-    stored = read_json(settings, "settings of the run")["settings"]
+    stored = read_description(settings).get("settings") or {}
     newest = newest_checkpoint(logdir)
     if resume:
         cfg = default_config().update_from_dict(stored, str(settings)).update_args(arguments)
+        check_trust(cfg, arguments, str(settings), trusted)
         return finalize_config(cfg), newest
     before = finalize_config(default_config().update_from_dict(stored, str(settings))).to_dict()
     changed = [

@@ -35,8 +35,9 @@ try:
         weight_loader,
         with_classes,
     )
+    from trust import trust_options
     from utils import ranks
-    from utils.checkpoint import load_weights, make_meta
+    from utils.checkpoint import make_meta, read_meta
 except ModuleNotFoundError as e:
     sys.exit(f"train.py: the Python package {e.name} is missing here; run `make venv`, then `. .venv/bin/activate`")
 
@@ -65,6 +66,13 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         metavar="PATH",
         help="weights to start from or to run: a TensorFlow checkpoint, a run directory (its newest checkpoint) or an "
         ".npz; their settings come along, --config wins",
+    )
+    parser.add_argument(
+        "--trust-code",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="a module of your own that the settings stored in what is loaded may name (docs/SAFETY.md); repeatable",
     )
     parser.add_argument("--logdir", metavar="DIR", help="where a run lives; training in the same one continues it")
     parser.add_argument(
@@ -119,13 +127,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.version:
             print_version()
         elif args.print_config:
-            print_config(args.config, args.load, inference=bool(args.predict or args.evaluate))
+            print_config(args)
         elif args.predict:
-            predict(args.predict, args.load or args.logdir, args.config, args.output, not args.no_window, fitting)
+            window, load = not args.no_window, args.load or args.logdir
+            predict(args.predict, load, args.config, args.output, window, fitting, args.trust_code)
         elif args.evaluate:
-            evaluate(Path(args.evaluate), args.load or args.logdir, args.config, fitting, args.report)
+            load = args.load or args.logdir
+            evaluate(Path(args.evaluate), load, args.config, fitting, args.report, args.trust_code)
         else:
-            return train(args.config, args.load, args.logdir, args.resume, fitting)
+            return train(args.config, args.load, args.logdir, args.resume, fitting, args.trust_code)
     except UserError as e:
         logger.error(str(e))
         return 2
@@ -145,18 +155,28 @@ def print_version() -> None:
     print(f"packrcnn {project_version()}" + (f" (git {revision})" if revision != "unknown" else ""))
 
 
-def print_config(settings: Sequence[str], load: str | None, inference: bool) -> None:
-    meta = load_weights(load)[1] if load else None
-    print(explain((inference_settings if inference else training_settings)(settings, meta, load or "")))
+def print_config(args: argparse.Namespace) -> None:
+    meta = read_meta(args.load) if args.load else None
+    if args.predict or args.evaluate:
+        cfg = inference_settings(args.config, meta, args.load or "", args.trust_code, uses_data=bool(args.evaluate))
+    else:
+        cfg = training_settings(args.config, meta, args.load or "", args.trust_code)
+    print(explain(cfg))
 
 
 # ------------------------------------------------------------------------------------------------------------- running
 def predict(
-    images: Sequence[str], load: str, settings: Sequence[str], output: str, window: bool, fitting: Fitting
-) -> None:  # fmt: skip
+    images: Sequence[str],
+    load: str,
+    settings: Sequence[str],
+    output: str,
+    window: bool,
+    fitting: Fitting,
+    trusted: Sequence[str],
+) -> None:
     """Draws what the model finds on images or all images of folders."""
     files = list_images(images)
-    model = load_model(load, settings)
+    model = load_model(load, settings, trusted)
 
     from predict import LoadedPredictor, predict_files
 
@@ -164,9 +184,16 @@ def predict(
     predict_files(LoadedPredictor(model, fitting), files, output, window)
 
 
-def evaluate(out: Path, load: str, settings: Sequence[str], fitting: Fitting, report: str | None = None) -> None:
+def evaluate(
+    out: Path,
+    load: str,
+    settings: Sequence[str],
+    fitting: Fitting,
+    report: str | None = None,
+    trusted: Sequence[str] = (),
+) -> None:
     """Scores the model on each data set of DATA.VAL; report: a folder for an evaluation report."""
-    model = load_model(load, settings)
+    model = load_model(load, settings, trusted, uses_data=True)
     if report and model.cfg.MODE_RPN_ONLY:
         raise UserError("--report: a report is about detections, and MODE_RPN_ONLY gives proposals; leave it out")
     splits = load_validation_splits(model.cfg)
@@ -213,15 +240,22 @@ def write_split_report(split: DatasetSplit, results: list[dict[str, Any]], name:
 
 
 # ------------------------------------------------------------------------------------------------------------ training
-def train(settings: Sequence[str], load: str | None, logdir: str | None, resume: bool, fitting: Fitting) -> int:
+def train(
+    settings: Sequence[str],
+    load: str | None,
+    logdir: str | None,
+    resume: bool,
+    fitting: Fitting,
+    trusted: Sequence[str] = (),
+) -> int:
     """Trains a new run, or continues the one in `logdir`; returns the exit code."""
     started = time.time()
     rank, size = ranks.start()
     with ranks.lost_rank_in_one_line(size):
         if size == 1:
-            start = begin(settings, load, logdir, resume, fitting)
+            start = begin(settings, load, logdir, resume, fitting, trusted)
         else:
-            start = begin_with_the_others(settings, load, logdir, resume, fitting, rank)
+            start = begin_with_the_others(settings, load, logdir, resume, fitting, rank, trusted)
         return _train(start, fitting, rank, size, started)
 
 
@@ -251,7 +285,8 @@ def _train(start: Start, fitting: Fitting, rank: int, size: int, started: float)
             more = "raise TRAIN.MAX_STEPS, TRAIN.EPOCHS or TRAIN.LR_SCHEDULE to train longer"
             logger.info(f"{logdir} has finished its {start.step} steps; {more}")
             if validation and not (logdir / "metrics.json").exists():
-                logger.warning(f"its model is not scored yet: ./train.py --evaluate results.json --load {logdir}")
+                command = f"./train.py --evaluate results.json --load {logdir}{trust_options(cfg)}"
+                logger.warning(f"its model is not scored yet: {command}")
         return 0
     if start.step:
         logger.info(f"continuing {start.origin}")
@@ -280,7 +315,7 @@ def _train(start: Start, fitting: Fitting, rank: int, size: int, started: float)
         )  # fmt: skip
     except Interrupted as e:
         if chief:
-            logger.warning(f"stopped by {e}; continue with: ./train.py --resume --logdir {logdir}")
+            logger.warning(f"stopped by {e}; continue with: ./train.py --resume --logdir {logdir}{trust_options(cfg)}")
         return 128 + e.signal_number
     if chief:
         if metrics:

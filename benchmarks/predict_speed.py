@@ -148,7 +148,7 @@ def _model(args: argparse.Namespace) -> tuple:
     from utils.tf_v1 import tf
 
     if args.load:
-        model = load_model(args.load, args.config)
+        model = load_model(args.load, args.config, args.trust_code)
         return with_classes(model.cfg, model.weights), weight_loader(model.weights, model.origin)
     cfg = finalize_config(default_config().update_args(["DATA.NUM_CATEGORY=80", *args.config]))
 
@@ -217,6 +217,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--graph", action="store_true", help="also time the graph, on random weights")
     parser.add_argument("--load", help="also time the graph of this checkpoint, run directory or .npz")
+    parser.add_argument("--trust-code", action="append", default=[], metavar="MODULE", help="as for train.py")
     parser.add_argument("--image", help="time this image file, reading and resizing included")
     parser.add_argument("--config", nargs="+", default=[], metavar="KEY=VAL", help="settings of the model")
     parser.add_argument("--augment", nargs="+", type=int, metavar="EDGE", help="short edges of augmented predictions")

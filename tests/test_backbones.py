@@ -340,9 +340,9 @@ def test_weights_that_do_not_fit_are_named_in_one_line(keras, tmp_path):
 
 
 # -------------------------------------------------------------------------------------------------------- whole runs
-def detect(run, output):
+def detect(run, output, *options):
     images = sorted((COCO_MINI / "val2017").glob("*.jpg"))[:1]
-    return main(["--predict", *map(str, images), "--load", str(run), "--output", str(output), "--no-window"])
+    return main(["--predict", *map(str, images), "--load", str(run), "--output", str(output), "--no-window", *options])
 
 
 @pytest.mark.slow
@@ -381,7 +381,10 @@ def test_your_own_backbone_and_heads_train_and_predict(tmp_path):
     assert trained["fastrcnn/conv/b"].any() and trained["maskrcnn/logits/b"].any()  # from zeros, by a gradient
     assert trained["backbone/down5/W"].shape == (3, 3, 256, 512) and "backbone/residual2/gn/gamma" in trained
     assert trained["fpn/lateral_1x1_c2/W"].shape[2] == 64
-    assert detect(run, tmp_path / "pictures") == 0
+    # The run's settings name code, which they do not get by themselves.
+    assert detect(run, tmp_path / "pictures") == 2
+    trust = ["--trust-code", "demo.own_backbone", "--trust-code", "demo.own_head"]
+    assert detect(run, tmp_path / "pictures", *trust) == 0
 
 
 @pytest.mark.quick

@@ -86,11 +86,8 @@ def load_weights(
 
 
 def read_meta(path: str | os.PathLike) -> dict[str, Any] | None:
-    """The meta that `load_weights` would return of a file, without its variables; of other systems' files None."""
-    path = Path(path)
-    if is_tf_checkpoint(path):
-        return read_checkpoint_meta(_checkpoint_prefix(path))
-    return load_npz(path, lambda name: False)[1] if path.is_file() and file_kind(path) == "npz" else None
+    """The meta that `load_weights` would return, without reading any variable."""
+    return load_weights(path, lambda name: False)[1]
 
 
 def is_tf_checkpoint(path: str | os.PathLike) -> bool:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 from common import visible_gpus
 
-__all__ = ["gpu_count", "gpu_problem", "onednn_enabled", "tf"]
+__all__ = ["gpu_count", "gpu_problem", "onednn_enabled", "tensor_bundle_pb2", "tf"]
 
 _VERBOSE = bool(os.environ.get("PACKRCNN_VERBOSE_TF"))
 
@@ -44,6 +44,7 @@ def _stderr_to_nowhere() -> Iterator[None]:
 with contextlib.nullcontext() if _VERBOSE else _stderr_to_nowhere():
     import tensorflow
     import tensorflow.compat.v1 as tf
+    from tensorflow.core.protobuf import tensor_bundle_pb2  # of a checkpoint's index
 
     _DEVICES = tf.config.list_physical_devices()
 

@@ -323,9 +323,8 @@ def read_tensor_index(prefix: str) -> dict[str, TensorEntry]:
     TensorFlow itself believes an index: it ends the process at a shape that it cannot hold, and takes memory for any
     that it can. The index is a sorted table of LevelDB's format, its values are protocol buffers.
     """
-    from tensorflow.core.protobuf import tensor_bundle_pb2
-
-    import utils.tf_v1  # noqa: F401  (prepares TensorFlow; imported late, as the other formats do without)
+    # Not at the top of the file: the other formats do without TensorFlow.
+    from utils.tf_v1 import tensor_bundle_pb2
 
     index = Path(f"{prefix}.index")
     check_regular(index)
