@@ -73,9 +73,10 @@ def test_all_modules_are_named_at_once():
 
 @pytest.mark.parametrize("settings_of", [inference_settings, training_settings])
 def test_given_by_config_or_trusted_it_is_used(settings_of):
-    key = "FPN.FRCNN_HEAD_FUNC"
-    assert settings_of([], stored(key), "mine.npz", ["hostile"]).get(key) == "hostile:build"
-    assert settings_of([f"{key}=hostile:build"], stored(key), "mine.npz").get(key) == "hostile:build"
+    key, mine = "FPN.FRCNN_HEAD_FUNC", "demo.own_head:box_head"
+    meta = {"settings": {"MODE_FPN": True, key: mine}}
+    assert settings_of([], meta, "mine.npz", ["demo.own_head"]).get(key) == mine
+    assert settings_of([f"{key}={mine}"], meta, "mine.npz").get(key) == mine
     # --config may also put the file's code out of effect.
     plain = "fastrcnn_2fc_head"
     assert settings_of([f"{key}={plain}"], stored(key), "theirs.npz").get(key) == plain
@@ -129,10 +130,11 @@ def test_the_command_line_ends_with_2(tmp_path, mode, capsys, monkeypatch):
 
 
 def test_models_in_python(tmp_path):
-    save_npz(tmp_path / "a.npz", {"conv0/W": np.ones(3), "conv0/W/Momentum": np.ones(3)}, stored("FPN.FRCNN_HEAD_FUNC"))
-    with pytest.raises(UserError, match="--trust-code hostile"):
+    meta = {"settings": {"MODE_FPN": True, "FPN.FRCNN_HEAD_FUNC": "demo.own_head:box_head"}}
+    save_npz(tmp_path / "a.npz", {"conv0/W": np.ones(3), "conv0/W/Momentum": np.ones(3)}, meta)
+    with pytest.raises(UserError, match="--trust-code demo.own_head"):
         load_model(str(tmp_path / "a.npz"))
-    model = load_model(str(tmp_path / "a.npz"), trusted=["hostile"])
+    model = load_model(str(tmp_path / "a.npz"), trusted=["demo.own_head"])
     assert list(model.weights) == ["conv0/W"]
 
 
