@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 
 from common import UserError, logger
-from utils.image_header import decode_bytes, similar_file
+from utils.image_header import decode_bytes, meant_file
 
 __all__ = ["Finding", "ImageFacts", "look_at_image", "quick_check"]
 
@@ -43,8 +43,7 @@ def look_at_image(path: str, declared: tuple[int, int]) -> ImageFacts:
     try:
         content = np.fromfile(path, np.uint8)
     except FileNotFoundError:
-        near = similar_file(*os.path.split(path))
-        return bad("image missing", f"{path}{near and f' (did you mean {near}?)'}")
+        return bad("image missing", f"{path}{meant_file(*os.path.split(path))}")
     except (OSError, ValueError) as e:
         return bad("image unreadable", f"{path}: {getattr(e, 'strerror', None) or e}")
     if _cut_off(content.tobytes()):

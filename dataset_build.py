@@ -26,7 +26,7 @@ from utils.coco_format import (
     read_image,
     refuse_normalised,
 )
-from utils.image_header import similar_file
+from utils.image_header import meant_file
 
 __all__ = [
     "COCO_KEYPOINTS",
@@ -78,6 +78,7 @@ class AnnotationCollector:
         # {key of coco_format.REASONS: how many} annotations, and parts of outlines, that cannot be used.
         self.unusable: Counter = Counter()
         self.parts_left_out: Counter = Counter()
+        self.examples: dict[str, str] = {}  # {reason: the first annotation left out for it}
         self.image, self.category = array("i"), array("i")  # per annotation
         self.crowd = array("b")
         self.boxes = array("d")  # x y w h; NaN when not given
@@ -106,6 +107,7 @@ class AnnotationCollector:
             a = read_annotation(entry, self.with_keypoints)
         except Unusable as e:
             self.unusable[e.reason] += 1
+            self._note(entry, e.reason, e.detail)
             return
         number = len(self.image)
         self.image.append(self.image_numbers.setdefault(a.image_id, len(self.image_numbers)))
@@ -121,8 +123,16 @@ class AnnotationCollector:
             self.masks.extend((number, _compact_rle(rle)) for rle in a.masks)
         if a.keypoints:
             self.keypoints.append((number, a.keypoints))
-        for reason, _ in a.left_out:
+        for reason, detail in a.left_out:
             self.parts_left_out[reason] += 1
+            self._note(entry, reason, detail)
+
+    def _note(self, entry: Any, reason: str, detail: str) -> None:
+        if REASONS[reason] in self.examples:
+            return
+        keys = {"image": "image_id", "annotation": "id"} if isinstance(entry, dict) else {}
+        where = ", ".join(f"{what} {entry[key]!r}"[:60] for what, key in keys.items() if key in entry)
+        self.examples[REASONS[reason]] = f"{where}: {detail}" if where else detail
 
 
 def _compact_rle(rle: dict) -> dict:
@@ -493,8 +503,7 @@ def leave_out_missing_images(cfg: Config, split: DatasetSplit, folder: str) -> N
     if len(missing) == 0:
         return
     first = os.path.join(folder, files[missing[0]])
-    near = similar_file(folder, files[missing[0]])
-    hint = f" (did you mean {near}?)" if near else ""
+    hint = meant_file(folder, files[missing[0]])
     what = f"{split.name}: {len(missing)} of {len(files)} images are missing, e.g. {first}{hint}"
     if not cfg.DATA.KEEP_MISSING_IMAGES or len(missing) == len(files):
         raise UserError(f"{what}; DATA.KEEP_MISSING_IMAGES=True goes on without them")
@@ -502,16 +511,21 @@ def leave_out_missing_images(cfg: Config, split: DatasetSplit, folder: str) -> N
     split.columns = select_images(split.columns, np.setdiff1d(np.arange(len(files)), missing))
 
 
-def report_split(split: DatasetSplit, seconds: float) -> None:
+def report_split(split: DatasetSplit, seconds: float, examples: dict[str, str] | None = None) -> None:
+    """Logs what was read and, by reason, what of it was left out."""
     logger.info(
         f"{split.name}: {len(split)} images, {len(split.columns['labels'])} objects of {len(split.class_names)} "
         f"classes ({seconds:.1f} s)"
     )
     if split.dropped:
-        rows = sorted(split.dropped.items(), key=lambda r: -r[1])
-        table = tabulate(rows, ["left out", "count"], tablefmt="pipe")
+        rows = [(what, n, (examples or {}).get(what, "")) for what, n in split.dropped.items()]
+        rows.sort(key=lambda r: -r[1])
+        columns = 3 if any(example for _, _, example in rows) else 2
+        head = ["left out", "count", "for example"][:columns]
+        table = tabulate([row[:columns] for row in rows], head, tablefmt="pipe", disable_numparse=True)
         logger.warning(
-            f"{split.name}: some of its {split.num_annotations} annotations, or parts of them, were left out\n{table}"
+            f"{split.name}: some of its {split.num_annotations} annotations, or parts of them, were left out; "
+            f"tools/check_data.py lists them\n{table}"
         )
 
 
@@ -576,5 +590,5 @@ def make_split(
     if num_keypoints:
         _check_keypoint_settings(cfg, split, training)
     leave_out_missing_images(cfg, split, str(folder))
-    report_split(split, time.time() - started)
+    report_split(split, time.time() - started, raw.examples)
     return split

@@ -1,5 +1,6 @@
 """Open Images (V4 to V7 and the challenges) from the published csv files, through a cache of columns on disk."""
 
+import glob
 import hashlib
 import json
 import os
@@ -345,7 +346,7 @@ def _image_folders(directory: Path, split: str, image_folder: str | Path | None)
     for folder in (directory / split, directory / "images" / split):
         if folder.is_dir():
             return [folder]
-    folders = sorted(p for p in directory.glob(f"{split}_?") if p.is_dir())
+    folders = sorted(p for p in directory.glob(f"{glob.escape(split)}_?") if p.is_dir())
     if not folders:
         raise UserError(
             f"Open Images {directory}: no image folder {split}/, images/{split}/ or {split}_0/ … {split}_f/"

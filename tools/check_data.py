@@ -367,8 +367,8 @@ def _check_categories(source: DataSource) -> Iterable[Finding]:
 def check_source(source: DataSource, facts: dict[Any, ImageFacts]) -> list[Finding]:
     """Everything that can be said about one set; `facts` from `look_at_images`, or {} to look at no image."""
     found = [*_check_categories(source), *_check_images(source, facts), *_check_annotations(source)]
-    if any(CHECKS[f.check] == "error" for f in found):
-        return found  # which say more than what training makes of them
+    if any(CHECKS[f.check] == "error" for f in found):  # which say more than training's counts
+        return [*found, *(f for f in source.training if f.check != "left out of training")]
     return [*found, *source.training]
 
 
@@ -522,8 +522,8 @@ def write_page(folder: str | Path, sources: Sequence[DataSource], findings: Sequ
             name = f"{''.join(ch if ch.isalnum() else '_' for ch in source.name)}-{number:03d}.png"
             with atomic_write(folder / name, "wb") as f:
                 f.write(cv2.imencode(".png", picture)[1].tobytes())
-            texts = [f"{key} ({os.path.basename(path)}): {len(objects[key])} objects"]
-            texts += [f"{f.check}: {f.detail}" for f in notes[key][:5]]
+            texts = [f"{key} ({printable(os.path.basename(path))}): {len(objects[key])} objects"]
+            texts += [f"{f.check}: {printable(f.detail)}" for f in notes[key][:5]]
             texts += [f"… and {len(notes[key]) - 5} more"] * (len(notes[key]) > 5)
             caption = "<br>".join(map(html.escape, texts))
             mark = ' class="bad"' if notes[key] else ""
@@ -604,13 +604,24 @@ def sets_table(sources: Sequence[DataSource], findings: Sequence[Finding]) -> st
 
 
 def summary_table(findings: Sequence[Finding]) -> str:
+    """How often each check found something, and the first time."""
     counts = Counter((f.data, f.check) for f in findings)
+    first = {(f.data, f.check): f for f in reversed(findings)}
     order = list(CHECKS)
-    rows = [
-        [data, CHECKS[check], check, n]
-        for (data, check), n in sorted(counts.items(), key=lambda r: (r[0][0], order.index(r[0][1])))
-    ]
-    return tabulate(rows, ["data", "kind", "check", "count"]) if rows else "nothing found"
+    rows = []
+    for data, check in sorted(counts, key=lambda r: (r[0], order.index(r[1]))):
+        f = first[data, check]
+        places = [f"image {f.image_id}"] * (f.image_id is not None)
+        places += [f"annotation {f.annotation_id}"] * (f.annotation_id is not None)
+        example = printable(": ".join([", ".join(places), f.detail]).removeprefix(": "))
+        rows.append([data, CHECKS[check], check, counts[data, check], example])
+    headers = ["data", "kind", "check", "count", "for example"]
+    return tabulate(rows, headers, disable_numparse=True) if rows else "nothing found"
+
+
+def printable(text: str) -> str:
+    """Text that any terminal and page can show: file names may hold bytes that are no text."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def read_source(name: str, annotation_file: str, folder: str) -> DataSource:

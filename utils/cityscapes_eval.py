@@ -138,7 +138,9 @@ def read_cityscapes_detections(folder: str | Path, content: dict[str, Any]) -> l
     files = sorted(Path(folder).rglob("*.txt"))
     results = []
     for image in content["images"]:
-        matches = [f for f in files if f.name.startswith(f"{image['id']}")]
+        # The id is followed by nothing or by something else: a_1 does not mean a_10.
+        name = str(image["id"])
+        matches = [f for f in files if f.name.startswith(name) and not f.name[len(name)].isalnum()]
         if len(matches) != 1:
             raise UserError(f"detections {folder}: {len(matches)} files {image['id']}*.txt; every image needs one")
         for number, line in enumerate(read_text(matches[0], "detections").splitlines(), 1):

@@ -25,7 +25,7 @@ __all__ = [
     "decode_image",
     "header_sizes",
     "image_header_size",
-    "similar_file",
+    "meant_file",
 ]
 
 IMAGE_SUFFIXES = (
@@ -104,30 +104,35 @@ def header_sizes(files: Sequence[str]) -> np.ndarray:
     return np.array(in_threads(image_header_size, files, 16, "sizes of images"), np.int32).reshape(-1, 2)
 
 
-def similar_file(folder: str | os.PathLike, name: str) -> str:
-    """The file that a name which is not there most likely means, "" if there is none: with / for \\, without %20,
-    with composed umlauts, .JPG for .jpg, in the folder itself, or spelled a little differently."""
-    folder = Path(folder)
+def meant_file(folder: str | os.PathLike, name: str) -> str:
+    """ " (did you mean …?)" with the file that a name which is not there most likely means; "" if there is none."""
+    near = _similar_file(Path(folder), name)
+    if not near:
+        return ""
+    plain, given = os.path.basename(near), os.path.basename(name)
+    accents = plain != given and unicodedata.normalize("NFC", plain) == unicodedata.normalize("NFC", given)
+    how = "composed" if plain == unicodedata.normalize("NFC", plain) else "decomposed"
+    return f" (did you mean {near}{f', whose accents are {how}' if accents else ''}?)"
+
+
+def _similar_file(folder: Path, name: str) -> str:
+    """As the name, but with / for \\, without %20, with other accents, .JPG for .jpg or another suffix, in the folder
+    itself, or spelled a little differently."""
     plain = name.replace("\\", "/")
     for candidate in dict.fromkeys([plain, unquote(plain)]):
         for relative in dict.fromkeys([candidate, candidate.partition("/")[2], os.path.basename(candidate)]):
-            parent = folder / os.path.dirname(relative)
-            wanted = _folded(os.path.basename(relative))
+            parent, wanted = folder / os.path.dirname(relative), _folded(os.path.basename(relative))
             try:
-                there = os.listdir(parent) if wanted else []
+                there = sorted(os.listdir(parent)) if wanted else []
             except (OSError, ValueError):
                 continue
-            for entry in there:
-                if _folded(entry) == wanted:
-                    return os.fspath(parent / entry)
             stem = os.path.splitext(wanted)[0]
-            same_stem = [e for e in there if os.path.splitext(_folded(e))[0] == stem]
-            if same_stem:
-                return os.fspath(parent / same_stem[0])
-            if relative == candidate and len(there) <= 20000:
-                near = difflib.get_close_matches(os.path.basename(relative), there, 1, 0.8)
-                if near and not any(c.isdigit() for c in near[0]):
-                    return os.fspath(parent / near[0])
+            found = [e for e in there if _folded(e) == wanted]
+            found += [e for e in there if os.path.splitext(_folded(e))[0] == stem]
+            if not found and len(there) <= 20000 and not any(c.isdigit() for c in wanted):
+                found = difflib.get_close_matches(os.path.basename(relative), there, 1, 0.8)
+            if found:
+                return os.fspath(parent / found[0])
     return ""
 
 

@@ -6,6 +6,7 @@ Published names and columns: storage.googleapis.com/openimages/web/download.html
 
 import base64
 import csv
+import glob
 import io
 import zlib
 from collections.abc import Sequence
@@ -68,7 +69,7 @@ def find_files(directory: str | Path, split: str) -> FileSet:
     folders = [directory, directory / "annotations", directory / "metadata"]
     found: dict[str, Path | None] = {}
     for kind, patterns in _PATTERNS.items():
-        matches = (sorted(f.glob(p.format(s=split))) for p in patterns for f in folders if f.is_dir())
+        matches = (sorted(f.glob(p.format(s=glob.escape(split)))) for p in patterns for f in folders if f.is_dir())
         found[kind] = next((m[0] for m in matches if m), None)
     for kind in ("classes", "boxes"):
         if found[kind] is None:
