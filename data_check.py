@@ -43,7 +43,11 @@ def look_at_image(path: str, declared: tuple[int, int]) -> ImageFacts:
     try:
         content = np.fromfile(path, np.uint8)
     except FileNotFoundError:
-        return bad("image missing", f"{path}{meant_file(*os.path.split(path))}")
+        folder, name = os.path.split(path)
+        while name and folder and not os.path.isdir(folder):
+            folder, parent = os.path.split(folder)
+            name = os.path.join(parent, name)
+        return bad("image missing", f"{path}{meant_file(folder, name)}")
     except (OSError, ValueError) as e:
         return bad("image unreadable", f"{path}: {getattr(e, 'strerror', None) or e}")
     if _cut_off(content.tobytes()):

@@ -23,7 +23,6 @@ import data
 from augment import resized_shape
 from common import UserError
 from config import default_config, finalize_config
-from data_sampling import StepPlan
 from data_workers import training_dataflow
 from dataset import load_split, load_training_split
 from utils import polygons
@@ -352,54 +351,6 @@ def test_images_are_listed_from_files_and_directories(tmp_path):
 
 
 # ---------------------------------------------------------------- the plan of an epoch
-plans = st.tuples(st.lists(st.booleans(), min_size=1, max_size=40), st.integers(1, 12), st.integers(0, 5))
-
-
-@pytest.mark.quick
-@given(plans)
-def test_every_image_is_used_exactly_once_an_epoch(plan):
-    portrait, batch, seed = np.array(plan[0]), plan[1], plan[2]
-    steps = StepPlan(portrait, batch, seed)
-    images, epochs = len(portrait), 0
-    stream = []
-    for step in range(5 * -(-images // batch) + 5):
-        stream += steps.images(step).tolist()
-    for epochs in range(1, len(stream) // images + 1):
-        # The steps that lie wholly in the first epochs: all but the last few of their images, fewer than a step.
-        if batch <= images:
-            used = np.bincount(stream[: epochs * images // batch * batch], minlength=images)
-            assert used.max() <= epochs and (epochs - used).sum() == epochs * images % batch
-            assert used.min() >= epochs - 1
-
-
-@pytest.mark.quick
-@given(plans, st.integers(0, 50))
-def test_any_step_is_found_without_those_before_it(plan, step):
-    portrait, batch, seed = np.array(plan[0]), plan[1], plan[2]
-    steps = StepPlan(portrait, batch, seed)
-    expected = [steps.images(s) for s in range(step + 1)][-1]
-    np.testing.assert_array_equal(StepPlan(portrait, batch, seed).images(step), expected)
-    assert len(expected) == batch
-
-
-@pytest.mark.quick
-def test_steps_are_of_one_orientation_except_at_the_end_of_an_epoch():
-    portrait = np.random.default_rng(0).random(1000) < 0.3
-    steps = StepPlan(portrait, 8, 1)
-    mixed = [s for s in range(125) if 0 < portrait[steps.images(s)].sum() < 8]
-    assert len(mixed) <= 2 and all(s >= 123 for s in mixed)
-    kinds = [portrait[steps.images(s)].all() for s in range(100)]
-    assert 0.1 < np.mean(kinds) < 0.5  # both kinds from the beginning
-
-
-@pytest.mark.quick
-def test_epochs_and_seeds_differ():
-    def first_steps(seed):
-        plan = StepPlan(np.zeros(50, bool), 5, seed)
-        return [np.concatenate([plan.images(s) for s in range(e * 10, e * 10 + 10)]).tolist() for e in range(2)]
-
-    (a, b), (c, _) = first_steps(0), first_steps(1)
-    assert a != b and a != c and sorted(a) == sorted(b) == list(range(50))
 
 
 @pytest.mark.parametrize("processes, per_step, images", [(1, 2, 2), (2, 1, 2), (2, 2, 1), (4, 1, 1), (1, 4, 1)])

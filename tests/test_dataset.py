@@ -9,11 +9,14 @@ import cv2
 import numpy as np
 import pycocotools.mask as coco_mask
 import pytest
+from format_sets import DATA, annotations_as_results
+from format_sets import settings as format_settings
 
 import dataset
 import dataset_split
 from common import UserError, logger
 from config import default_config, finalize_config
+from dataset_build import mirrored_keypoints
 from utils import polygons
 
 MINI = Path(__file__).parent / "data" / "coco_mini"
@@ -636,3 +639,127 @@ def test_detections_of_classes_without_a_category_are_counted_not_scored(tmp_pat
     results.append({**results[0], "category_id": split.label_to_category_id(1)})
     assert split.evaluate(results, verbose=False)["bbox/AP_per_class/dog"] == pytest.approx(1)
     assert "1 detections of classes that its annotations do not have are not scored" in log.text
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    "spec", [["voc", "voc_mini", "trainval"], ["csv", "csv_mini/boxes.csv", "csv_mini/images"]], ids=lambda s: s[0]
+)
+def test_splits_survive_pickling_and_can_still_be_scored(spec):
+    split = dataset.load_format(spec, format_settings(DATA), "set")
+    copy = pickle.loads(pickle.dumps(split))
+    results = annotations_as_results(split)
+    assert copy.evaluate(results, verbose=False) == pytest.approx(split.evaluate(results, verbose=False), nan_ok=True)
+
+
+@pytest.mark.quick
+def test_unknown_formats_and_modules_are_named():
+    with pytest.raises(UserError, match="unknown format 'yolo'; known are cityscapes, csv, lvis, openimages, voc"):
+        dataset.load_format(["yolo", "a", "b"], format_settings(DATA), "mine")
+    with pytest.raises(UserError, match="No module named 'no_such_module'"):
+        dataset.load_format(["no_such_module:load", "a"], format_settings(DATA), "mine")
+    with pytest.raises(UserError, match="'voc_nowhere' does not exist|voc_nowhere does not exist"):
+        dataset.load_format(["voc", "voc_nowhere", ""], format_settings(DATA), "mine")
+
+
+@pytest.mark.quick
+def test_documented_example_of_an_own_data_set_loads_and_scores(tmp_path):
+    for name, lines in {
+        "a": ["2 3 20 25.5 circle", "10 10 40 30 triangle"],
+        "b": [],
+        "c": ["0 0 50 40 square"],
+    }.items():
+        cv2.imwrite(str(tmp_path / f"{name}.jpg"), np.zeros((40, 50, 3), np.uint8))
+        (tmp_path / f"{name}.txt").write_text("\n".join(lines))
+    split = dataset.load_format(["demo.own_dataset:load", str(tmp_path)], format_settings(tmp_path), "mine")
+    assert split.class_names == ["circle", "square", "triangle"] and len(split) == 3
+    assert split.annotations(0)["boxes"].tolist() == [[2, 3, 20, 25.5], [10, 10, 40, 30]]
+    results = annotations_as_results(split)
+    assert split.evaluate(results, verbose=False)["bbox/AP"] == pytest.approx(1.0)
+    assert split.evaluate(results[1:], verbose=False)["bbox/AP_per_class/circle"] == 0
+
+
+OWN = """
+from dataset_build import split_from_coco
+
+def load(name, folder, colour="red", **options):
+    return {}["a"] if colour == "key" else 1 + "b" if colour == "type" else None
+
+def unpicky(name, **options):
+    raise TypeError("got an unexpected keyword argument 'size'")
+"""
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("spec, message", [
+    (["own_set:load", "a", "colour=type"], "raised TypeError: unsupported operand type(s) for +: 'int' and 'str'"),
+    (["own_set:load", "a", "colour=key"], "raised KeyError: 'a' (own_set.py:5)"),
+    (["own_set:unpicky"], "raised TypeError: got an unexpected keyword argument 'size' (own_set.py:8)"),
+    (["own_set:load", "a", "colour=none"], "returns NoneType, not a DatasetSplit"),
+    (["own_set:load"], "missing a required argument: 'folder'"),
+    (["voc", "voc_mini", "trainval", "colour=red"], "format 'voc' has no option 'colour'"),
+    (["openimages", "golden_oid", "validation", "colour=red"], "format 'openimages' has no option 'colour'"),
+    (["csv", "csv_mini/boxes.csv", "csv_mini/images", "colour=red"], "format 'csv' has no option 'colour'"),
+])  # fmt: skip
+def test_errors_of_a_users_function_are_its_own_and_unknown_options_are_named(tmp_path, monkeypatch, spec, message):
+    (tmp_path / "own_set.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError) as e:
+        dataset.load_format(spec, format_settings(DATA), "mine")
+    assert message in str(e.value) and "\n" not in str(e.value)
+
+
+KEYPOINTS = {
+    "left_eye": "right_eye", "LeftEye": "RightEye", "l_eye": "r_eye", "eye_L": "eye_R", "left eye": "right eye",
+    "Left_eye": "Right_eye", "LEFT-EYE": "RIGHT-EYE", "lefteye": "righteye", "eyeLeft": "eyeRight", "L": "R",
+    "upper_left_corner": "upper_right_corner", "eye.l": "eye.r", "LEye": "REye", "2_left": "2_right",
+}  # fmt: skip
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("left", KEYPOINTS)
+def test_left_and_right_keypoints_are_found_by_the_usual_names(left):
+    names = ["nose", left, KEYPOINTS[left], "label", "tail"]
+    assert mirrored_keypoints([{"keypoints": names}], 5).tolist() == [0, 2, 1, 3, 4]
+
+
+@pytest.mark.quick
+def test_keypoint_pairs_of_the_settings(tmp_path, log):
+    names = ["nose", "a", "b", "c", "d"]
+    pairs = [["a", "b"], [3, 4]]
+    assert mirrored_keypoints([{"keypoints": names}], 5, pairs).tolist() == [0, 2, 1, 4, 3]
+    with pytest.raises(UserError, match="KRCNN.FLIP_PAIRS: 'x' is not one of the 5 keypoints nose, a"):
+        mirrored_keypoints([{"keypoints": names}], 5, [["x", "a"]])
+    with pytest.raises(UserError, match="KRCNN.FLIP_PAIRS: 5 is not one of"):
+        mirrored_keypoints([{"keypoints": names}], 5, [[5, 0]])
+    points = [15, 15, 2, 12, 12, 2, 18, 12, 2]
+    categories = [{"id": 1, "name": "cat", "keypoints": ["x", "y", "z"]}]
+    args = ("MODE_FPN=True", "MODE_KEYPOINT=True", "MODE_MASK=False", "KRCNN.NUM_KEYPOINT=3")
+    load(tmp_path, [annotation(keypoints=points)], *args, categories=categories, training=True)
+    assert "no left and right among its 3 keypoints" in log.text and "KRCNN.FLIP_PAIRS" in log.text
+    log.clear()
+    split = load(
+        tmp_path, [annotation(keypoints=points)], *args, "KRCNN.FLIP_PAIRS=[['y', 'z']]", categories=categories,
+        training=True,
+    )  # fmt: skip
+    assert split.keypoint_flip.tolist() == [0, 2, 1] and "no left and right" not in log.text
+
+
+@pytest.mark.quick
+def test_keypoint_falloffs_are_given_or_said_to_be_guessed(tmp_path, log):
+    points = [15, 15, 2, 12, 12, 2, 18, 12, 2]
+    categories = [{"id": 1, "name": "cat", "keypoints": ["x", "left_y", "right_y"]}]
+    args = ("MODE_FPN=True", "MODE_KEYPOINT=True", "MODE_MASK=False", "KRCNN.NUM_KEYPOINT=3")
+    with pytest.raises(UserError, match="KRCNN.OKS_SIGMAS has 2 numbers, set has 3 keypoints"):
+        load(tmp_path, [annotation(keypoints=points)], *args, "KRCNN.OKS_SIGMAS=[0.1, 0.1]", categories=categories)
+    moved = [*points[:6], points[6] + 4, *points[7:]]
+    results = [{"image_id": 1, "category_id": 1, "score": 0.9, "bbox": [10, 10, 20, 20], "keypoints": moved}]
+    scores = {}
+    for sigmas in ("[]", "[0.01, 0.01, 0.01]", "[0.5, 0.5, 0.5]"):
+        log.clear()
+        split = load(
+            tmp_path, [annotation(keypoints=points)], *args, f"KRCNN.OKS_SIGMAS={sigmas}", categories=categories
+        )  # fmt: skip
+        scores[sigmas] = split.evaluate(results, verbose=False)["keypoints/AP"]
+        assert ("guessed falloff" in log.text) == (sigmas == "[]"), log.text
+    assert scores["[0.01, 0.01, 0.01]"] < scores["[]"] < scores["[0.5, 0.5, 0.5]"]

@@ -92,3 +92,36 @@ def test_every_import_is_of_this_repository_the_standard_library_or_a_direct_req
 def test_the_licence_is_apache_2():
     text = (ROOT / "LICENSE").read_text()
     assert "Apache License" in text and "Version 2.0, January 2004" in text and "END OF TERMS AND CONDITIONS" in text
+
+
+def modules_of_the_house():
+    """{module: what it imports from others as (module, names)}, anywhere in its file."""
+    found = {}
+    for path in tracked("*.py"):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        if parts[0] == "tests":
+            continue
+        imports = []
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imports += [(alias.name, []) for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                imports.append((node.module, [alias.name for alias in node.names]))
+                imports += [(f"{node.module}.{alias.name}", []) for alias in node.names]
+        found[".".join(parts)] = imports
+    return found
+
+
+def test_private_names_stay_in_their_file():
+    modules = modules_of_the_house()
+    for name, imports in modules.items():
+        private = [f"{m}.{n}" for m, names in imports for n in names if n.startswith("_") and m in modules]
+        assert not private, f"{name} imports {private}"
+
+
+def test_imports_make_no_circle():
+    modules = modules_of_the_house()
+    below = {name: {m for m, _ in imports if m in modules and m != name} for name, imports in modules.items()}
+    while free := [name for name, needs in below.items() if not needs]:
+        below = {name: needs - set(free) for name, needs in below.items() if name not in free}
+    assert not below, f"these import each other: {sorted(below)}"
