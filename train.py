@@ -23,6 +23,8 @@ try:
     from dataset import class_count_table, load_training_split, load_validation_splits
     from dataset_split import DatasetSplit
     from eval import write_results
+    from report import write_report
+    from report_files import problem_of_split
     from run_start import (
         Fitting,
         Start,
@@ -232,9 +234,6 @@ def evaluate(
 
 
 def write_split_report(split: DatasetSplit, results: list[dict[str, Any]], name: str, cfg: Config, out: Path) -> None:
-    from report import write_report
-    from report_files import problem_of_split
-
     known = [r for r in results if r["category_id"] is not None]
     write_report(problem_of_split(split, cfg.to_dict()), {name: known}, out)
 
