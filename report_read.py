@@ -187,10 +187,9 @@ def scene_from_coco(
     sigmas = content.get("oks_sigmas") if iou_type == "keypoints" else None
     falloffs = 2 * np.array(sigmas, np.float64) if sigmas else None
     forgiven = np.zeros(len(found[0]), bool)
-    return Scene(
-        list(image_of), [str(im.get("file_name", im["id"])) for im in ordered], sizes, list(names.values()),
-        *truth, *found, forgiven=forgiven, judged=~forgiven, iou_type=iou_type, falloffs=falloffs,
-    )  # fmt: skip
+    files = [str(im.get("file_name", im["id"])) for im in ordered]
+    columns: Any = (list(image_of), files, sizes, list(names.values()), *truth, *found, forgiven, ~forgiven)
+    return Scene(*columns, iou_type=iou_type, falloffs=falloffs)
 
 
 def _truth_rows(annotations, image_of, label_of, sizes, iou_type) -> tuple:

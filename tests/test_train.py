@@ -385,8 +385,8 @@ def test_evaluation_without_detections_gives_zero_not_nothing(trained, tmp_path)
 def test_evaluation_scores_every_set_and_its_ids_are_the_jsons(trained, tmp_path):
     out = tmp_path / "results.json"
     code = run(
-        "--evaluate", out, "--load", trained, "--config", "TEST.RESULT_SCORE_THRESH=0.0", "TEST.BATCH_SIZE=2",
-        "DATA.VAL=['coco_val2017','coco_train2017']",
+        "--evaluate", out, "--load", trained, "--report", tmp_path / "report", "--config", "TEST.BATCH_SIZE=2",
+        "TEST.RESULT_SCORE_THRESH=0.0", "DATA.VAL=['coco_val2017','coco_train2017']",
     )  # fmt: skip
     assert code == 0
     results = json.loads((tmp_path / "results-coco_train2017.json").read_text())
@@ -396,6 +396,12 @@ def test_evaluation_scores_every_set_and_its_ids_are_the_jsons(trained, tmp_path
     metrics = json.loads((tmp_path / "results.metrics.json").read_text())
     assert "coco_val2017/bbox/AP" in metrics
     assert "coco_train2017/segm/AP50" in metrics
+    for name in ("coco_val2017", "coco_train2017"):  # and writes a report of each
+        report = json.loads((tmp_path / "report" / name / "report.json").read_text())
+        for kind in ("bbox", "segm"):
+            ap = report["models"][0]["summary"][kind]["AP"]["value"]
+            assert ap == pytest.approx(metrics[f"{name}/{kind}/AP"], abs=1e-12)
+        assert report["data"]["anchors"]["objects"] > 0 and report["pictures"]["worst"][0]
 
 
 def test_one_augmented_view_of_the_plain_size_scores_as_without(trained, tmp_path):
