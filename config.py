@@ -266,14 +266,19 @@ SETTINGS: dict[str, Setting] = {
         None, optional(steps), "Ends the run after this many updates, whatever the schedule says."
     ),
     "TRAIN.STEPS_PER_EPOCH": Setting(
-        500, steps, "Updates between progress summaries: the epoch in which the three periods below are counted."
+        500, steps,
+        "Updates between progress summaries. The two periods below count these blocks, not passes over the data.",
     ),
-    "TRAIN.EVAL_PERIOD": Setting(50, whole(0, 10**9), "Epochs between evaluations; one more at the end. 0: never."),
-    "TRAIN.CHECKPOINT_PERIOD": Setting(1, steps, "Epochs between checkpoints."),
+    "TRAIN.EVAL_PERIOD": Setting(
+        50, whole(0, 10**9),
+        "Evaluates after every so many times TRAIN.STEPS_PER_EPOCH updates, and at the end. 0: never.",
+    ),
+    "TRAIN.CHECKPOINT_PERIOD": Setting(
+        1, steps, "Writes a checkpoint after every so many times TRAIN.STEPS_PER_EPOCH updates, and at the end."
+    ),
     "TRAIN.KEEP_CHECKPOINTS": Setting(10, _COUNT, "Newest checkpoints that are kept."),
     "TRAIN.FREEZE_PATTERN": Setting(
-        None, optional(pattern),
-        "Variables whose names match it are not trained.",
+        None, optional(pattern), "Variables whose names match it are not trained."
     ),
     # --------------------------------------------------------------------------------------- region proposals, anchors
     "RPN.ANCHOR_STRIDE": Setting(16, exactly(16), "C4: stride of the anchors in pixels."),
