@@ -17,9 +17,9 @@ from weight_mutations import damaged_copies, mutated, mutated_archive, native_we
 
 from common import UserError
 from tools.convert import convert
-from utils.checkpoint import load_weights, read_meta, save_npz, stored_step
+from utils.checkpoint import load_weights, read_description, read_meta, save_npz, stored_step
 from utils.safe_pickle import read_pickle
-from utils.weight_files import ALLOWANCE, MULTIPLE, file_kind, read_hdf5
+from utils.weight_files import ALLOWANCE, MULTIPLE, check_hdf5, file_kind, read_hdf5
 
 pytestmark = pytest.mark.quick
 HERE = Path(__file__).resolve().parent
@@ -140,6 +140,15 @@ def hostile_archive(which: str, folder: Path) -> Path:
         base = np.zeros(MB // 2, np.float32)
         save_zip(folder / "a.pth", {f"w{k}": Tensor(base, storage=base) for k in range(250)})
         return folder / "a.pth"
+    if which == "a million entries":
+        entry = struct.pack("<4s6H3L5H2L", b"PK\x01\x02", 20, 20, 0, 0, 0, 0, 0, 0, 0, 7, 0, 0, 0, 0, 0, 0)
+        directory = b"".join(entry + b"%07x" % k for k in range(MB))
+        start, size = 16, len(directory)
+        long = struct.pack("<4sQ2H2L4Q", b"PK\x06\x06", 44, 45, 45, 0, 0, MB, MB, size, start)
+        locator = struct.pack("<4sLQL", b"PK\x06\x07", 0, start + size, 1)
+        last = struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, 0xFFFF, 0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF, 0)
+        (folder / "a.npz").write_bytes(b"PK\x03\x04" + bytes(12) + directory + long + locator + last)
+        return folder / "a.npz"
     assert which == "entries over one another"
     content = header((MB,)) + zeros[: 4 * MB]
     path = write_archive(folder / "a.npz", {"w0.npy": content}, zipfile.ZIP_STORED)
@@ -163,6 +172,7 @@ def hostile_archive(which: str, folder: Path) -> Path:
         ("deflated storage", "more than 8 times its size"),
         ("250 tensors of one storage", "more than 8 times its size"),
         ("entries over one another", "overlap"),
+        ("a million entries", "more than 8 times its size"),
     ],
 )
 def test_hostile_archives_take_no_more_memory_than_their_size_allows(tmp_path, which, message):
@@ -229,6 +239,16 @@ def test_hostile_hdf5_files(tmp_path, which):
             h5py.h5d.create(f.id, b"kernel", h5py.h5t.IEEE_F32LE, space, properties)
     refused(convert, path, "more than 8 times its size|other files|no Keras applications")
     assert peak_memory(convert, path) < MULTIPLE * path.stat().st_size + ALLOWANCE + SLACK
+
+
+def test_keras_files_are_checked_before_keras_reads_them(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(tmp_path / "a.h5", "w") as f:
+        f["kernel:0"] = np.ones(3)
+    check_hdf5(tmp_path / "a.h5")
+    with h5py.File(tmp_path / "a.h5", "a") as f:
+        f.create_dataset("l/kernel:0", shape=(1 << 20, 1 << 20), dtype="f4")
+    refused(check_hdf5, tmp_path / "a.h5", "more than 8 times its size")
 
 
 def test_links_out_of_an_hdf5_file_are_not_followed(tmp_path):
@@ -324,6 +344,13 @@ def test_descriptions_of_a_wrong_type_are_one_line(tmp_path, change, message):
 def test_descriptions_that_are_no_objects(tmp_path, text):
     np.savez(tmp_path / "a.npz", **native_weights(), __meta__=np.array(text))
     refused(load_weights, tmp_path / "a.npz", "JSON")
+
+
+def test_a_description_of_many_megabytes(tmp_path):
+    (tmp_path / "settings.json").write_text("[" + "[]," * (3 * MB) + "[]]")
+    refused(read_description, tmp_path / "settings.json", "has 9 MB")
+    os.mkfifo(tmp_path / "pipe.json")
+    refused(read_description, tmp_path / "pipe.json", "no regular file")
 
 
 def test_null_in_a_description_is_nothing(tmp_path):

@@ -60,8 +60,9 @@ def small_resnet() -> dict[str, np.ndarray]:
 
 
 def native_weights() -> dict[str, np.ndarray]:
-    groups = [f"group{g}/block0/conv{k}/W" for g in range(4) for k in (1, 2)]
-    return {name: np.full((3, 3, 2, 2), 0.5, np.float32) for name in ("conv0/W", "rpn/box/b", *groups)}
+    kernels = {f"group{g}/block0/conv{k}/W": 2 << g for g in range(4) for k in (1, 2)}
+    kernels |= {f"group{g}/block0/convshortcut/W": 2 << g for g in (1, 2, 3)} | {"conv0/W": 2, "rpn/box/b": 2}
+    return {name: np.full((3, 3, 2, width), 0.5, np.float32) for name, width in kernels.items()}
 
 
 def valid_files(folder: Path) -> dict[str, list[Path]]:

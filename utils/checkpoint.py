@@ -34,6 +34,7 @@ __all__ = [
 
 META_KEY = "__meta__"
 AVERAGE_PREFIX = "EMA/"  # of the variable that holds the moving average of the one whose name follows
+_MAX_DESCRIPTION = 8 << 20  # bytes of the JSON that describes a model or run
 _CONVERTED_SUFFIXES = (".pkl", ".pth", ".pt", ".h5", ".hdf5")
 
 # Variables that belong to a run, not to a model: steps, rates, optimizer slots, moving averages of summaries.
@@ -206,6 +207,8 @@ def read_checkpoint_meta(prefix: str) -> dict[str, Any] | None:
 def read_description(path: str | os.PathLike) -> dict[str, Any]:
     """The meta written by `write_checkpoint_meta`, or as settings.json of a run."""
     check_regular(path)
+    if os.path.getsize(path) > _MAX_DESCRIPTION:
+        raise UserError(f"description {path} has {os.path.getsize(path) >> 20} MB, which no run writes; copy it again")
     return _checked_meta(read_json(path, "description"), f"description {path}")
 
 

@@ -65,7 +65,7 @@ def read_pickle(path: str | os.PathLike) -> Any:
 
 # ------------------------------------------------------------------------------------------------------- containers
 def _read_zip(path: Path, budget: Budget) -> Any:
-    with open_archive(path) as archive, one_line(path, "a PyTorch file"):
+    with open_archive(path, budget) as archive, one_line(path, "a PyTorch file"):
         names = set(archive.namelist())
         program = next(n for n in sorted(names) if n.endswith("/data.pkl") or n == "data.pkl")
         root = program[: -len("data.pkl")]

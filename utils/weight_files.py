@@ -137,7 +137,7 @@ def file_kind(path: str | os.PathLike) -> str:
         return "pickle"
     foreign = _foreign_content(head, path.stat().st_size)
     if foreign is None and zipfile.is_zipfile(path):
-        with one_line(path, "a zip archive"), zipfile.ZipFile(path) as archive:
+        with open_archive(path, Budget(path)) as archive:
             names = archive.namelist()
         if any(name == "data.pkl" or name.endswith("/data.pkl") for name in names):
             return "torch"
@@ -185,8 +185,11 @@ def check_tensor_name(name: str, origin: str | os.PathLike) -> str:
 
 # ----------------------------------------------------------------------------------------------------- zip and .npz
 @contextlib.contextmanager
-def open_archive(path: Path) -> Iterator[zipfile.ZipFile]:
+def open_archive(path: Path, budget: Budget) -> Iterator[zipfile.ZipFile]:
     """The zip archive, of entries that lie side by side and are stored or deflated."""
+    with one_line(path, "a zip archive"):
+        # zipfile makes an object of each of its entries, which takes 46 bytes and a name in the file.
+        budget.spend(16 * _directory_size(path))
     with one_line(path, "a zip archive"), zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
         if sum(e.compress_size for e in entries) > path.stat().st_size:
@@ -197,6 +200,22 @@ def open_archive(path: Path) -> Iterator[zipfile.ZipFile]:
         if odd or any(e.flag_bits & 1 for e in entries):
             raise UserError(f"{path} is refused: its entries are encrypted or packed in an unusual way; save it again")
         yield archive
+
+
+def _directory_size(path: Path) -> int:
+    """Bytes of the list of entries at the archive's end, as zipfile may read them: the largest of what is there."""
+    with open(path, "rb") as f:
+        f.seek(max(0, os.stat(path).st_size - (1 << 17)))
+        tail = f.read()
+    sizes = [0]
+    for at in {len(tail) - 22, tail.rfind(b"PK\x05\x06")}:
+        if at >= 0 and len(tail) >= at + 22:
+            sizes.append(struct.unpack_from("<L", tail, at + 12)[0])
+        long = tail.rfind(b"PK\x06\x06", 0, max(at, 0))
+        if long >= 0 and len(tail) >= long + 56:
+            sizes.append(struct.unpack_from("<Q", tail, long + 40)[0])
+    # A size that is more than the file has is zipfile's to refuse.
+    return max(size for size in sizes if size <= os.stat(path).st_size)
 
 
 def read_entry(archive: zipfile.ZipFile, name: str, budget: Budget) -> bytes:
@@ -212,7 +231,7 @@ def read_npz(
     budget = Budget(path)
     arrays: dict[str, np.ndarray] = {}
     stored = None
-    with open_archive(path) as archive:
+    with open_archive(path, budget) as archive:
         for entry in archive.infolist():
             name = entry.filename.removesuffix(".npy")
             if text and name == text:
@@ -330,7 +349,8 @@ def read_tensor_index(prefix: str) -> dict[str, TensorEntry]:
     check_regular(index)
     entries: dict[str, TensorEntry] = {}
     with one_line(index, "the index of a checkpoint"):
-        table = _read_table(index.read_bytes(), Budget(index))
+        budget = Budget(index)
+        table = _read_table(index.read_bytes(), budget)
         key, value = next(table, (None, b""))
         if key != b"":
             raise ValueError("no header")
@@ -346,6 +366,7 @@ def read_tensor_index(prefix: str) -> dict[str, TensorEntry]:
             shards.append(os.path.getsize(shard))
         total = 0
         for key, value in table:
+            budget.spend(512)  # what an entry takes here
             name = check_tensor_name(key.decode(), index)
             entry = tensor_bundle_pb2.BundleEntryProto.FromString(value)
             shape = tuple(d.size for d in entry.shape.dim)
