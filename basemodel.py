@@ -24,10 +24,13 @@ __all__ = [
     "fully_connected",
     "group_norm",
     "grouped_conv",
+    "he_fan_out",
     "name_seed",
+    "normal_init",
     "normalize_image",
     "preprocess_image",
     "resnet_stages",
+    "xavier_uniform_fan_in",
 ]
 
 GN_GROUPS = 32

@@ -10,10 +10,9 @@ import numpy as np
 from utils.tf_v1 import tf
 
 __all__ = [
-    "BOX_SCALE_CLAMP", "anchors_of_level", "area", "cell_anchors", "clip_boxes", "decode_boxes", "encode_boxes",
-    "covered_share", "generalized_iou", "greedy_nms", "match_boxes", "pairwise_iou", "pool_from_levels",
-    "rasterize_edges",
-    "roi_align", "roi_crop_and_resize", "roi_pool",
+    "BOX_SCALE_CLAMP", "anchors_of_level", "area", "batched_nms", "cell_anchors", "clip_boxes", "covered_share",
+    "decode_boxes", "encode_boxes", "generalized_iou", "greedy_nms", "match_boxes", "pad_for_roi_align",
+    "pairwise_iou", "pool_from_levels", "rasterize_edges", "roi_align", "roi_crop_and_resize", "roi_pool",
 ]  # fmt: skip
 
 BOX_SCALE_CLAMP = math.log(1000.0 / 16)  # largest dw, dh: a box grows 62.5-fold at most (Detectron)

@@ -230,7 +230,9 @@ def evaluate(
         write_json(target, without_nan(every), indent=1)
         logger.info(f"scores in {target}")
     if unreadable:
-        raise UserError(f"{len(unreadable)} images could not be read, their scores are too low: {unreadable[0]}")
+        raise UserError(
+            f"{len(unreadable)} of the images could not be read, so the scores are too low: {unreadable[0]}"
+        )
 
 
 def write_split_report(split: DatasetSplit, results: list[dict[str, Any]], name: str, cfg: Config, out: Path) -> None:

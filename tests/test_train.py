@@ -345,7 +345,7 @@ def test_a_damaged_image_of_an_evaluation_is_named_and_costs_no_other_result(tra
     settings = ["--config", "TEST.RESULT_SCORE_THRESH=0.0", *data]
     assert run("--evaluate", out, "--load", trained, *settings) == 2
     message = last_error(capsys)
-    assert "1 images could not be read" in message and damaged.name in message
+    assert "1 of the images could not be read" in message and damaged.name in message
     images = {i["file_name"]: i["id"] for i in json.loads(annotations.read_text())["images"]}
     assert {r["image_id"] for r in json.loads(out.read_text())} == set(images.values()) - {images[damaged.name]}
     assert "bbox/AP" in json.loads((tmp_path / "results.metrics.json").read_text())
