@@ -74,7 +74,7 @@ def commands() -> list[Command]:
                 if words:
                     found.append(Command(name(document), words, comment))
         for line in re.findall(r"`((?:\./train\.py|python|sbatch|make|(?:tools|scripts)/[\w./]+) [^`]+)`", text):
-            if "…" not in line:
+            if "…" not in line and document.name != "CHANGELOG.md":  # which names options
                 found.append(Command(name(document), shlex.split(line), "needs what the text says"))
     return found
 
@@ -149,8 +149,7 @@ def test_a_command_of_train_py_is_accepted_with_its_settings(command):
     if "horovodrun" in command.words or (trains and not own):
         assert "needs" in command.comment, "say that it needs COCO or GPUs"
     if trains and own:  # COCO's schedule on somebody's own photos would take weeks
-        assert cfg.TRAIN.LR_SCHEDULE != default_config().update_args([]).TRAIN.LR_SCHEDULE
-        assert cfg.TRAIN.LR_SCHEDULE[-1] <= 2000 and cfg.TRAIN.WARMUP < 1000
+        assert cfg.TRAIN.EPOCHS or cfg.TRAIN.LR_SCHEDULE[-1] <= 2000 and cfg.TRAIN.WARMUP < 1000
 
 
 class Parsed(Exception):
@@ -261,11 +260,11 @@ def own_photos_settings() -> Config:
 def test_the_readmes_schedule_for_your_own_photos_is_what_it_says():
     text = text_of(ROOT / "README.md")
     plan = make_plan(own_photos_settings(), 1, 60)
-    assert plan.total_steps == 1600 and "1,600 steps of 2 images" in text
-    assert 45 < plan.epochs(plan.total_steps) < 60 and "about 50 epochs" in text
-    assert plan.warmup_steps < plan.milestones[0] / 2 and plan.warning(own_photos_settings()) is None
+    assert plan.total_steps == 1500 and "1,500 steps of 2 images" in text
+    assert plan.epochs(plan.total_steps) == 50 and "50 epochs" in text
+    assert plan.warmup_steps < plan.milestones[0] / 2 and not plan.warnings(own_photos_settings())
     train = own_photos_settings().TRAIN
-    assert train.EVAL_PERIOD * train.STEPS_PER_EPOCH == 500 and "evaluates every 500 steps" in text
+    assert train.EVAL_PERIOD * train.STEPS_PER_EPOCH == 500 and "evaluates every 500\nsteps" in text
     assert make_plan(finalize_config(default_config()), 1, 60).total_steps == 2880000 and "2,880,000 steps" in text
 
 

@@ -58,7 +58,7 @@ def _version(package: str) -> str:
 def _gpus() -> str:
     """The GPUs that TensorFlow sees, with name and compute capability, and the CUDA version it was built for."""
     try:
-        from utils.tf_v1 import tf
+        from utils.tf_v1 import gpu_problem, tf
     except ImportError as e:
         return f"TensorFlow cannot be imported: {e}"
     devices = tf.config.list_physical_devices("GPU")
@@ -69,7 +69,8 @@ def _gpus() -> str:
         names.append(f"{details.get('device_name', device.name)} (compute capability {capability or 'unknown'})")
     build = tf.sysconfig.get_build_info()
     cuda = f"CUDA {build['cuda_version']}, cuDNN {build['cudnn_version']}" if "cuda_version" in build else "no CUDA"
-    return f"{len(devices)} seen by TensorFlow{': ' if names else ''}{', '.join(names)}; built for {cuda}"
+    seen = f"{len(devices)} seen by TensorFlow{': ' if names else ''}{', '.join(names)}; built for {cuda}"
+    return "; ".join(filter(None, [seen, gpu_problem()]))
 
 
 def report(quick: bool = False) -> Iterator[tuple[str, str]]:
