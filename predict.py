@@ -7,8 +7,10 @@ print([predictor.class_names[label - 1] for label in found.labels])
 """
 
 import contextlib
+import csv
 import json
 import os
+import re
 import sys
 import time
 from collections import deque
@@ -32,11 +34,13 @@ from inference import Predictor, inference_callable
 from run_start import STRICT, Fitting, Model, load_model, weight_loader, with_classes
 from tta import AugmentedPredictor
 from utils import ranks
-from viz import prediction_entry, show_window, write_prediction
+from utils.coco_format import read_truth
+from utils.polygons import orient_outer, rle_to_rings
+from viz import CSV_HEADER, Drawing, cut_out, prediction_entry, prediction_rows, show_window, write_prediction
 
 __all__ = [
     "LoadedPredictor", "build_predictor", "evaluate_split", "evaluation_builder", "load_predictor", "merge_shards",
-    "predict_files", "score",
+    "predict_files", "score", "write_cut_outs",
 ]  # fmt: skip
 
 # Index of the image in its split, and its COCO results, or why it cannot be read.
@@ -112,36 +116,119 @@ def load_predictor(
     return LoadedPredictor(load_model(str(path), settings, trusted), fitting)
 
 
-def predict_files(predictor: LoadedPredictor, files: Sequence[str], output: str, window: bool) -> None:
-    """Writes a picture of each file with its detections into the folder `output`, and predictions.json with all that
-    was found; with `window` a single picture is shown. Files that cannot be read are left out; then UserError names
-    them at the end."""
+def predict_files(
+    predictor: LoadedPredictor,
+    files: Sequence[str],
+    output: str,
+    window: bool,
+    drawing: Drawing = Drawing(),  # noqa: B008
+) -> None:
+    """Writes a picture of each file with its detections into the folder `output`, and predictions.json and
+    predictions.csv with all that was found; with `window` a single picture is shown. Files that cannot be read are left
+    out; then UserError names them at the end."""
     cfg, names = predictor.cfg, predictor.class_names
     target, started = Path(output) / "predictions.json", time.time()
     done, unreadable = 0, []
+    threshold = cfg.TEST.RESULT_SCORE_THRESH_VIS
+    truth = Truth(drawing.truth, names) if drawing.truth else None
 
     def leave_out(index: int, reason: UserError) -> None:
         logger.warning(f"{reason}; it is left out")
         unreadable.append(files[index])
 
-    with _growing_list(target) as append:
+    with _growing_list(target) as append, _table(target.with_suffix(".csv")) as add_rows:
         for batch in inference_batches(files, cfg, (0, 1), leave_out):
             outputs = predictor.predict_batch(batch["image"], batch["image_shape"])
             for n, index in enumerate(batch["indices"]):
                 size = batch["original_shapes"][n]
                 one = {k: v[n] for k, v in outputs.items()}
                 detections = to_original_frame(one, batch["image_shape"][n], size)
-                append(prediction_entry(files[index], size, detections, names, predictor.category_ids))
-                path = write_prediction(output, files[index], detections, names, cfg.TEST.RESULT_SCORE_THRESH_VIS)
+                entry = prediction_entry(files[index], size, detections, names, predictor.category_ids)
+                known = truth.find(files[index]) if truth else None
+                if known:
+                    entry["image_id"] = known["id"]
+                append(entry)
+                add_rows(prediction_rows(entry))
+                annotations = truth.annotations(known) if truth and known else None
+                path = write_prediction(
+                    output, files[index], detections, names, threshold, drawing.style, annotations
+                )  # fmt: skip
+                if drawing.cut_outs:
+                    write_cut_outs(Path(output) / "cut_outs", path.stem, files[index], detections, names, threshold)
                 done += 1
-                shown = int((detections.scores >= cfg.TEST.RESULT_SCORE_THRESH_VIS).sum())
+                shown = int((detections.scores >= threshold).sum())
+                below = len(detections.scores) - shown
+                hidden = f", {below} more below score {threshold:g}" if below and not shown else ""
                 rate = (time.time() - started) / done
-                logger.info(f"{done}/{len(files)} {path}: {shown} objects ({rate:.2f} s/image)")
+                logger.info(f"{done}/{len(files)} {path}: {shown} objects{hidden} ({rate:.2f} s/image)")
                 if window and len(files) == 1:
                     show_window(path)
     logger.info(f"pictures in {output}/, everything found in {target}")
     if unreadable:
         raise UserError(f"{_some(unreadable)} of {len(files)} images could not be read and were left out")
+
+
+class Truth:
+    """Annotations of the images that --predict draws, found by the end of their file names."""
+
+    def __init__(self, path: str, class_names: Sequence[str]):
+        content = read_truth(path)
+        names = {c["id"]: c["name"] for c in content["categories"]}
+        self.labels = {i: class_names.index(n) + 1 for i, n in names.items() if n in class_names}
+        self.images = {os.path.basename(str(image.get("file_name", ""))): image for image in content["images"]}
+        self.objects: dict[Any, list[dict]] = {}
+        for a in content["annotations"]:
+            if a["category_id"] in self.labels:
+                self.objects.setdefault(a["image_id"], []).append(a)
+        if not self.labels:
+            raise UserError(f"--truth {path}: none of its classes is one of the model's, e.g. {class_names[0]}")
+
+    def find(self, file: str) -> dict[str, Any] | None:
+        return self.images.get(os.path.basename(file))
+
+    def annotations(self, image: dict[str, Any]) -> dict[str, Any]:
+        """As viz.draw_annotations takes them."""
+        objects = self.objects.get(image["id"], [])
+        boxes = np.array([a["bbox"] for a in objects], np.float64).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        rings = []
+        for a in objects:
+            parts: list[np.ndarray] = []
+            outline = a["segmentation"] or []
+            for part in [outline] if isinstance(outline, dict) else outline:
+                if isinstance(part, dict):
+                    parts += rle_to_rings(part, image["height"], image["width"])
+                else:
+                    parts.append(orient_outer(np.reshape(part, (-1, 2)).astype(np.float32)))
+            rings.append(parts)
+        return {
+            "boxes": boxes, "labels": np.array([self.labels[a["category_id"]] for a in objects], int),
+            "is_crowd": np.array([a["iscrowd"] for a in objects], bool), "rings": rings,
+        }  # fmt: skip
+
+
+def write_cut_outs(
+    folder: Path, stem: str, file: str, detections: Detections, names: Sequence[str], threshold: float
+) -> None:
+    """A PNG with alpha of each object with a mask and a score of at least `threshold`: <stem>_<number>_<class>.png."""
+    if detections.masks is None:
+        return
+    image = read_image(file)
+    for number, i in enumerate(np.flatnonzero(detections.scores >= threshold).tolist(), 1):
+        pixels = cut_out(image, detections.masks[i])
+        if pixels is not None:
+            label = re.sub(r"[^\w-]+", "_", names[detections.labels[i] - 1])[:60]
+            with atomic_write(folder / f"{stem}_{number}_{label}.png", "wb") as f:
+                f.write(cv2.imencode(".png", pixels)[1].tobytes())
+
+
+@contextlib.contextmanager
+def _table(path: Path) -> Iterator[Callable[[list[list[Any]]], None]]:
+    """add(rows) writes rows of a csv file that is complete once the block has ended without an error."""
+    with atomic_write(path) as f:
+        writer = csv.writer(f)
+        writer.writerow(CSV_HEADER)
+        yield writer.writerows
 
 
 def _some(names: Sequence[str], most: int = 5) -> str:

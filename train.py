@@ -40,6 +40,7 @@ try:
     from trust import trust_options
     from utils import ranks
     from utils.checkpoint import make_meta, read_meta
+    from viz import Drawing, Style
 except ModuleNotFoundError as e:
     sys.exit(f"train.py: the Python package {e.name} is missing here; run `make venv`, then `. .venv/bin/activate`")
 
@@ -100,6 +101,13 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--output", default="predictions", metavar="DIR", help="where --predict writes (default: %(default)s)"
     )
+    parser.add_argument("--draw", choices=["all", "boxes", "masks"], default="all", help="--predict: what is drawn")
+    parser.add_argument("--contour", action="store_true", help="--predict: masks as outlines, not filled")
+    parser.add_argument(
+        "--colors", choices=["class", "instance"], default="class", help="--predict: what a colour stands for"
+    )
+    parser.add_argument("--truth", metavar="JSON", help="--predict: draw these annotations beside the detections")
+    parser.add_argument("--cut-outs", action="store_true", help="--predict: also every object as a PNG with alpha")
     parser.add_argument("--no-window", action="store_true", help="--predict: never open a window")
     parser.add_argument("--print-config", action="store_true", help="explain the settings in effect and stop")
     parser.add_argument("--verbose-tf", action="store_true", help="show TensorFlow's start-up messages")
@@ -132,7 +140,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print_config(args)
         elif args.predict:
             window, load = not args.no_window, args.load or args.logdir
-            predict(args.predict, load, args.config, args.output, window, fitting, args.trust_code)
+            style = Style(args.draw, args.contour, args.colors, smallest=320)
+            drawing = Drawing(style, args.truth, args.cut_outs)
+            predict(args.predict, load, args.config, args.output, window, fitting, args.trust_code, drawing)
         elif args.evaluate:
             load = args.load or args.logdir
             evaluate(Path(args.evaluate), load, args.config, fitting, args.report, args.trust_code)
@@ -175,6 +185,7 @@ def predict(
     window: bool,
     fitting: Fitting,
     trusted: Sequence[str],
+    drawing: Drawing = Drawing(),  # noqa: B008
 ) -> None:
     """Draws what the model finds on images or all images of folders."""
     files = list_images(images)
@@ -183,7 +194,7 @@ def predict(
     from predict import LoadedPredictor, predict_files
 
     logger.info(f"{len(files)} images; building the model")
-    predict_files(LoadedPredictor(model, fitting), files, output, window)
+    predict_files(LoadedPredictor(model, fitting), files, output, window, drawing)
 
 
 def evaluate(

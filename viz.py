@@ -5,6 +5,7 @@ Images are uint8 BGR, boxes x1 y1 x2 y2 in continuous coordinates of the image. 
 
 import functools
 import hashlib
+import importlib.util
 import math
 import os
 import shutil
@@ -25,8 +26,8 @@ from detections import Detections
 from utils.polygons import decode_part
 
 __all__ = [
-    "class_color", "draw_detections", "draw_annotations", "side_by_side", "contact_sheet", "write_prediction",
-    "prediction_entry", "show_window",
+    "CSV_HEADER", "Drawing", "Style", "class_color", "contact_sheet", "cut_out", "draw_annotations",
+    "draw_detections", "prediction_entry", "prediction_rows", "show_window", "side_by_side", "write_prediction",
 ]  # fmt: skip
 
 Color = tuple[int, int, int]
@@ -40,6 +41,23 @@ SKELETON = [
     (11, 12), (11, 13), (13, 15), (12, 14), (14, 16),
 ]  # fmt: skip
 LEFT, RIGHT, MIDDLE = (80, 175, 250), (230, 160, 60), (130, 220, 130)  # sides of a body: orange, blue, green
+
+
+class Style(NamedTuple):
+    """How objects are drawn."""
+
+    parts: str = "all"  # "boxes", "masks": these alone; objects without a mask keep their box
+    contour: bool = False  # masks as outlines, not filled
+    colors: str = "class"  # "instance": neighbours in colours of their own
+    smallest: int = 0  # a picture with a shorter long side is enlarged by a whole number to at least this
+
+
+class Drawing(NamedTuple):
+    """What --predict makes beside its pictures of the usual kind."""
+
+    style: Style = Style(smallest=320)
+    truth: str | None = None  # an annotation file in COCO's form: its objects stand on the left of each picture
+    cut_outs: bool = False  # each drawn object with a mask as a PNG of its own
 
 
 class _Item(NamedTuple):
@@ -78,11 +96,15 @@ def _palette(size: int = 96) -> list[Color]:
 
 
 def draw_detections(
-    image: np.ndarray, detections: Detections, class_names: Sequence[str], threshold: float = 0.5
+    image: np.ndarray,
+    detections: Detections,
+    class_names: Sequence[str],
+    threshold: float = 0.5,
+    style: Style = Style(),  # noqa: B008
 ) -> np.ndarray:
     """`image` with the detections of at least `threshold`."""
     items = []
-    for i in np.flatnonzero(detections.scores >= threshold):
+    for number, i in enumerate(np.flatnonzero(detections.scores >= threshold).tolist(), 1):
         label = int(detections.labels[i])
         points = None
         if detections.keypoints is not None:
@@ -90,11 +112,17 @@ def draw_detections(
             points[:, 2] = 2
         mask = None if detections.masks is None else functools.partial(decode_part, detections.masks[i])
         text = f"{_class_name(class_names, label)} {detections.scores[i]:.2f}"
-        items.append(_Item(detections.boxes[i], class_color(label), text, mask, points))
-    return _draw(image, items)
+        color = class_color(number if style.colors == "instance" else label)
+        items.append(_Item(detections.boxes[i], color, text, mask, points))
+    return _draw(*_enlarged(image, items, style.smallest), style)
 
 
-def draw_annotations(image: np.ndarray, annotations: dict[str, Any], class_names: Sequence[str]) -> np.ndarray:
+def draw_annotations(
+    image: np.ndarray,
+    annotations: dict[str, Any],
+    class_names: Sequence[str],
+    style: Style = Style(),  # noqa: B008
+) -> np.ndarray:
     """`image` with annotations as `DatasetSplit.annotations` gives them; crowd regions are hatched."""
     items = []
     rings, points, crowds = (annotations.get(key) for key in ("rings", "keypoints", "is_crowd"))
@@ -104,8 +132,28 @@ def draw_annotations(image: np.ndarray, annotations: dict[str, Any], class_names
         filled = rings is not None and len(rings[i])
         mask = functools.partial(_fill, rings[i], image.shape[:2]) if filled else None
         keypoints = None if points is None else points[i]
-        items.append(_Item(box, class_color(int(label)), text, mask, keypoints, crowd))
-    return _draw(image, items)
+        color = class_color(i + 1 if style.colors == "instance" else int(label))
+        items.append(_Item(box, color, text, mask, keypoints, crowd))
+    return _draw(*_enlarged(image, items, style.smallest), style)
+
+
+def _enlarged(image: np.ndarray, items: list[_Item], smallest: int) -> tuple[np.ndarray, list[_Item]]:
+    """A picture so small that names would cover it, and what is drawn on it, several times larger."""
+    times = math.ceil(smallest / max(image.shape[:2]))
+    if times <= 1:
+        return image, items
+
+    def larger(mask: Callable[[], tuple[np.ndarray, int, int]]) -> tuple[np.ndarray, int, int]:
+        part, left, top = mask()
+        return np.kron(part, np.ones((times, times), bool)), left * times, top * times
+
+    grown = []
+    for item in items:
+        mask = None if item.mask is None else functools.partial(larger, item.mask)
+        points = None if item.keypoints is None else item.keypoints * (times, times, 1)
+        grown.append(item._replace(box=item.box * times, mask=mask, keypoints=points))
+    size = image.shape[1] * times, image.shape[0] * times
+    return cv2.resize(image, size, interpolation=cv2.INTER_NEAREST), grown
 
 
 def _class_name(class_names: Sequence[str], label: int) -> str:
@@ -128,17 +176,19 @@ def _fill(rings: Sequence[np.ndarray], shape: tuple[int, int]) -> tuple[np.ndarr
 
 
 # -------------------------------------------------------------------------------------------- drawing
-def _draw(image: np.ndarray, items: list[_Item]) -> np.ndarray:
+def _draw(image: np.ndarray, items: list[_Item], style: Style) -> np.ndarray:
     canvas = image.copy()
     # Large objects first, so that small ones lie on top of them.
     items = sorted(items, key=lambda item: -_area(item.box))
     unit = math.sqrt(image.shape[0] * image.shape[1])
     line = max(1, round(unit / 320))
+    masked = style.parts != "boxes"
     for item in items:
-        if item.mask is not None:
-            _draw_mask(canvas, item, max(1, round(unit / 450)))
+        if item.mask is not None and masked:
+            _draw_mask(canvas, item, max(1, round(unit / 450)), style.contour)
     for item in items:
-        _draw_box(canvas, item, line if item.mask is None else max(1, line // 2))
+        if item.mask is None or style.parts != "masks":
+            _draw_box(canvas, item, max(1, line // 2) if item.mask is not None and masked else line)
         if item.keypoints is not None:
             _draw_keypoints(canvas, item.keypoints, line)
     _draw_tags(canvas, items, unit / 44)
@@ -149,7 +199,7 @@ def _area(box: np.ndarray) -> float:
     return float((box[2] - box[0]) * (box[3] - box[1]))
 
 
-def _draw_mask(canvas: np.ndarray, item: _Item, line: int) -> None:
+def _draw_mask(canvas: np.ndarray, item: _Item, line: int, contour: bool) -> None:
     part, left, top = item.mask()
     rows, columns = np.flatnonzero(part.any(1)), np.flatnonzero(part.any(0))
     if len(rows) == 0:
@@ -164,7 +214,8 @@ def _draw_mask(canvas: np.ndarray, item: _Item, line: int) -> None:
     opacity = MASK_OPACITY * (1 - 0.5 * min(1.0, 2 * mask.sum() / canvas[:, :, 0].size))
     # What each of the 256 values of a channel becomes: nothing larger than the region is made.
     table = np.arange(256)[:, None] * (1 - opacity) + np.array(item.color) * opacity
-    cv2.copyTo(cv2.LUT(region, table.astype(np.uint8)[None]), filled.view(np.uint8), region)
+    if not contour:
+        cv2.copyTo(cv2.LUT(region, table.astype(np.uint8)[None]), filled.view(np.uint8), region)
     contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE, offset=(left, top))
     contours = [cv2.approxPolyDP(contour, 0.7, True) for contour in contours]  # without the steps of pixels
     # A dark rim keeps the outline apart from a background of its own colour.
@@ -332,9 +383,12 @@ def write_prediction(
     detections: Detections,
     class_names: Sequence[str],
     threshold: float = 0.5,
+    style: Style = Style(smallest=320),  # noqa: B008
+    annotations: dict[str, Any] | None = None,
 ) -> Path:
     """Writes the picture of `image_path` with its detections into `out_dir` and returns its path.
 
+    With `annotations`, see `draw_annotations`, they stand on its left. Pictures smaller than 320 pixels are enlarged.
     It is called like the input (PNG stays PNG, everything else becomes JPEG). A file of that name that does not show
     the same input, be it another folder's image or the input itself, is left alone: the name then gets the folder's
     name in front, or a hash behind. Predicting the same input again replaces its picture.
@@ -348,7 +402,10 @@ def write_prediction(
     path = next((p for p in paths if not p.exists() or _is_marked(p, mark)), None)
     if path is None:
         raise UserError(f"no free name for the picture of {image_path} in {out_dir}: choose another folder")
-    picture = draw_detections(read_image(os.fspath(image_path)), detections, class_names, threshold)
+    image = read_image(os.fspath(image_path))
+    picture = draw_detections(image, detections, class_names, threshold, style)
+    if annotations is not None:
+        picture = side_by_side(draw_annotations(image, annotations, class_names, style), picture)
     options = [cv2.IMWRITE_JPEG_QUALITY, 92] if extension == ".jpg" else []
     good, encoded = cv2.imencode(extension, picture, options)
     if not good:
@@ -356,6 +413,34 @@ def write_prediction(
     with atomic_write(path, "wb") as f:
         f.write(_with_comment(encoded.tobytes(), mark))
     return path
+
+
+def cut_out(image: np.ndarray, rle: dict[str, Any]) -> np.ndarray | None:
+    """uint8 [h, w, 4] BGRA: the object of a mask on nothing, cut to its extent; None for an empty mask."""
+    part, left, top = decode_part(rle)
+    rows, columns = np.flatnonzero(part.any(1)), np.flatnonzero(part.any(0))
+    if len(rows) == 0:
+        return None
+    part = part[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    top, left = top + int(rows[0]), left + int(columns[0])
+    pixels = image[top : top + part.shape[0], left : left + part.shape[1]]
+    return np.dstack([pixels * part[:, :, None], part.astype(np.uint8) * 255])
+
+
+def prediction_rows(entry: dict[str, Any]) -> list[list[Any]]:
+    """Rows of predictions.csv for a `prediction_entry`: file, image id, category id, class, score, and the box as COCO
+    has it, x y width height."""
+    rows = []
+    for d in entry["detections"]:
+        x1, y1, x2, y2 = d["box"]
+        box = [x1, y1, round(x2 - x1, 2), round(y2 - y1, 2)]
+        # A file name that is no text, as Linux allows, is written with escapes.
+        file = entry["file"].encode(errors="backslashreplace").decode()
+        rows.append([file, entry.get("image_id", ""), d["category_id"], d["class"], d["score"], *box])
+    return rows
+
+
+CSV_HEADER = ["file", "image_id", "category_id", "class", "score", "x", "y", "width", "height"]
 
 
 def _with_comment(encoded: bytes, text: str) -> bytes:
@@ -403,16 +488,51 @@ def prediction_entry(
     return {"file": os.fspath(image_path), "height": int(image_hw[0]), "width": int(image_hw[1]), "detections": found}
 
 
+# A window that any key closes; scaled down to the screen by whole numbers.
+WINDOW = """
+import sys, tkinter
+root = tkinter.Tk()
+root.title(sys.argv[2] + " (any key closes)")
+picture = tkinter.PhotoImage(data=sys.stdin.buffer.read())
+wide = -(-picture.width() // max(1, int(root.winfo_screenwidth() * 0.95)))
+high = -(-picture.height() // max(1, int(root.winfo_screenheight() * 0.88)))
+picture = picture.subsample(max(wide, high, 1))
+tkinter.Label(root, image=picture).pack()
+root.bind("<Key>", lambda event: root.destroy())
+root.focus_force()
+root.mainloop()
+"""
+
+
+def _key_window(path: str | os.PathLike) -> bool:
+    """Shows a picture in a window of its own process that any key closes; False where Python has no Tk."""
+    if importlib.util.find_spec("_tkinter") is None:
+        return False
+    image = cv2.imread(os.fspath(path))
+    if image is None:
+        return False
+    command = [sys.executable, "-c", WINDOW, "", Path(path).name]
+    process = subprocess.Popen(command, start_new_session=True, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    try:
+        process.stdin.write(cv2.imencode(".png", image)[1].tobytes())
+        process.stdin.close()
+    except BrokenPipeError:  # no window could be opened
+        return False
+    return True
+
+
 def show_window(path: str | os.PathLike) -> bool:
-    """Opens a picture in the desktop's own viewer without waiting for it; False where there is no display."""
+    """Opens a picture without waiting for it, in a window that any key closes, or in the desktop's own viewer where
+    Python has no Tk; False where there is no display."""
     if sys.platform == "win32":
         os.startfile(path)
         return True
-    if sys.platform == "darwin":
-        viewer = shutil.which("open")
-    else:
-        display = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
-        viewer = shutil.which("xdg-open") if display else None
+    display = sys.platform == "darwin" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    viewer = shutil.which("open" if sys.platform == "darwin" else "xdg-open")
+    if not display:
+        return False
+    if _key_window(path):
+        return True
     if viewer is None:
         return False
     none = subprocess.DEVNULL

@@ -1,5 +1,6 @@
 """predict.py: predictors from Python, and a data set's results, whoever computes its parts."""
 
+import csv
 import json
 import math
 import os
@@ -19,11 +20,13 @@ from common import UserError
 from config import default_config, finalize_config
 from data import inference_batches, list_images
 from dataset import load_split
-from detections import to_original_frame
+from detections import Detections, to_original_frame
 from inference import inference_callable
-from predict import evaluate_split, keypoint_flip, load_predictor, merge_shards, predict_files
+from predict import evaluate_split, keypoint_flip, load_predictor, merge_shards, predict_files, write_cut_outs
 from utils.checkpoint import save_npz
+from utils.polygons import encode_mask
 from utils.tf_v1 import tf
+from viz import Drawing, Style
 
 
 # ------------------------------------------------------------------------------------------ predictors
@@ -227,10 +230,53 @@ def test_a_folder_is_predicted_as_far_as_it_can_be_read_and_the_rest_is_named(fo
     entries = json.loads((out / "predictions.json").read_text())
     assert [e["file"] for e in entries] == good and len(good) == 8
     assert all([d["class"] for d in e["detections"]] == ["dog"] for e in entries)
-    pictures = {p.name for p in out.iterdir()} - {"predictions.json"}
+    pictures = {p.name for p in out.iterdir()} - {"predictions.json", "predictions.csv"}
     assert len(pictures) == 8 and os.fsdecode(b"caf\xe9.jpg") in pictures and "g.png" in pictures
     shown = capfd.readouterr().err
     assert "WARN:" not in shown and "notes.txt" in shown and "b_truncated.jpg" in shown
+
+
+@pytest.mark.quick
+def test_annotations_stand_beside_what_was_found_and_their_ids_are_in_both_tables(folder, tmp_path):
+    content = {
+        "images": [{"id": 42, "file_name": "train/g.png", "height": 60, "width": 80}],
+        "categories": [{"id": 9, "name": "owl"}, {"id": 5, "name": "something else"}],
+        "annotations": [
+            {"id": 1, "image_id": 42, "category_id": 9, "bbox": [10, 10, 30, 30],
+             "segmentation": [[10, 10, 40, 10, 40, 40, 10, 40]]},
+            {"id": 2, "image_id": 42, "category_id": 5, "bbox": [0, 0, 5, 5]},
+        ],
+    }  # fmt: skip
+    (tmp_path / "truth.json").write_text(json.dumps(content))
+    drawing = Drawing(Style(), truth=str(tmp_path / "truth.json"))
+    predict_files(OneBox(), [str(folder / "g.png"), str(folder / "a.jpg")], str(tmp_path / "out"), False, drawing)
+    first, second = json.loads((tmp_path / "out/predictions.json").read_text())
+    assert first["image_id"] == 42 and "image_id" not in second
+    with open(tmp_path / "out/predictions.csv", newline="") as f:
+        rows = list(csv.DictReader(f))
+    assert [(r["image_id"], r["class"], r["category_id"]) for r in rows] == [("42", "dog", "2"), ("", "dog", "2")]
+    x1, _, x2, _ = first["detections"][0]["box"]
+    assert (float(rows[0]["x"]), float(rows[0]["width"])) == pytest.approx((x1, x2 - x1), abs=0.011)
+    beside = cv2.imread(str(tmp_path / "out/g.png"))
+    assert beside.shape[1] > 2 * 80 and cv2.imread(str(tmp_path / "out/a.jpg")).shape[1] == 80
+    (tmp_path / "other.json").write_text(json.dumps({**content, "categories": content["categories"][1:]}))
+    with pytest.raises(UserError, match="none of its classes is one of the model's"):
+        predict_files(
+            OneBox(), [str(folder / "g.png")], str(tmp_path / "x"), False, Drawing(truth=str(tmp_path / "other.json"))
+        )
+
+
+@pytest.mark.quick
+def test_every_drawn_object_with_a_mask_is_cut_out(folder, tmp_path):
+    mask = np.zeros((60, 80), np.uint8, order="F")
+    mask[10:20, 30:50] = 1
+    rle = encode_mask(mask)
+    found = Detections(np.array([[30, 10, 50, 20]] * 2, np.float32), np.array([0.9, 0.2], np.float32),
+                       np.array([1, 1], np.int32), [rle, rle])  # fmt: skip
+    write_cut_outs(tmp_path / "cut", "g", str(folder / "g.png"), found, ["a/../b c"], 0.5)
+    (path,) = (tmp_path / "cut").iterdir()
+    assert path.name == "g_1_a_b_c.png"
+    assert cv2.imread(str(path), cv2.IMREAD_UNCHANGED).shape == (10, 20, 4)
 
 
 @pytest.mark.quick

@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+import subprocess
 import sys
 import time
 import tracemalloc
@@ -236,7 +238,7 @@ def test_an_input_is_never_overwritten_by_its_own_picture(tmp_path, extension):
     assert written != path and path.read_bytes() == before
     assert write(tmp_path, path) == written
     picture = cv2.imread(str(written))
-    assert picture is not None and picture.shape == (80, 100, 3)
+    assert picture is not None and picture.shape == (320, 400, 3)  # enlarged, so that names can be read
 
 
 def test_memory_of_drawing_is_that_of_one_mask():
@@ -298,3 +300,104 @@ def test_a_window_opens_only_with_a_display(monkeypatch, tmp_path):
     while not shown.exists() and time.monotonic() < deadline:
         time.sleep(0.01)
     assert shown.read_text() == "a.jpg\n"
+
+
+# ------------------------------------------------------------------------------------------------ ways to draw
+def test_a_contour_leaves_the_inside_of_a_mask_as_it_was():
+    found = make_detections([[60, 60, 260, 200]], masks=True)
+    middle = slice(120, 140), slice(140, 180)
+    filled = viz.draw_detections(blank(), found, [""])
+    outline = viz.draw_detections(blank(), found, [""], style=viz.Style(contour=True))
+    assert (filled[middle] != blank()[middle]).all()
+    assert (outline[middle] == blank()[middle]).all() and (outline != blank()).any()
+
+
+def test_boxes_alone_and_masks_alone_leave_out_the_other():
+    found = make_detections([[60, 60, 260, 200]], masks=True)
+    without = make_detections([[60, 60, 260, 200]])
+    boxes = viz.draw_detections(blank(), found, [""], style=viz.Style(parts="boxes"))
+    assert (boxes == viz.draw_detections(blank(), without, [""])).all()
+    masks = viz.draw_detections(blank(), found, [""], style=viz.Style(parts="masks"))
+    both = viz.draw_detections(blank(), found, [""])
+    changed = (masks != both).any(2)
+    assert changed.any() and not changed[100:150, 100:200].any()
+    # An object without a mask keeps its box.
+    assert (viz.draw_detections(blank(), without, [""], style=viz.Style(parts="masks")) != blank()).any()
+
+
+def test_instances_of_one_class_get_colours_of_their_own_when_asked():
+    found = make_detections([[10, 10, 120, 110], [180, 10, 290, 110]], labels=[1, 1], masks=True)
+
+    def inside(style):
+        picture = viz.draw_detections(blank(), found, ["", ""], style=style)
+        return picture[80, 65].tolist(), picture[80, 240].tolist()
+
+    first, second = inside(viz.Style())
+    assert first == second
+    first, second = inside(viz.Style(colors="instance"))
+    assert first != second
+
+
+def test_a_small_picture_is_enlarged_so_that_names_do_not_cover_it():
+    found = make_detections([[5, 5, 40, 40]], masks=False)
+    small = viz.draw_detections(blank(48, 48), found, ["zebra"])
+    large = viz.draw_detections(blank(48, 48), found, ["zebra"], style=viz.Style(smallest=320))
+    assert small.shape[:2] == (48, 48) and large.shape[:2] == (336, 336)
+
+    def covered(picture):
+        return (picture != blank(1, 1)[0, 0]).any(2).mean()
+
+    assert covered(large) < 0.5 * covered(small)
+    # The box is where it belongs: at 5 and 40 of 48.
+    assert (large[5 * 7 + 100, 5 * 7 - 2 : 5 * 7 + 3] != blank(1, 1)[0, 0]).any()
+    same = viz.draw_detections(blank(400, 300), found, [""], style=viz.Style(smallest=320))
+    assert same.shape == (400, 300, 3)
+
+
+def test_an_enlarged_mask_covers_the_same_share():
+    found = make_detections([[8, 8, 40, 40]], shape=(48, 48), masks=True)
+    large = viz.draw_detections(blank(48, 48), found, [""], style=viz.Style(parts="masks", smallest=96))
+    mask = coco_mask.decode(found.masks[0])
+    share = (large[:, :] != blank(1, 1)[0, 0]).any(2).mean()
+    assert abs(share - mask.mean()) < 0.25 * mask.mean()
+
+
+def test_a_cut_out_is_the_object_alone_with_alpha():
+    image = np.random.default_rng(0).integers(1, 255, (60, 80, 3), np.uint8)
+    mask = np.zeros((60, 80), np.uint8)
+    cv2.circle(mask, (40, 30), 15, 1, -1)
+    rle = coco_mask.encode(np.asfortranarray(mask))
+    pixels = viz.cut_out(image, {"size": [60, 80], "counts": rle["counts"].decode()})
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    box = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
+    assert (pixels[:, :, 3] == 255 * mask[box]).all()
+    assert (pixels[:, :, :3] == image[box] * mask[box][:, :, None]).all()
+    empty = coco_mask.encode(np.zeros((60, 80), np.uint8, order="F"))
+    assert viz.cut_out(image, {"size": [60, 80], "counts": empty["counts"].decode()}) is None
+
+
+def test_rows_of_the_table_have_cocos_box_and_ids():
+    found = make_detections([[10, 20, 60, 70]], labels=[2])
+    entry = viz.prediction_entry("a.png", (240, 320), found, ["cat", "dög"], [7, 18])
+    entry["image_id"] = 99
+    assert viz.prediction_rows(entry) == [["a.png", 99, 18, "dög", entry["detections"][0]["score"], 10, 20, 50, 50]]
+    assert len(viz.CSV_HEADER) == 9
+
+
+@pytest.mark.skipif(not shutil.which("Xvfb"), reason="no virtual screen here: apt-get install xvfb")
+def test_the_window_closes_with_a_key(tmp_path):
+    """Shown on a virtual screen; the key is sent from inside, as no other program can type there."""
+    screen = subprocess.Popen(["Xvfb", "-displayfd", "1", "-screen", "0", "640x480x24"], stdout=subprocess.PIPE,
+                              stderr=subprocess.DEVNULL)  # fmt: skip
+    try:
+        number = screen.stdout.readline().decode().strip()
+        picture = cv2.imencode(".png", blank(2000, 3000))[1].tobytes()
+        press = "root.update(); root.after(300, lambda: root.event_generate('<Key>', keysym='q'))"
+        check = "assert root.winfo_width() <= 640; root.mainloop(); print('closed')"
+        typed = viz.WINDOW.replace("root.mainloop()", f"{press}; {check}")
+        command, screen_of_it = [sys.executable, "-c", typed, "", "a.png"], {**os.environ, "DISPLAY": f":{number}"}
+        done = subprocess.run(command, input=picture, capture_output=True, timeout=60, env=screen_of_it)
+        assert done.stdout.decode().strip() == "closed", done.stderr.decode()
+    finally:
+        screen.terminate()
+        screen.wait()
