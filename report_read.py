@@ -188,8 +188,9 @@ def scene_from_coco(
     falloffs = 2 * np.array(sigmas, np.float64) if sigmas else None
     forgiven = np.zeros(len(found[0]), bool)
     files = [str(im.get("file_name", im["id"])) for im in ordered]
-    images = list(image_of), files, sizes, list(names.values())
-    return Scene(*images, *truth, *found, *(forgiven, ~forgiven, iou_type, falloffs))
+    # The columns in the order of Scene, typed as Any: mypy cannot count those of two tuples.
+    columns: Any = (list(image_of), files, sizes, list(names.values()), *truth, *found, forgiven, ~forgiven, iou_type)
+    return Scene(*columns)._replace(falloffs=falloffs)
 
 
 def _truth_rows(annotations, image_of, label_of, sizes, iou_type) -> tuple:
