@@ -1,5 +1,6 @@
 """What every part of PackRCNN shares: the user-facing error, atomic writes, logging, and facts about the machine."""
 
+import argparse
 import contextlib
 import importlib
 import importlib.metadata
@@ -21,6 +22,8 @@ from termcolor import colored
 __all__ = [
     "UserError", "logger", "atomic_write", "write_json", "without_nan", "read_json", "read_text", "decode_text",
     "visible_gpus", "git_revision", "project_version", "describe_error", "import_function",
+    "check_output_folder", "check_output_file",
+    "path_argument",
 ]  # fmt: skip
 
 
@@ -89,6 +92,37 @@ def _umask() -> int:
     return mask
 
 
+def check_output_folder(folder: str | os.PathLike, flag: str) -> None:
+    """UserError, naming the flag, if files cannot be written into the folder, which need not exist yet.
+
+    Asked before expensive work: a file is written and removed in the folder, or in the nearest one that exists.
+    """
+    place = Path(folder)
+    while True:
+        try:
+            os.lstat(place)
+            break
+        except (FileNotFoundError, NotADirectoryError):
+            place = place.parent
+        except OSError as e:
+            raise UserError(f"{flag} {folder}: {e.strerror}") from None
+    try:
+        if not place.is_dir():
+            raise UserError(f"{flag} {folder}: {place} is a file, not a folder")
+        with tempfile.TemporaryFile(dir=place) as f:
+            f.write(bytes(4096))
+            f.flush()
+    except OSError as e:
+        raise UserError(f"{flag} {folder}: nothing can be written into {place} ({e.strerror})") from None
+
+
+def check_output_file(path: str | os.PathLike, flag: str) -> None:
+    """UserError, naming the flag, if the file cannot be written; see `check_output_folder`."""
+    if Path(path).is_dir():
+        raise UserError(f"{flag} {path} is a folder; give the name of a file in it")
+    check_output_folder(Path(path).parent, f"{flag} {path}: folder")
+
+
 def write_json(path: str | os.PathLike, content: Any, indent: int | None = None) -> None:
     with atomic_write(path) as f:
         json.dump(content, f, indent=indent)
@@ -152,6 +186,13 @@ def visible_gpus() -> int:
             break  # CUDA ignores what follows the first device that does not exist
         count += 1
     return min(count, installed)
+
+
+def path_argument(text: str) -> str:
+    """Type of argparse's options and arguments that name a file or folder: expands "~", refuses an empty value."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("a path must not be empty")
+    return os.path.expanduser(text)
 
 
 def git_revision() -> str:

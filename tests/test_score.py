@@ -296,7 +296,7 @@ def test_flags_without_a_meaning_and_places_that_cannot_be_written_are_refused(t
         (["--protocol", "voc07", "--iou-type", "segm"], "--iou-type has no meaning"),
         (["--protocol", "lvis", "--iou-type", "keypoints"], "LVIS scores bbox or segm"),
         (["--protocol", "oid-challenge", "--hierarchy", str(tmp_path / "tree.json")], "is not a tree of objects"),
-        (["--protocol", "coco", "--json", str(tmp_path / "file/o.json")], "file/o.json cannot be written"),
+        (["--protocol", "coco", "--json", str(tmp_path / "file/o.json")], "file is a file, not a folder"),
     ):
         assert score.main([*args, *base]) == 2
         assert message in capsys.readouterr().err

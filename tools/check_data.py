@@ -29,7 +29,7 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 import dataset_coco
-from common import UserError, atomic_write, logger, write_json
+from common import UserError, atomic_write, check_output_file, check_output_folder, logger, path_argument, write_json
 from config import default_config, finalize_config
 from data_check import Finding, ImageFacts, look_at_image
 from dataset import load_split
@@ -685,18 +685,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument(
-        "--data", nargs=2, action="append", default=[], metavar=("JSON", "IMAGES"), help="a set; repeat"
+        "--data",
+        type=path_argument,
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("JSON", "IMAGES"),
+        help="a set; repeat",
     )
     parser.add_argument(
         "--config", nargs="+", metavar="KEY=VAL", help="settings; checks the sets of DATA.TRAIN, DATA.VAL"
     )
-    parser.add_argument("--json", metavar="OUT", help="where to write the findings")
-    parser.add_argument("--fix", metavar="DIR", help="write cleaned annotation files into this folder")
-    parser.add_argument("--page", metavar="DIR", help="write a page of pictures into this folder")
+    parser.add_argument("--json", type=path_argument, metavar="OUT", help="where to write the findings")
+    parser.add_argument(
+        "--fix", type=path_argument, metavar="DIR", help="write cleaned annotation files into this folder"
+    )
+    parser.add_argument("--page", type=path_argument, metavar="DIR", help="write a page of pictures into this folder")
     parser.add_argument("--pictures", type=int, default=24, help="random pictures of each set on the page (24)")
     parser.add_argument("--quick", action="store_true", help="do not open the images")
     args = parser.parse_args(argv)
     try:
+        if args.json:
+            check_output_file(args.json, "--json")
+        for flag, folder in (("--fix", args.fix), ("--page", args.page)):
+            if folder:
+                check_output_folder(folder, flag)
         if bool(args.data) == bool(args.config):
             raise UserError("give either --data JSON IMAGES or --config with DATA.TRAIN and DATA.VAL")
         stems = Counter(Path(j).stem for j, _ in args.data)

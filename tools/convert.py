@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from tabulate import tabulate
 
-from common import UserError, logger, read_json
+from common import UserError, check_output_file, logger, path_argument, read_json, read_text
 from config import default_config
 from utils.checkpoint import (
     is_tf_checkpoint,
@@ -965,18 +965,31 @@ def _parse_class_names(text: str | None) -> list[str] | None:
     """Names from 'a,b,c', a text file with one per line, or a COCO-style annotation file (by ascending id)."""
     if text is None:
         return None
-    if text.endswith(".json"):
-        categories = read_json(text, "annotation file").get("categories", [])
-        return [c["name"] for c in sorted(categories, key=lambda c: c["id"])]
-    if os.path.isfile(text):
-        return [line.strip() for line in Path(text).read_text().splitlines() if line.strip()]
-    return [name.strip() for name in text.split(",")]
+    path = os.path.expanduser(text)
+    if path.endswith(".json"):
+        content = read_json(path, "annotation file")
+        categories = content.get("categories") if isinstance(content, dict) else None
+        try:
+            names = [c["name"] for c in sorted(categories, key=lambda c: c["id"])]
+        except (TypeError, KeyError):
+            raise UserError(f"--class-names {text}: categories must be objects with name and id") from None
+    elif os.path.isfile(path):
+        names = [line.strip() for line in read_text(path, "list of class names").splitlines() if line.strip()]
+    else:
+        names = [name.strip() for name in text.split(",")]
+    if not names or not all(isinstance(name, str) and name for name in names):
+        raise UserError(f"--class-names {text}: names must be texts, and none of them empty")
+    return names
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("input", help="weights of another system (.npz .pkl .pth .h5, or a TensorFlow checkpoint)")
-    parser.add_argument("output", nargs="?", help="the .npz to write; without it only the report is printed")
+    parser.add_argument(
+        "input", type=path_argument, help="weights of another system (.npz .pkl .pth .h5, or a TensorFlow checkpoint)"
+    )
+    parser.add_argument(
+        "output", nargs="?", type=path_argument, help="the .npz to write; without it only the report is printed"
+    )
     parser.add_argument("--config", nargs="+", default=[], metavar="KEY=VAL", help="settings that win over the derived")
     parser.add_argument("--class-names", help="a,b,c or a file: one per line, or annotations .json")
     parser.add_argument("--drop-unused-classes", action="store_true", help="keep 80 of torchvision's 90 COCO ids")
@@ -987,6 +1000,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.output and not args.output.endswith(".npz"):
             raise UserError(f"{args.output}: the output is an .npz file; give it that ending")
+        if args.output:
+            check_output_file(args.output, "output")
         names = _parse_class_names(args.class_names)
         variables, settings, report = convert(args.input, args.config, names, args.drop_unused_classes)
         print(report.table(args.verbose))

@@ -10,7 +10,7 @@ import json
 import sys
 from pathlib import Path
 
-from common import UserError, atomic_write, logger
+from common import UserError, atomic_write, check_output_file, logger, path_argument
 
 __all__ = ["draw_curves", "read_log"]
 
@@ -69,23 +69,28 @@ def draw_curves(runs: dict[str, Path], keys: list[str], out: Path) -> list[str]:
     return drawn
 
 
+def _path(text: str) -> Path:
+    return Path(path_argument(text))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("runs", nargs="+", type=Path, help="log directories of training runs")
+    parser.add_argument("runs", nargs="+", type=_path, help="log directories of training runs")
     parser.add_argument("--keys", nargs="+", default=DEFAULT_KEYS, help="what to draw (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("curves.png"), help="the picture (default: %(default)s)")
+    parser.add_argument("--out", type=_path, default=Path("curves.png"), help="the picture (default: %(default)s)")
     args = parser.parse_args()
-    names = [run.name for run in args.runs]
-    if len(set(names)) < len(names):
-        names = [str(run) for run in args.runs]
-    drawn = draw_curves(dict(zip(names, args.runs)), args.keys, args.out)
+    try:
+        check_output_file(args.out, "--out")
+        names = [run.name for run in args.runs]
+        if len(set(names)) < len(names):
+            names = [str(run) for run in args.runs]
+        drawn = draw_curves(dict(zip(names, args.runs)), args.keys, args.out)
+    except UserError as e:
+        logger.error(str(e))
+        return 2
     logger.info(f"{', '.join(drawn)} of {len(args.runs)} runs are in {args.out}")
     return 0
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as e:
-        logger.error(str(e))
-        sys.exit(2)
+    sys.exit(main())

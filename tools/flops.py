@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from tabulate import tabulate
 
-from common import UserError, logger, write_json
+from common import UserError, check_output_file, logger, path_argument, write_json
 from config import Config, default_config, finalize_config
 
 __all__ = ["count"]
@@ -162,9 +162,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--size", nargs=2, type=int, default=[800, 1333], metavar=("HEIGHT", "WIDTH"))
     parser.add_argument("--proposals", type=int, default=1000, metavar="N", help="RoIs of the box head")
     parser.add_argument("--detections", type=int, default=100, metavar="N", help="RoIs of mask and keypoint heads")
-    parser.add_argument("--json", metavar="OUT", help="write the numbers there too")
+    parser.add_argument("--json", type=path_argument, metavar="OUT", help="write the numbers there too")
     args = parser.parse_args(argv)
     try:
+        if args.json:
+            check_output_file(args.json, "--json")
         if min(args.size) < 1 or min(args.proposals, args.detections) < 0:
             raise UserError(f"--size {args.size[0]} {args.size[1]}: height and width in pixels, 1 or more")
         cfg = finalize_config(default_config().update_args(args.config))

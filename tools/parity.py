@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tabulate import tabulate
 
-from common import UserError, atomic_write, logger, read_json
+from common import UserError, atomic_write, check_output_file, logger, path_argument, read_json
 from config import Config, default_config, finalize_config
 from detections import paste_masks, to_original_frame
 from tools.convert import convert
@@ -679,13 +679,20 @@ HEADERS = ["model", "quantity", "worst error", "tolerance", "", "where"]
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("directory", nargs="?", default=os.environ.get("GOLDEN") or DEFAULT_DIRECTORY)
+    parser.add_argument(
+        "directory", nargs="?", type=path_argument, default=os.environ.get("GOLDEN") or DEFAULT_DIRECTORY
+    )
     parser.add_argument("--models", nargs="+", metavar="NAME", help="only these models")
     parser.add_argument("--precision", choices=["float32", "float64"], default="float64", help="of convolutions")
-    parser.add_argument("--markdown", metavar="FILE", help="also write the table there, one row per quantity")
-    parser.add_argument("--json", metavar="FILE", help="also write every single difference there")
+    parser.add_argument(
+        "--markdown", type=path_argument, metavar="FILE", help="also write the table there, one row per quantity"
+    )
+    parser.add_argument("--json", type=path_argument, metavar="FILE", help="also write every single difference there")
     args = parser.parse_args(arguments)
     try:
+        for flag, path in (("--markdown", args.markdown), ("--json", args.json)):
+            if path:
+                check_output_file(path, flag)
         rows = run(args.directory, args.models, args.precision)
     except UserError as error:
         logger.error(str(error))

@@ -23,7 +23,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from common import UserError, logger, write_json
+from common import UserError, check_output_file, logger, path_argument, write_json
 from dataset_cityscapes import read_cityscapes_content
 from dataset_voc import read_voc_content, read_voc_detections
 from eval import format_scores, read_results
@@ -156,9 +156,9 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--protocol", required=True, choices=list(PROTOCOLS))
-    parser.add_argument("--gt", required=True, metavar="DIR_OR_JSON")
-    parser.add_argument("--detections", required=True, metavar="FILE")
-    parser.add_argument("--json", metavar="OUT", help="where to write the scores")
+    parser.add_argument("--gt", type=path_argument, required=True, metavar="DIR_OR_JSON")
+    parser.add_argument("--detections", type=path_argument, required=True, metavar="FILE")
+    parser.add_argument("--json", type=path_argument, metavar="OUT", help="where to write the scores")
     parser.add_argument("--iou-type", choices=["bbox", "segm", "keypoints"], help="coco, lvis; default: as the results")
     parser.add_argument(
         "--split",
@@ -167,9 +167,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--normalised", action="store_true", help="--gt is a json whose boxes and outlines are fractions of the image"
     )
-    parser.add_argument("--classes", help="Open Images: class description csv, if not the one in the folder")
-    parser.add_argument("--hierarchy", help="Open Images: hierarchy json, if not the one in the folder")
-    parser.add_argument("--masks", help="Open Images: folder of mask images, if not masks/ in the folder")
+    parser.add_argument(
+        "--classes", type=path_argument, help="Open Images: class description csv, if not the one in the folder"
+    )
+    parser.add_argument(
+        "--hierarchy", type=path_argument, help="Open Images: hierarchy json, if not the one in the folder"
+    )
+    parser.add_argument(
+        "--masks", type=path_argument, help="Open Images: folder of mask images, if not masks/ in the folder"
+    )
     parser.add_argument(
         "--expand-detections", action="store_true",
         help="Open Images challenge: copy each detection to its ancestor classes (the official tool does not)",
@@ -178,6 +184,8 @@ def main(argv: list[str] | None = None) -> int:
     scorers = {"coco": score_coco, "lvis": score_lvis, "voc07": score_voc, "voc12": score_voc}
     scorers["cityscapes"] = score_cityscapes
     try:
+        if args.json:
+            check_output_file(args.json, "--json")
         for flag in ("gt", "detections"):
             if not Path(getattr(args, flag)).exists():
                 raise UserError(f"--{flag} {getattr(args, flag)} does not exist")

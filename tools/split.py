@@ -18,7 +18,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from common import UserError, logger, read_json, write_json
+from common import UserError, check_output_folder, logger, path_argument, read_json, write_json
 
 __all__ = ["split"]
 
@@ -52,10 +52,12 @@ def class_table(train: dict[str, Any], val: dict[str, Any]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("annotations", help="COCO-format json")
+    parser.add_argument("annotations", type=path_argument, help="COCO-format json")
     parser.add_argument("--val", type=float, default=0.2, metavar="SHARE", help="of the images (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="another seed draws other images (default: %(default)s)")
-    parser.add_argument("--output", metavar="DIR", help="where to write (default: beside the annotation file)")
+    parser.add_argument(
+        "--output", type=path_argument, metavar="DIR", help="where to write (default: beside the annotation file)"
+    )
     args = parser.parse_args(argv)
     try:
         if not 0 < args.val < 1:
@@ -63,6 +65,7 @@ def main(argv: list[str] | None = None) -> int:
         source = Path(args.annotations)
         folder = Path(args.output) if args.output else source.parent
         targets = [folder / "train.json", folder / "val.json"]
+        check_output_folder(folder, "--output")
         for target in targets:
             if target.exists():
                 raise UserError(f"{target} exists already; move it away, or choose another folder with --output")

@@ -11,7 +11,7 @@ import sys
 from collections import defaultdict
 from typing import Any
 
-from common import UserError, logger, read_json, write_json
+from common import UserError, check_output_file, logger, path_argument, read_json, write_json
 
 __all__ = ["subset"]
 
@@ -35,13 +35,14 @@ def subset(content: dict[str, Any], images: int, max_objects: int, min_area: flo
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("annotations", help="COCO-format json")
-    parser.add_argument("output", help="json to write")
+    parser.add_argument("annotations", type=path_argument, help="COCO-format json")
+    parser.add_argument("output", type=path_argument, help="json to write")
     parser.add_argument("--images", type=int, default=8)
     parser.add_argument("--max-objects", type=int, default=1000, help="images with more are left out")
     parser.add_argument("--min-area", type=float, default=0.0, help="images with a smaller box are left out")
     args = parser.parse_args()
     try:
+        check_output_file(args.output, "output")
         content = subset(
             read_json(args.annotations, "annotation file"), args.images, args.max_objects, args.min_area
         )  # fmt: skip
