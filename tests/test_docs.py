@@ -324,6 +324,9 @@ def test_the_web_site_builds_without_a_warning_and_needs_no_other_server(tmp_pat
     for stem in pages:
         html = (site / f"{stem}.html").read_text()
         assert not re.findall(r"""<(?:script|link|img)[^>]+(?:src|href)=["']?(?:https?:)?//""", html), stem
+        paragraphs = re.findall(r"(?s)<p>(.*?)</p>", re.sub(r"(?s)<(pre|code).*?</\1>", "", html))
+        broken = [p for p in paragraphs if re.search(r"\n *(- |\d+\. |\|)", p)]
+        assert not broken, f"{stem}: a list or table needs an empty line before it: {broken[0]}"
         for picture in re.findall(r'<img[^>]+src="([^"]+)"', html):
             assert (site / picture).is_file(), f"{stem}: {picture}"
 
