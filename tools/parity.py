@@ -29,6 +29,7 @@ from config import Config, default_config, finalize_config
 from detections import paste_masks, to_original_frame
 from tools.convert import convert
 from utils.polygons import decode_mask, orient_outer, rings_to_edges
+from utils.weight_files import read_npz
 
 __all__ = ["Golden", "compare_inference", "compare_training", "load_golden", "settings_from_golden"]
 
@@ -271,13 +272,10 @@ def element_map(weights: Path) -> tuple[dict[str, np.ndarray], dict[str, tuple]]
     {source name: (first number, shape)}. Found by converting numbers instead of weights, so that gradients can be
     carried back without knowing the converter's rules."""
     spans, numbers, start = {}, {}, 0
-    with np.load(weights, allow_pickle=False) as content:
-        for key in content.files:
-            shape = content[key].shape
-            size = int(np.prod(shape))
-            numbers[key] = np.arange(start + 1, start + size + 1, dtype=np.float32).reshape(shape)
-            spans[key] = (start, shape)
-            start += size
+    for key, value in read_npz(weights)[0].items():
+        numbers[key] = np.arange(start + 1, start + value.size + 1, dtype=np.float32).reshape(value.shape)
+        spans[key] = (start, value.shape)
+        start += value.size
     if start >= 2**24:
         raise UserError(f"{weights}: {start} values are too many to number in float32")
     with tempfile.TemporaryDirectory() as folder:

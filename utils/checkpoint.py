@@ -135,11 +135,11 @@ def _load_newest(directory: Path, wanted: Callable[[str], bool]) -> tuple[dict[s
 
 
 def _load_tf(prefix: str, wanted: Callable[[str], bool]) -> tuple[dict[str, np.ndarray], dict[str, Any] | None]:
+    # Not at the top of the file: the converter and the .npz paths do without TensorFlow.
+    from utils.tf_v1 import tf
+
     try:
         entries = read_tensor_index(prefix)
-        # Not at the top of the file: the converter and the .npz paths do without TensorFlow.
-        from utils.tf_v1 import tf
-
         reader = tf.train.load_checkpoint(prefix)
         values = {}
         for name, entry in entries.items():
