@@ -96,7 +96,7 @@ def test_class_list_may_have_a_header(tmp_path):
 
 @pytest.mark.quick
 def test_class_missing_in_the_hierarchy_is_an_error():
-    with pytest.raises(UserError, match="lacks 1 of the classes, e.g. /m/zzz"):
+    with pytest.raises(UserError, match="1 of the classes are missing from class hierarchy .*, e.g. /m/zzz"):
         read_ancestors(GOLDEN / "bbox_labels_hierarchy.json", ["/m/0jbk", "/m/zzz"])
 
 

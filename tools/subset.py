@@ -11,7 +11,8 @@ import sys
 from collections import defaultdict
 from typing import Any
 
-from common import UserError, check_output_file, logger, path_argument, read_json, write_json
+from common import UserError, check_output_file, logger, path_argument, write_json
+from utils.coco_format import check_entries, read_annotation, read_document
 
 __all__ = ["subset"]
 
@@ -19,15 +20,17 @@ __all__ = ["subset"]
 def subset(content: dict[str, Any], images: int, max_objects: int, min_area: float) -> dict[str, Any]:
     """The first `images` images by id that have 1 to `max_objects` objects, none a crowd nor smaller than `min_area`
     square pixels; all categories stay."""
-    objects = defaultdict(list)
+    objects, bad = defaultdict(list), set()
     for annotation in content["annotations"]:
-        objects[annotation["image_id"]].append(annotation)
+        typed = read_annotation(annotation)
+        objects[typed.image_id].append(annotation)
+        if typed.is_crowd or typed.box is None or typed.box[2] * typed.box[3] < min_area:
+            bad.add(typed.image_id)
 
-    def fits(annotations: list[dict]) -> bool:
-        good = all(not a.get("iscrowd") and a["bbox"][2] * a["bbox"][3] >= min_area for a in annotations)
-        return good and 1 <= len(annotations) <= max_objects
+    def fits(image_id: Any) -> bool:
+        return image_id not in bad and 1 <= len(objects[image_id]) <= max_objects
 
-    chosen = [i for i in sorted(content["images"], key=lambda i: str(i["id"])) if fits(objects[i["id"]])][:images]
+    chosen = [i for i in sorted(content["images"], key=lambda i: str(i["id"])) if fits(i["id"])][:images]
     if len(chosen) < images:
         raise UserError(f"only {len(chosen)} images fit; raise --max-objects or lower --min-area")
     return {**content, "images": chosen, "annotations": [a for i in chosen for a in objects[i["id"]]]}
@@ -43,9 +46,9 @@ def main() -> int:
     args = parser.parse_args()
     try:
         check_output_file(args.output, "output")
-        content = subset(
-            read_json(args.annotations, "annotation file"), args.images, args.max_objects, args.min_area
-        )  # fmt: skip
+        content = read_document(args.annotations)
+        check_entries(content, f"annotation file {args.annotations}")
+        content = subset(content, args.images, args.max_objects, args.min_area)
     except UserError as e:
         logger.error(str(e))
         return 2

@@ -11,7 +11,6 @@ alone, and would score it as an object.)
 """
 
 import json
-import math
 import mmap
 import os
 import re
@@ -26,9 +25,9 @@ from common import UserError, decode_text, logger
 from utils.polygons import decode_runs, encode_segmentation, rle_runs
 
 __all__ = [
-    "REASONS", "Annotation", "ImageEntry", "Unusable", "as_results", "as_truth", "check_lists", "in_pixels",
-    "look_like_corners", "read_annotation", "read_categories", "read_document", "read_flag", "read_id", "read_image",
-    "read_name", "read_number", "read_truth", "refuse_normalised", "scan_document",
+    "REASONS", "Annotation", "ImageEntry", "Unusable", "as_results", "as_truth", "check_entries", "check_lists",
+    "in_pixels", "look_like_corners", "read_annotation", "read_categories", "read_document", "read_flag", "read_id",
+    "read_image", "read_name", "read_number", "read_truth", "refuse_normalised", "scan_document",
 ]  # fmt: skip
 
 # Why an annotation, or a part of its outline, is left out.
@@ -113,7 +112,7 @@ def read_number(value: Any, reason: str = "number") -> float:
 
 def read_flag(value: Any) -> bool:
     """0, 1, true or false, also as text; nothing means 0."""
-    if value is None or value is False or value is True:
+    if value is None or type(value) is bool or (type(value) is int and 0 <= value <= 1):
         return bool(value)
     if type(value) is str:
         value = {"": 0, "false": 0, "no": 0, "true": 1, "yes": 1}.get(value.strip().lower(), value)
@@ -220,7 +219,7 @@ def read_box(value: Any) -> tuple[float, float, float, float] | None:
     if type(value) is not list or len(value) != 4:
         raise Unusable("box", _shown(value))
     try:
-        x, y, width, height = map(read_number, value)
+        x, y, width, height = value if _all_numbers(value) else map(read_number, value)
     except Unusable:
         raise Unusable("number", f"bbox {_shown(value)}") from None
     return x, y, width, height
@@ -272,13 +271,15 @@ def read_outline(value: Any) -> tuple[list[list[float]], list[dict[str, Any]], l
 
 
 def _read_ring(part: list) -> list[float]:
+    return part if _all_numbers(part) else [read_number(v) for v in part]
+
+
+def _all_numbers(values: list) -> bool:
+    """Whether all are finite numbers, in one pass in C. (Huge ones may cancel out, and are clipped later.)"""
     try:
-        # One pass in C for the usual case: only numbers, all of them of a usable size.
-        if min(part) >= -LARGEST and max(part) <= LARGEST and not math.isnan(sum(part)):
-            return part
-    except TypeError:
-        pass
-    return [read_number(v) for v in part]
+        return abs(sum(values)) <= LARGEST
+    except (TypeError, OverflowError):
+        return False
 
 
 def _read_rle(value: dict) -> dict[str, Any]:
@@ -404,6 +405,20 @@ def read_document(path: str | os.PathLike) -> dict[str, Any]:
     rest = scan_document(path, "annotation file", {key: entries.append for key, entries in lists.items()})
     check_lists(rest, f"annotation file {path}")
     return {"annotations": [], **rest, **{key: lists[key] for key in lists if key in rest}}
+
+
+def check_entries(content: dict[str, Any], origin: str) -> None:
+    """UserError for the first entry of the document that training would refuse or leave out."""
+    read_categories(content["categories"], origin)
+    for raw in content["images"]:
+        read_image(raw, origin)
+    for number, raw in enumerate(content["annotations"]):
+        try:
+            read_annotation(raw)
+        except Unusable as e:
+            raise UserError(
+                f"{origin}: entry {number} of 'annotations': {e}; tools/check_data.py --fix writes a cleaned copy"
+            ) from None
 
 
 def check_lists(rest: dict[str, Any], origin: str) -> None:
