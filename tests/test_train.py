@@ -585,3 +585,14 @@ def test_print_config_shows_the_settings_in_effect(trained, capsys):
     out = capsys.readouterr().out
     assert "MODE_FPN=True" in out.splitlines()
     assert "TRAIN.LR_SCHEDULE=[240000, 320000, 360000]" in out.splitlines()
+
+
+def test_browsing_with_a_model_shows_its_proposals_and_the_sampled_rois(trained, tmp_path):
+    from tools import browse
+
+    assert browse.main(["--load", str(trained), "--batches", "1", "--out", str(tmp_path / "page")]) == 0
+    page = (tmp_path / "page/index.html").read_text()
+    found = re.search(r"batch 0, image 0: (\d+) sampled RoIs, (\d+) foreground", page)
+    # TINY_MODEL samples 32, a quarter of them foreground at most; the objects themselves are among the candidates.
+    assert 0 < int(found[2]) <= 8 and int(found[2]) < int(found[1]) <= 32
+    assert re.search(r"batch 0, image 0: the best \d+ of \d+ proposals", page)

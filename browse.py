@@ -1,0 +1,254 @@
+"""Pages of a data set: its images with their annotations, and training batches exactly as the network gets them.
+
+Choosing images looks at columns only, so a hundred thousand images are chosen from in a second; pixels are read of
+those that are shown.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from html import escape
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import quote
+
+import cv2
+import numpy as np
+
+from common import UserError, atomic_write, logger
+from config import Config
+from data import read_split_image, training_keys
+from data_workers import training_dataflow
+from dataset_split import DatasetSplit
+from report_page import STYLE
+from viz import Style, class_color, draw_annotations
+
+__all__ = ["SIZES", "Filter", "choose_images", "draw_batch", "draw_boxes", "write_batches", "write_images"]
+
+SIZES = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, 1e10)}  # area of the box, as COCO's
+SIDE = 720  # longest side of a picture
+MOST_NAMED = 24  # foreground RoIs that are named in a picture
+
+
+class Filter(NamedTuple):
+    """Which images are shown: those that fulfil all that is given."""
+
+    classes: Sequence[str] = ()  # with an object of one of these
+    size: str | None = None  # with an object (of these classes) of this size
+    empty: bool = False  # without any object
+    crowd: bool = False  # with a crowd or another ignored region
+    image_ids: Sequence[str] = ()
+
+
+def choose_images(split: DatasetSplit, wanted: Filter) -> np.ndarray:
+    """int64 indices of the images, in the order of the set, from its columns alone."""
+    c = split.columns
+    first = c["first_object"]
+    owner = np.repeat(np.arange(len(split)), np.diff(first))
+    chosen = np.ones(len(split), bool)
+    unknown = [n for n in wanted.classes if n not in split.class_names]
+    if unknown:
+        raise UserError(
+            f"--class {unknown[0]}: {split.name} has no such class; it has {', '.join(split.class_names[:8])}"
+        )
+    if wanted.classes or wanted.size:
+        fits = ~c["crowd"]
+        if wanted.classes:
+            fits &= np.isin(c["labels"], [split.class_names.index(n) + 1 for n in wanted.classes])
+        if wanted.size:
+            low, high = SIZES[wanted.size]
+            area = (c["boxes"][:, 2:] - c["boxes"][:, :2]).prod(1)
+            fits &= (area >= low) & (area < high)
+        chosen &= np.bincount(owner[fits], minlength=len(split)) > 0
+    if wanted.crowd:
+        chosen &= np.bincount(owner[c["crowd"]], minlength=len(split)) > 0
+    if wanted.empty:
+        chosen &= np.diff(first) == 0
+    if wanted.image_ids:
+        ids = {str(i) for i in wanted.image_ids}
+        named = np.array([str(split.image_id(i)) in ids for i in range(len(split))], bool)
+        if named.sum() < len(ids):
+            known = {str(split.image_id(i)) for i in np.flatnonzero(named)}
+            raise UserError(f"--image-id {sorted(ids - known)[0]} is not in {split.name}")
+        chosen &= named
+    return np.flatnonzero(chosen)
+
+
+def write_images(
+    split: DatasetSplit,
+    wanted: Filter,
+    out: Path,
+    number: int = 60,
+    start: int = 0,
+    style: Style = Style(),  # noqa: B008
+) -> int:
+    """A page of `number` of the chosen images from the `start`-th on; returns how many were chosen in all."""
+    chosen = choose_images(split, wanted)
+    shown = chosen[start : start + number]
+    if not len(shown):
+        raise UserError(
+            f"{split.name}: no image to show; {len(chosen)} of {len(split)} images fit, and --start is {start}"
+        )
+    entries = []
+    for i in shown.tolist():
+        try:
+            image = read_split_image(split, i)
+        except UserError as e:
+            logger.warning(f"{e}; it is left out")
+            continue
+        annotations = split.annotations(i)
+        picture = _scaled(draw_annotations(image, annotations, split.class_names, style))
+        labels = [split.class_names[label - 1] for label in annotations["labels"].tolist()]
+        counts = ", ".join(f"{labels.count(n)} {n}" for n in sorted(set(labels))) or "no object"
+        name = os.path.basename(split.image_file(i))
+        entries.append(_write(out, f"{split.image_id(i)}", picture, f"id {split.image_id(i)} · {name}: {counts}"))
+    what = [f"{len(chosen):,} of {len(split):,} images fit; number {start + 1} to {start + len(shown)} are shown."]
+    _write_page(out, f"{split.name}: {split.annotation_file}", what, entries)
+    return len(chosen)
+
+
+def write_batches(
+    split: DatasetSplit, cfg: Config, out: Path, batches: int = 4, start: int = 0, read_rois: Callable | None = None
+) -> None:
+    """A page of training batches from number `start` on: pixels after augmentation, resize and padding, with the boxes,
+    outlines, keypoints and ignored regions that the losses see; read_rois, see `browse_rois.roi_reader`, adds pictures
+    of the proposals and of the sampled RoIs."""
+    cfg = cfg.copy()
+    cfg.DATA.NUM_WORKERS = 0
+    cfg.freeze()
+    keys, entries = training_keys(cfg), []
+    flow = training_dataflow(split, cfg, start_batch=start)
+    for number, values in enumerate(islice(iter(flow), batches), start):
+        batch = dict(zip(keys, values))
+        for n in range(len(batch["image"])):
+            picture = draw_batch(batch, n, split.class_names)
+            height, width = batch["image_shape"][n].tolist()
+            padded = "×".join(map(str, batch["image"].shape[1:3]))
+            count = int((batch["gt_labels"][n] > 0).sum())
+            text = f"batch {number}, image {n}: {height}×{width} in {padded}, {count} objects"
+            entries.append(_write(out, f"batch{number}-{n}", _scaled(picture), text))
+        found = read_rois(batch) if read_rois else {}
+        for n in range(len(batch["image"]) if found else 0):
+            proposals = found["proposals"][n][found["valid"][n]]
+            picture = draw_boxes(batch["image"][n], proposals[:100], np.zeros(100, int), split.class_names)
+            text = f"batch {number}, image {n}: the best {min(100, len(proposals))} of {len(proposals)} proposals"
+            entries.append(_write(out, f"batch{number}-{n}-proposals", _scaled(picture), text))
+            kept = found["kept"][n]
+            rois, labels = found["rois"][n][kept], found["labels"][n][kept]
+            picture = draw_boxes(batch["image"][n], rois, labels, split.class_names)
+            text = f"batch {number}, image {n}: {len(rois)} sampled RoIs, {int((labels > 0).sum())} foreground"
+            entries.append(_write(out, f"batch{number}-{n}-rois", _scaled(picture), text))
+    what = ["As the network gets them. Hatched: padding. Dashed grey: ignored regions."]
+    _write_page(out, f"{split.name}: training batches", what, entries)
+
+
+def draw_batch(batch: dict[str, np.ndarray], n: int, class_names: Sequence[str]) -> np.ndarray:
+    """Image n of a training batch, see data.make_batch, with what belongs to it; padding is hatched."""
+    canvas, times = _enlarged(batch["image"][n])
+    height, width = (times * batch["image_shape"][n]).tolist()
+    y, x = np.ogrid[: canvas.shape[0], : canvas.shape[1]]
+    outside = (y >= height) | (x >= width)
+    canvas[outside & ((x + y) % 12 < 2)] = (90, 90, 90)
+    line = max(1, round(max(height, width) / 500))
+    for k in np.flatnonzero(batch["gt_labels"][n] > 0).tolist():
+        label, box = int(batch["gt_labels"][n, k]), times * batch["gt_boxes"][n, k]
+        crowd = bool(batch["gt_is_crowd"][n, k])
+        color = (150, 150, 150) if crowd else class_color(label)
+        x1, y1, x2, y2 = (round(float(v)) for v in box)
+        if crowd:
+            for corner, other in (
+                ((x1, y1), (x2, y1)),
+                ((x1, y2), (x2, y2)),
+                ((x1, y1), (x1, y2)),
+                ((x2, y1), (x2, y2)),
+            ):
+                steps = np.linspace(corner, other, 2 * max(2, round(np.hypot(*np.subtract(other, corner)) / 12)))
+                for a, b in zip(steps[::2], steps[1::2]):
+                    cv2.line(canvas, np.round(a).astype(int), np.round(b).astype(int), color, line)
+        else:
+            cv2.rectangle(canvas, (x1, y1), (x2, y2), color, line)
+        for a1, b1, a2, b2 in (times * batch["gt_edges"][n, k]).tolist() if "gt_edges" in batch else ():
+            cv2.line(canvas, (round(a1), round(b1)), (round(a2), round(b2)), color, line + 1, cv2.LINE_AA)
+        for px, py, shown in batch["gt_keypoints"][n, k].tolist() if batch.get("gt_keypoints") is not None else ():
+            if shown > 0:
+                px, py = times * px, times * py
+                cv2.circle(canvas, (round(px), round(py)), 2 * line, (255, 255, 255), -1, cv2.LINE_AA)
+                cv2.circle(canvas, (round(px), round(py)), line + 1, color, -1, cv2.LINE_AA)
+        name = class_names[label - 1] + (" (ignored)" if crowd else "")
+        cv2.putText(canvas, name, (x1 + 2, y1 + 14), (0, 0, 0), cv2.FontFace("sans"), 14, 800)
+        cv2.putText(canvas, name, (x1 + 1, y1 + 13), (255, 255, 255), cv2.FontFace("sans"), 14, 600)
+    return canvas
+
+
+def _enlarged(image: np.ndarray) -> tuple[np.ndarray, int]:
+    """A copy, a whole number of times larger where names would cover it, and that number."""
+    times = max(1, -(-SIDE // 2 // max(image.shape[:2])))
+    return cv2.resize(image, None, fx=times, fy=times, interpolation=cv2.INTER_NEAREST), times
+
+
+def draw_boxes(image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, class_names: Sequence[str]) -> np.ndarray:
+    """Boxes [B, 4] with labels [B]: foreground in the colour of its class and named, background (0) thin and grey."""
+    canvas, times = _enlarged(image)
+    named = (labels > 0).sum() <= MOST_NAMED
+    for box, label in sorted(zip((times * boxes).tolist(), labels.tolist()), key=lambda item: item[1] > 0):
+        x1, y1, x2, y2 = (round(v) for v in box)
+        color = class_color(label) if label else (170, 170, 170)
+        cv2.rectangle(canvas, (x1, y1), (x2, y2), color, 2 if label else 1)
+        if label and named:
+            cv2.putText(canvas, class_names[label - 1], (x1 + 2, y1 + 14), (0, 0, 0), cv2.FontFace("sans"), 13, 800)
+            cv2.putText(canvas, class_names[label - 1], (x1 + 1, y1 + 13), color, cv2.FontFace("sans"), 13, 600)
+    return canvas
+
+
+# ------------------------------------------------------------------------------------------------ pages
+def _scaled(picture: np.ndarray) -> np.ndarray:
+    factor = SIDE / max(picture.shape[:2])
+    if factor >= 1:
+        return picture
+    size = max(1, round(picture.shape[1] * factor)), max(1, round(picture.shape[0] * factor))
+    return cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
+
+
+def _write(out: Path, name: str, picture: np.ndarray, text: str) -> dict[str, Any]:
+    safe = "".join(ch if ch.isalnum() or ch in "-_" else "_" for ch in name)[:100]
+    path = out / "images" / f"{safe}.jpg"
+    with atomic_write(path, "wb") as f:
+        f.write(cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, 82])[1].tobytes())
+    return {"file": f"images/{path.name}", "size": picture.shape[:2], "text": text}
+
+
+def _write_page(out: Path, title: str, lines: Sequence[str], entries: Sequence[dict[str, Any]]) -> None:
+    figures = "".join(
+        f'<figure><a href="{quote(e["file"])}"><img loading=lazy src="{quote(e["file"])}" width="{e["size"][1]}" '
+        f'height="{e["size"][0]}" alt="{escape(e["text"])}"></a><figcaption>{escape(e["text"])}</figcaption></figure>'
+        for e in entries
+    )
+    text = "".join(f"<p>{escape(line)}</p>" for line in lines)
+    with atomic_write(out / "index.html") as f:
+        f.write(
+            '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+            f'<title>{escape(title)}</title><meta name="viewport" content="width=device-width, initial-scale=1">'
+            f'<link rel="icon" href="data:,"><style>{STYLE}{GRID}</style></head><body><main><h1>{escape(title)}</h1>'
+            f"{text}<p class=js><label>Show those that name <input type=search></label> <output></output></p>"
+            f"<div class=sheet>{figures}</div></main><script>{SCRIPT}</script></body></html>\n"
+        )
+    logger.info(f"{len(entries)} pictures in {out / 'index.html'}")
+
+
+GRID = """
+.sheet{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,22rem),1fr));gap:1rem;align-items:start}
+.sheet figure{margin:0}
+"""
+SCRIPT = """
+"use strict";
+document.documentElement.classList.add("scripted");
+const input = document.querySelector("input"), figures = [...document.querySelectorAll("figure")];
+input.addEventListener("input", () => {
+  const want = input.value.toLowerCase(); let shown = 0;
+  for (const f of figures) {
+    f.hidden = !f.querySelector("figcaption").textContent.toLowerCase().includes(want);
+    shown += !f.hidden;
+  }
+  document.querySelector("output").textContent = want ? shown + " of " + figures.length : "";
+});
+"""

@@ -1,0 +1,149 @@
+"""Pages of data: which images are chosen, what a training batch's picture shows, the page in a browser, bad input."""
+
+import re
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from browser import Browser, needs_browser
+from tiny import COCO_MINI
+
+import browse
+from common import UserError
+from config import default_config, finalize_config
+from data import make_batch, training_keys
+from dataset import load_split
+from tools import browse as tool
+
+SETTINGS = [f"DATA.BASEDIR={COCO_MINI}", "TRAIN.EVAL_PERIOD=0"]
+
+
+def configured(*more):
+    return finalize_config(default_config().update_args([*SETTINGS, *more]))
+
+
+@pytest.fixture(scope="module")
+def split():
+    return load_split(configured(), "coco_train2017")
+
+
+def test_images_are_chosen_by_what_their_annotations_hold(split):
+    facts = []
+    for i in range(len(split)):
+        a = split.annotations(i)
+        area = (a["boxes"][:, 2:] - a["boxes"][:, :2]).prod(1)
+        facts.append((a["labels"], area, a["is_crowd"]))
+    person = split.class_names.index("person") + 1
+
+    def expected(fits):
+        return [i for i, fact in enumerate(facts) if fits(*fact)]
+
+    cases = [
+        (browse.Filter(), lambda labels, area, crowd: True),
+        (browse.Filter(classes=["person"]), lambda labels, area, crowd: (labels[~crowd] == person).any()),
+        (browse.Filter(size="small"), lambda labels, area, crowd: (area[~crowd] < 32**2).any()),
+        (browse.Filter(classes=["person"], size="large"),
+         lambda labels, area, crowd: ((labels == person) & (area >= 96**2) & ~crowd).any()),
+        (browse.Filter(crowd=True), lambda labels, area, crowd: crowd.any()),
+        (browse.Filter(empty=True), lambda labels, area, crowd: len(labels) == 0),
+    ]  # fmt: skip
+    for wanted, fits in cases:
+        assert browse.choose_images(split, wanted).tolist() == expected(fits), wanted
+    ids = [str(split.image_id(3)), str(split.image_id(1))]
+    assert browse.choose_images(split, browse.Filter(image_ids=ids)).tolist() == [1, 3]
+
+
+def test_a_page_shows_the_chosen_images_with_their_objects(split, tmp_path):
+    count = browse.write_images(split, browse.Filter(classes=["person"]), tmp_path, number=2, start=1)
+    page = (tmp_path / "index.html").read_text()
+    assert f"{count} of {len(split)} images fit; number 2 to 3 are shown." in page
+    chosen = browse.choose_images(split, browse.Filter(classes=["person"]))[1:3]
+    names = re.findall(r'<img loading=lazy src="([^"]+)"', page)
+    assert names == [f"images/{split.image_id(i)}.jpg" for i in chosen]
+    for name, i in zip(names, chosen):
+        picture = cv2.imread(str(tmp_path / name)).astype(int)
+        photo = cv2.resize(cv2.imread(split.image_file(i)), picture.shape[1::-1]).astype(int)
+        assert (np.abs(picture - photo).max(2) > 60).mean() > 0.01  # something is drawn
+
+
+def test_a_batch_is_drawn_where_its_boxes_are_and_its_padding_is_hatched(split):
+    cfg = configured("MODE_MASK=True", "MODE_FPN=True", "PREPROC.SHORT_EDGE_SIZE=[400]", "PREPROC.MAX_SIZE=600")
+    batch = dict(zip(training_keys(cfg), make_batch(split, [0, 5], [[1], [2]], cfg)))
+    for n in range(2):
+        picture = browse.draw_batch(batch, n, split.class_names)
+        assert picture.shape == batch["image"][n].shape
+        changed = (picture != batch["image"][n]).any(2)
+        height, width = batch["image_shape"][n]
+        if (height, width) != picture.shape[:2]:
+            outside = changed.copy()
+            outside[:height, :width] = False
+            share = outside.sum() / (changed.size - height * width)
+            assert 0.1 < share < 0.25
+        for box, label, crowd in zip(batch["gt_boxes"][n], batch["gt_labels"][n], batch["gt_is_crowd"][n]):
+            if label > 0 and not crowd:
+                x1, y1, x2, y2 = np.clip(np.round(box), 0, [width - 1, height - 1] * 2).astype(int)
+                assert changed[y1 : y2 + 1, x1].mean() > 0.9 and changed[y1, x1 : x2 + 1].mean() > 0.9
+
+
+def test_a_small_batch_is_enlarged_with_all_that_belongs_to_it():
+    batch = {"image": np.zeros((1, 40, 60, 3), np.uint8), "image_shape": np.array([[40, 60]]),
+             "gt_boxes": np.array([[[10, 20, 50, 35]]], np.float32), "gt_labels": np.array([[1]]),
+             "gt_is_crowd": np.array([[False]])}  # fmt: skip
+    picture = browse.draw_batch(batch, 0, [""])
+    times = picture.shape[0] // 40
+    assert times > 1 and picture.shape == (40 * times, 60 * times, 3)
+    rows, columns = np.flatnonzero(picture.any((1, 2))), np.flatnonzero(picture.any((0, 2)))
+    assert (rows[0], columns[0]) == pytest.approx((20 * times, 10 * times), abs=1)
+    assert (rows[-1], columns[-1]) == pytest.approx((35 * times, 50 * times), abs=1)
+
+
+def test_foreground_lies_over_background_in_its_class_colour():
+    image = np.full((400, 400, 3), 20, np.uint8)
+    boxes = np.array([[50, 50, 300, 300], [50, 50, 300, 300]], np.float32)
+    picture = browse.draw_boxes(image, boxes, np.array([2, 0]), ["a", "b"])
+    assert tuple(picture[300, 200].tolist()) == browse.class_color(2)
+
+
+def test_the_tool_writes_the_batches_that_training_reads(tmp_path, split):
+    arguments = ["MODE_FPN=True", "PREPROC.SHORT_EDGE_SIZE=[96,128]", "PREPROC.MAX_SIZE=192", "TRAIN.SEED=3"]
+    code = tool.main(["--config", *SETTINGS, *arguments, "--batches", "2", "--out", str(tmp_path)])
+    assert code == 0
+    texts = re.findall(r"<figcaption>(.*?)</figcaption>", (tmp_path / "index.html").read_text())
+    assert [t.split(":")[0] for t in texts] == ["batch 0, image 0", "batch 1, image 0"]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--class", "unicorn"], "--class unicorn: coco_train2017 has no such class"),
+        (["--image-id", "77777"], "--image-id 77777 is not in coco_train2017"),
+        (["--start", "9999"], "no image to show"),
+        (["--batches", "1", "--empty"], "--batches shows what training reads"),
+        (["--load", "x"], "give --batches"),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path, capsys, arguments, message):
+    assert tool.main(["--config", *SETTINGS, "--out", str(tmp_path / "page"), *arguments]) == 2
+    assert message in capsys.readouterr().err.strip().splitlines()[-1]
+    assert not (tmp_path / "page").exists()
+
+
+def test_an_image_that_cannot_be_chosen_is_a_usererror(split):
+    with pytest.raises(UserError):
+        browse.choose_images(split, browse.Filter(classes=["unicorn"]))
+
+
+@needs_browser()
+def test_the_page_works_in_a_browser_at_both_widths(split, tmp_path):
+    browse.write_images(split, browse.Filter(), tmp_path)
+    for width in (1400, 360):
+        with Browser(width, 800) as page:
+            page.open(Path(tmp_path / "index.html"))
+            assert page.js("document.documentElement.scrollWidth") <= width
+            page.js("i = document.querySelector('input'); i.value = 'person'; i.dispatchEvent(new Event('input'))")
+            shown = page.js("[...document.querySelectorAll('figure')].filter(f => !f.hidden).length")
+            assert shown == len(browse.choose_images(split, browse.Filter(classes=["person"])))
+            page.js("document.querySelectorAll('img').forEach(i => i.loading = 'eager')")
+            page.wait_for("[...document.images].every(i => i.complete && i.naturalWidth > 0)")
+            assert page.problems == []
