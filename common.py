@@ -44,10 +44,13 @@ class _Formatter(logging.Formatter):
 
 
 class _Handler(logging.Handler):
-    """Writes to the standard error of the moment, which tests and progress bars replace."""
+    """Writes to the standard error of the moment, which tests and progress bars replace; one that was closed or whose
+    reader has gone does not stop the work."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(self.format(record), file=sys.stderr, flush=True)
+        if sys.stderr is not None:
+            with contextlib.suppress(OSError, ValueError):
+                print(self.format(record), file=sys.stderr, flush=True)
 
 
 def _make_logger() -> logging.Logger:
@@ -62,6 +65,23 @@ def _make_logger() -> logging.Logger:
 
 
 logger = _make_logger()
+
+
+def _open_closed_streams() -> None:
+    """Opens /dev/null for standard streams that the program was started without.
+
+    The next files would get their numbers otherwise, and TensorFlow's messages would be written into them.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "r" if number == 0 else "w", closefd=False))  # noqa: SIM115
+
+
+_open_closed_streams()
 
 
 @contextlib.contextmanager

@@ -110,6 +110,9 @@ SETTINGS: dict[str, Setting] = {
         2, whole(0, 256), "Processes that decode, augment and batch images; 0 does this in the training process."
     ),
     "DATA.PREFETCH": Setting(4, whole(1, 255), "Batches that each worker prepares in advance."),
+    "DATA.WORKER_TIMEOUT": Setting(
+        300.0, number(1), "Seconds after which a worker that delivers nothing is replaced; its successor must deliver."
+    ),
     "DATA.FILTER_EMPTY": Setting(True, flag, "Leaves images without a usable object out of training."),
     "DATA.KEEP_MISSING_IMAGES": Setting(
         False, flag, "True: images missing on disk are left out of training. False: they stop the start of a run."

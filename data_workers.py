@@ -7,6 +7,7 @@ one anonymous file, so a worker costs what Python, NumPy and OpenCV cost; images
 """
 
 import contextlib
+import ctypes
 import math
 import mmap
 import os
@@ -16,6 +17,7 @@ import socket
 import struct
 import subprocess
 import sys
+import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -26,7 +28,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from common import UserError
+from common import UserError, logger
 from config import Config
 from data import BatchMaker, padded_size
 from dataset_split import DatasetSplit
@@ -56,7 +58,8 @@ class TrainingFlow:
     """A tensorpack DataFlow (by its methods) of training batches, made by DATA.NUM_WORKERS processes in turn.
 
     Worker w makes batches w, w + W, …; an error in a worker is raised here with its message, and a worker that dies is
-    an error too. Iterating again starts over at the first batch.
+    an error too. One that delivers nothing for DATA.WORKER_TIMEOUT seconds is replaced; if the next one does not get
+    further, that is an error. Iterating again starts over at the first batch.
     """
 
     def __init__(
@@ -66,6 +69,7 @@ class TrainingFlow:
         self._start = start_batch
         self._workers: list[_Worker] = []
         self._fresh = False
+        self._shared: int | None = None  # descriptor of what workers start from
         self.images_per_epoch = len(self._maker.images)
 
     def __len__(self) -> int:
@@ -78,18 +82,18 @@ class TrainingFlow:
         cfg, maker = self._maker.cfg, self._maker
         if cfg.DATA.NUM_WORKERS == 0:
             return
-        shared = _share((maker, self._start, cfg.DATA.NUM_WORKERS))
-        try:
-            maker.split.move_columns(_load_shared(shared)[0].split)
-            largest = padded_size(
-                [cfg.PREPROC.CROP_SIZE if cfg.PREPROC.SCALE_JITTER else (cfg.PREPROC.MAX_SIZE,) * 2], cfg
-            )
-            slot_bytes = cfg.TRAIN.BATCH_SIZE_PER_GPU * largest[0] * largest[1] * 3
-            slots = min(max(cfg.DATA.PREFETCH, 1), 255)
-            self._workers = [_Worker(w, shared, slot_bytes, slots) for w in range(cfg.DATA.NUM_WORKERS)]
-        finally:
-            os.close(shared)
+        self._shared = _share((maker, cfg.DATA.NUM_WORKERS))
+        maker.split.move_columns(_load_shared(self._shared)[0].split)
+        self._workers = [self._start_worker(w, self._start + w) for w in range(cfg.DATA.NUM_WORKERS)]
         self._fresh = True
+
+    def _start_worker(self, number: int, first_batch: int) -> "_Worker":
+        cfg = self._maker.cfg
+        side = cfg.PREPROC.CROP_SIZE if cfg.PREPROC.SCALE_JITTER else (cfg.PREPROC.MAX_SIZE,) * 2
+        largest = padded_size([side], cfg)
+        slot_bytes = cfg.TRAIN.BATCH_SIZE_PER_GPU * largest[0] * largest[1] * 3
+        assert self._shared is not None
+        return _Worker(number, first_batch, self._shared, slot_bytes, min(max(cfg.DATA.PREFETCH, 1), 255))
 
     def __iter__(self) -> Iterator[list[np.ndarray]]:
         batch = self._start
@@ -103,17 +107,40 @@ class TrainingFlow:
         workers = self._workers
         try:
             while True:
-                yield workers[(batch - self._start) % len(workers)].receive(batch)
+                yield self._receive(workers, batch)
                 batch += 1
         finally:
             if workers is self._workers:
                 self.stop()
 
+    def _receive(self, workers: list["_Worker"], batch: int) -> list[np.ndarray]:
+        seconds = self._maker.cfg.DATA.WORKER_TIMEOUT
+        number = (batch - self._start) % len(workers)
+        try:
+            return workers[number].receive(batch, seconds)
+        except _NoAnswer as e:
+            if workers is not self._workers:  # stopped meanwhile
+                raise RuntimeError("the data workers were stopped") from None
+            logger.warning(f"{e}: it is replaced")
+        workers[number].stop()
+        workers[number] = self._start_worker(number, batch)
+        try:
+            return workers[number].receive(batch, seconds)
+        except _NoAnswer as e:
+            ids = ", ".join(map(str, self._maker.ids(batch)))
+            raise UserError(
+                f"{e}, as the one before it: look at these images and the disk they are on ({ids}), or raise "
+                "DATA.WORKER_TIMEOUT"
+            ) from None
+
     def stop(self) -> None:
         """Ends the worker processes."""
-        for worker in self._workers:
+        workers, self._workers, self._fresh = self._workers, [], False
+        for worker in workers:
             worker.stop()
-        self._workers, self._fresh = [], False
+        if self._shared is not None:
+            os.close(self._shared)
+            self._shared = None
 
     @property
     def worker_pids(self) -> list[int]:
@@ -126,9 +153,16 @@ class TrainingFlow:
 _LENGTH = struct.Struct("<Q")
 _WORKER_CODE = (
     "import sys; sys.path[:] = {path!r}; import data_workers; "
-    "data_workers._work({memory}, {shared}, {socket}, {slots}, {w}, {parent})"
+    "data_workers._work({memory}, {shared}, {socket}, {slots}, {first_batch}, {parent})"
 )
 _PARENT_CHECK_SECONDS = 5.0
+_POLL_SECONDS = 0.5
+START_SECONDS = 60.0  # what a new worker may take beside DATA.WORKER_TIMEOUT for its first batch
+_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of Linux's prctl
+
+
+class _NoAnswer(Exception):
+    """A worker delivered nothing for as long as it may take."""
 
 
 def _share(content: Any) -> int:
@@ -164,7 +198,7 @@ def _load_shared(descriptor: int) -> Any:
 class _Worker:
     """A worker process as its parent sees it."""
 
-    def __init__(self, number: int, shared: int, slot_bytes: int, slots: int):
+    def __init__(self, number: int, first_batch: int, shared: int, slot_bytes: int, slots: int):
         """shared: descriptor of what `_work` needs; slots: batches it may be ahead, slot_bytes: of a largest image."""
         self.number = number
         self._slot_bytes = -(-slot_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
@@ -175,7 +209,7 @@ class _Worker:
             self._memory = mmap.mmap(memory, 0)
             code = _WORKER_CODE.format(
                 path=[str(Path(__file__).parent), *sys.path], memory=memory, shared=shared, socket=theirs.fileno(),
-                slots=slots, w=number, parent=os.getpid(),
+                slots=slots, first_batch=first_batch, parent=os.getpid(),
             )  # fmt: skip
             self.process = subprocess.Popen(
                 [sys.executable, "-c", code],
@@ -187,13 +221,15 @@ class _Worker:
         finally:
             theirs.close()
             os.close(memory)
-        self._input = self._socket.makefile("rb")
+        self._socket.settimeout(_POLL_SECONDS)
+        self._is_new = True
 
-    def receive(self, batch: int) -> list[np.ndarray]:
-        """The worker's next batch, which should have this number."""
+    def receive(self, batch: int, seconds: float) -> list[np.ndarray]:
+        """The worker's next batch, which should have this number; _NoAnswer if it does not come in so many seconds."""
+        seconds += START_SECONDS if self._is_new else 0.0
         try:
-            head = self._input.read(_LENGTH.size)
-            message = self._input.read(_LENGTH.unpack(head)[0]) if len(head) == _LENGTH.size else b""
+            head = self._read(_LENGTH.size, batch, seconds)
+            message = self._read(_LENGTH.unpack(head)[0], batch, seconds) if len(head) == _LENGTH.size else b""
         except ConnectionError:
             message = b""
         try:
@@ -203,11 +239,34 @@ class _Worker:
         if kind == "error":
             is_users, text = content
             raise UserError(text) if is_users else RuntimeError(f"data worker {self.number} failed:\n{text}")
+        self._is_new = False
         slot, shape, others = content
         image = _array_in(self._memory, slot * self._slot_bytes, shape).copy()
         with contextlib.suppress(ConnectionError):  # it has died since: its next batch will say so
             self._socket.sendall(bytes([slot]))
         return [image, *others]
+
+    def _read(self, size: int, batch: int, seconds: float) -> bytes:
+        """So many bytes, or fewer if the worker has ended."""
+        parts, waited = [], 0.0
+        while size:
+            before = time.monotonic()
+            try:
+                part = self._socket.recv(size)
+            except TimeoutError:
+                # Time in which this process was stopped too, as by a scheduler, is not the worker's.
+                waited += min(time.monotonic() - before, 2 * _POLL_SECONDS)
+                if waited >= seconds:
+                    raise _NoAnswer(
+                        f"data worker {self.number} (process {self.process.pid}) delivered nothing for {seconds:g} s "
+                        f"before batch {batch}"
+                    ) from None
+                continue
+            if not part:
+                break
+            parts.append(part)
+            size -= len(part)
+        return b"".join(parts)
 
     def _last_words(self, batch: int) -> str:
         try:
@@ -223,10 +282,9 @@ class _Worker:
         return f"{who} was killed by {signal.Signals(-code).name} before batch {batch}{hint}"
 
     def stop(self) -> None:
-        # In this order: a thread that waits in `receive` holds the input until the process is gone.
+        # In this order: a thread that waits in `receive` reads from the socket until the process is gone.
         self.process.kill()
         self.process.wait()
-        self._input.close()
         self._socket.close()
 
 
@@ -234,9 +292,13 @@ def _array_in(memory: mmap.mmap, offset: int, shape: tuple[int, ...]) -> np.ndar
     return np.frombuffer(memory, np.uint8, math.prod(shape), offset).reshape(shape)
 
 
-def _work(memory: int, shared: int, connection: int, slots: int, number: int, parent: int) -> None:
-    """The life of a worker: batch after batch into free slots, until its parent is gone."""
+def _work(memory: int, shared: int, connection: int, slots: int, batch: int, parent: int) -> None:
+    """The life of a worker: batch after batch, from this one on, into free slots, until its parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Also while it reads a file that does not come, or is stopped, it must not outlive its parent.
+    ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(0)
     cv2.setNumThreads(0)
     pipe = socket.socket(fileno=connection)
     pipe.settimeout(_PARENT_CHECK_SECONDS)
@@ -262,8 +324,7 @@ def _work(memory: int, shared: int, connection: int, slots: int, number: int, pa
     try:
         slot_memory = mmap.mmap(memory, 0)
         slot_bytes = len(slot_memory) // slots
-        maker, batch, step = _load_shared(shared)
-        batch += number
+        maker, step = _load_shared(shared)
         free = deque(range(slots))
         while True:
             if not free:

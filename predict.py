@@ -39,9 +39,14 @@ from utils.polygons import orient_outer, rle_to_rings
 from viz import CSV_HEADER, Drawing, cut_out, prediction_entry, prediction_rows, show_window, write_prediction
 
 __all__ = [
-    "LoadedPredictor", "build_predictor", "evaluate_split", "evaluation_builder", "load_predictor", "merge_shards",
-    "predict_files", "score", "write_cut_outs",
+    "EvaluationStopped", "LoadedPredictor", "build_predictor", "evaluate_split", "evaluation_builder", "keypoint_flip",
+    "load_predictor", "merge_shards", "predict_files", "score", "write_cut_outs",
 ]  # fmt: skip
+
+
+class EvaluationStopped(Exception):
+    """An evaluation ended before its last image because it was asked to stop."""
+
 
 # Index of the image in its split, and its COCO results, or why it cannot be read.
 ImageResults = tuple[int, list[dict[str, Any]] | str]
@@ -274,6 +279,7 @@ def evaluate_split(
     gather: Callable[[list[list[ImageResults]]], list[list[list[ImageResults]]]] | None = None,
     progress: bool = True,
     unreadable: list[str] | None = None,
+    should_stop: Callable[[], bool] | None = None,
 ) -> list[dict[str, Any]]:
     """COCO results of every image of a `DatasetSplit`, in the order of the split. An image that cannot be read is
     warned of and has none.
@@ -283,6 +289,7 @@ def evaluate_split(
         shard: (rank, number of processes) that evaluate together.
         gather: given this process's parts, returns those of all processes; needed with more than one.
         unreadable: the reasons of all images that could not be read are added to it.
+        should_stop: asked before each batch; once it says so, EvaluationStopped is raised.
     """
     predictors = [predict] if callable(predict) else list(predict)
     rank, size = shard
@@ -291,7 +298,7 @@ def evaluate_split(
 
     def run(i: int) -> list[ImageResults]:
         part = (rank * len(predictors) + i, size * len(predictors))
-        return _evaluate_shard(predictors[i], split, cfg, part, progress and rank == 0 and i == 0)
+        return _evaluate_shard(predictors[i], split, cfg, part, progress and rank == 0 and i == 0, should_stop)
 
     with ThreadPoolExecutor(len(predictors)) as pool:
         parts = list(pool.map(run, range(len(predictors))))
@@ -312,7 +319,12 @@ def evaluate_split(
 
 
 def _evaluate_shard(
-    predict: GraphPredictor, split: DatasetSplit, cfg: Config, shard: tuple[int, int], progress: bool
+    predict: GraphPredictor,
+    split: DatasetSplit,
+    cfg: Config,
+    shard: tuple[int, int],
+    progress: bool,
+    should_stop: Callable[[], bool] | None,
 ) -> list[ImageResults]:
     """Results of every `size`-th image; one thread pastes and encodes a batch while the next is predicted."""
 
@@ -349,6 +361,8 @@ def _evaluate_shard(
         ) as bar,
     ):
         for batch in inference_batches(split, cfg, shard, leave_out):
+            if should_stop is not None and should_stop():
+                raise EvaluationStopped
             waiting.append(pool.submit(convert, batch, predict(batch["image"], batch["image_shape"])))
             while len(waiting) > 2:
                 results += waiting.popleft().result()
@@ -387,8 +401,11 @@ def score(split: DatasetSplit, results: list[dict[str, Any]], cfg: Config) -> di
 
 def evaluation_builder(
     cfg: Config, splits: Sequence[DatasetSplit], devices: Sequence[str], rank: int, size: int
-) -> Callable[[], Callable[[Any], dict[str, float]]]:
-    """build() adds one inference graph per replica, sharing its variables -> evaluate(sess) -> metrics."""
+) -> Callable[[], Callable[..., dict[str, float]]]:
+    """build() adds one inference graph per replica, sharing its variables -> evaluate(sess, should_stop) -> metrics.
+
+    Several processes that evaluate together do not stop in the middle: the others would wait for the one that did.
+    """
     if cfg.TEST.AUG_SHORT_EDGES:
         if rank == 0:
             logger.info("test-time augmentation is off for evaluation during training; --evaluate uses it")
@@ -396,17 +413,18 @@ def evaluation_builder(
         cfg.TEST.AUG_SHORT_EDGES = []
         cfg.freeze()
 
-    def build() -> Callable[[Any], dict[str, float]]:
+    def build() -> Callable[..., dict[str, float]]:
         attach = [
             inference_callable(cfg, device if len(devices) > 1 else None, f"tower{i}" if i else "", reuse=True)
             for i, device in enumerate(devices)
         ]
 
-        def evaluate(sess: Any) -> dict[str, float]:
+        def evaluate(sess: Any, should_stop: Callable[[], bool] | None = None) -> dict[str, float]:
             predictors = [a(sess) for a in attach]
             metrics = {}
             for split in splits:
-                results = evaluate_split(predictors, split, cfg, (rank, size), ranks.gather if size > 1 else None)
+                gather, stop = (ranks.gather, None) if size > 1 else (None, should_stop)
+                results = evaluate_split(predictors, split, cfg, (rank, size), gather, should_stop=stop)
                 if rank == 0:
                     scores = score(split, results, cfg)
                     metrics.update(scores if len(splits) == 1 else {f"{split.name}/{k}": v for k, v in scores.items()})

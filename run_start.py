@@ -1,5 +1,7 @@
 """What a run starts from: its settings, collected from files and the command line; its weights; its run directory."""
 
+import hashlib
+import json
 import os
 import re
 import time
@@ -8,14 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common import UserError, logger
+from common import UserError, atomic_write, check_output_folder, logger
 from config import Config, default_config, doubts, finalize_config
+from dataset_split import DatasetSplit
 from trust import check_trust
 from utils import ranks
 from utils.checkpoint import (
     assign_weights,
     fit_weights,
     is_model_tensor,
+    is_training_state,
     load_weights,
     newest_checkpoint,
     read_checkpoint_meta,
@@ -25,10 +29,13 @@ from utils.checkpoint import (
     stored_step,
     without_averages,
 )
+from utils.class_tensors import depends_on_classes, keep_classes
+from utils.event_files import drop_events_after
+from utils.run_lock import LOCK_NAME, RunLock
 
 __all__ = [
-    "STRICT", "Fitting", "Model", "Start", "begin", "begin_with_the_others", "check_plan", "inference_settings",
-    "load_model", "training_settings", "weight_loader", "with_classes",
+    "STRICT", "Fitting", "Model", "Request", "Start", "begin", "begin_with_the_others", "check_plan",
+    "data_fingerprint", "inference_settings", "load_model", "training_settings", "weight_loader", "with_classes",
 ]  # fmt: skip
 
 # Settings that shape the network: taken from the file given to --load also when training.
@@ -42,7 +49,7 @@ _SECOND_STAGE_SETTINGS = ("MODE_MASK", "MODE_KEYPOINT", "FPN.CASCADE")
 _BACKBONE_SETTINGS = re.compile(r"^(BACKBONE\.(?!WEIGHTS|FREEZE)|PREPROC\.PIXEL_)")
 # Settings that a run may change when it is continued: how long it goes on and what it uses, not what it computes.
 _FREE_SETTINGS = re.compile(
-    r"^(TRAIN\.(MAX_STEPS|EVAL_PERIOD|CHECKPOINT_PERIOD|KEEP_CHECKPOINTS)|DATA\.(NUM_WORKERS|PREFETCH|VAL$|BASEDIR)|TEST\.)"
+    r"^(TRAIN\.(MAX_STEPS|EVAL_PERIOD|CHECKPOINT_PERIOD|KEEP_CHECKPOINTS)|DATA\.(NUM_WORKERS|PREFETCH|WORKER_TIMEOUT|VAL$|BASEDIR)|TEST\.)"
 )
 # Settings that follow from the data.
 _DERIVED_SETTINGS = ("DATA.NUM_CATEGORY", "DATA.CLASS_NAMES")
@@ -144,8 +151,9 @@ def _class_count_from_weights(cfg: Config, weights: dict[str, Any]) -> int:
 class Fitting(NamedTuple):
     """What becomes of weights that do not fit the model; without any of these they are refused."""
 
-    trim_heads: bool = False  # initialise the tensors whose size depends on the classes
+    trim_heads: bool = False  # initialise the tensors that have entries for each class
     partial: bool = False  # load what fits and initialise the rest
+    match_classes: bool = False  # of the tensors with entries for each class keep those of classes of the same name
 
 
 STRICT = Fitting()
@@ -173,9 +181,16 @@ def load_model(
 
 
 def weight_loader(
-    weights: dict[str, Any], origin: str, fitting: Fitting = STRICT, expect: str = "all"
-) -> Callable[[Any], None]:  # fmt: skip
-    """load(sess): checks the weights against the graph of `sess`, prints what became of each, and assigns them."""
+    weights: dict[str, Any],
+    origin: str,
+    fitting: Fitting = STRICT,
+    expect: str = "all",
+    classes: tuple[Sequence[str], Sequence[str]] | None = None,
+) -> Callable[[Any], None]:
+    """load(sess): checks the weights against the graph of `sess`, prints what became of each, and assigns them.
+
+    classes: the names that the weights and the graph have, for `fitting.match_classes`.
+    """
 
     def load(sess: Any) -> None:
         from utils.tf_v1 import tf
@@ -183,7 +198,20 @@ def weight_loader(
         with sess.graph.as_default():
             variables = tf.global_variables()
         shapes = {v.op.name: tuple(v.shape.as_list()) for v in variables}
-        values, report = fit_weights(weights, shapes, trim=fitting.trim_heads, expect=expect, origin=origin)
+        given = weights
+        if fitting.match_classes and classes:
+            outputs = [
+                v for v in variables if depends_on_classes(v.op.name, shapes[v.op.name]) and v.op.name in weights
+            ]
+            sess.run(tf.variables_initializer(outputs))
+            initial = sess.run({v.op.name: v for v in outputs})
+            given = {**weights, **{n: keep_classes(n, weights[n], v, *classes) for n, v in initial.items()}}
+        values, report = fit_weights(given, shapes, trim=fitting.trim_heads, expect=expect, origin=origin)
+        if fitting.trim_heads:  # also where the old and the new data happen to have equally many classes
+            trimmed = [name for name in report.loaded if depends_on_classes(name, shapes[name])]
+            report.loaded = [name for name in report.loaded if name not in trimmed]
+            report.reinitialised += [(name, shapes[name], shapes[name]) for name in trimmed]
+            values = {name: value for name, value in values.items() if name not in trimmed}
         logger.info(f"weights of {origin}\n{report.table()}")
         report.check(allow_partial=fitting.partial)
         if report.missing or report.mismatched or report.reinitialised:
@@ -219,6 +247,18 @@ def _completed(weights: dict[str, Any], backbone: dict[str, Any], origin: str, b
 
 
 # ----------------------------------------------------------------------------------------------------- a training run
+class Request(NamedTuple):
+    """What the command line asks of a training run."""
+
+    settings: Sequence[str] = ()  # KEY=VAL
+    load: str | None = None  # checkpoint, run directory or .npz to start from
+    logdir: str | None = None  # the run directory; None for a new one under train_log/
+    resume: bool = False  # continue the run in `logdir` with its own settings
+    checkpoint: str | None = None  # of that run: the one to continue from, by default its newest
+    fitting: Fitting = STRICT
+    trusted: Sequence[str] = ()  # modules that stored settings may name
+
+
 @dataclass
 class Start:
     """What a training run starts with."""
@@ -229,16 +269,36 @@ class Start:
     weights: dict[str, Any] | None = None
     origin: str = ""  # of the weights
     expect: str = "all"  # what the weights must contain
-    total_batch: int | None = None  # images of each update so far, where that is known
+    class_names: Sequence[str] = ()  # of the weights
+    meta: dict[str, Any] | None = None  # of the checkpoint that is continued
+    lock: RunLock | None = None
 
-    def loader(self, fitting: Fitting) -> Callable[[Any], None]:
-        """load(sess): puts the weights, and for a continued run its whole state, into a session of initial values."""
+    def loader(self, fitting: Fitting, class_names: Sequence[str]) -> Callable[[Any], None]:
+        """load(sess): puts the weights, and for a continued run its whole state, into a session of initial values.
+
+        class_names: those of the data that is trained on.
+        """
+        classes = None
+        if not self.step and self.class_names and not fitting.trim_heads:
+            classes = (list(self.class_names), list(class_names))
+            known = sum(n in self.class_names for n in class_names)
+            if fitting.match_classes:
+                logger.info(f"{self.origin}: {known} of {len(class_names)} classes are kept by their names")
+            elif classes[0] != classes[1]:
+                how = "in another order" if sorted(classes[0]) == sorted(classes[1]) else f"{known} are the same"
+                logger.warning(
+                    f"{self.origin} was trained on {len(classes[0])} classes ({_some(classes[0])}), this data has "
+                    f"{len(classes[1])} ({_some(classes[1])}; {how}): --match-classes keeps what was learnt about "
+                    "classes of the same name, --trim-heads initialises all of them"
+                )
+        elif fitting.match_classes and not self.step and self.weights is not None and self.expect == "all":
+            raise UserError(f"--match-classes: {self.origin} does not name its classes; use --trim-heads")
 
         def load(sess: Any) -> None:
             from utils.tf_v1 import tf
 
             if self.weights is not None:
-                weight_loader(self.weights, self.origin, fitting, self.expect)(sess)
+                weight_loader(self.weights, self.origin, fitting, self.expect, classes)(sess)
             if self.step == 0:
                 with sess.graph.as_default():
                     sess.run(tf.train.get_or_create_global_step().initializer)
@@ -246,51 +306,119 @@ class Start:
 
         return load
 
+    def check_data(self, fingerprint: dict[str, Any]) -> None:
+        """Says what of the training data is no longer as when the run began."""
+        before = (self.meta or {}).get("data") or {}
+        changed = [k.replace("_", " ") for k, v in fingerprint.items() if k in before and before[k] != v]
+        if changed:
+            count = f"{before.get('images')} images then, {fingerprint['images']} now"
+            logger.warning(f"{self.origin}: the training data has changed since ({', '.join(changed)}; {count})")
 
-def begin(
-    arguments: Sequence[str],
-    load: str | None,
-    logdir: str | None,
-    resume: bool,
-    fitting: Fitting = STRICT,
-    trusted: Sequence[str] = (),
-) -> Start:
-    """Settings, weights and directory of a run, new or continued.
+    def prepare_logdir(self) -> None:
+        """Takes what a continued run wrote after the checkpoint it continues from out of its logs, so that they have
+        every step once, and makes that checkpoint its newest."""
+        if not self.step:
+            return
+        log = self.logdir / "log.jsonl"
+        if log.exists():
+            lines = log.read_text(errors="replace").splitlines()
+            kept = [
+                line for line in lines if (_step_of_line(line) or 0) <= self.step and _step_of_line(line) is not None
+            ]
+            if len(kept) < len(lines):
+                with atomic_write(log) as f:
+                    f.writelines(f"{line}\n" for line in kept)
+        drop_events_after(self.logdir, self.step)
+        if (self.logdir / f"model-{self.step}.index").exists():
+            with atomic_write(self.logdir / "checkpoint") as f:
+                f.write(f'model_checkpoint_path: "model-{self.step}"\n')
 
-    Args:
-        arguments: KEY=VAL settings of the command line.
-        load: checkpoint, run directory or .npz to start from.
-        logdir: the run directory; None for a new one under train_log/.
-        resume: continue the run in `logdir` with its own settings.
-        trusted: modules that stored settings may name.
-    """
+
+def _step_of_line(line: str) -> int | None:
+    """The step of a line of log.jsonl; None for one that a killed process left unfinished."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+
+
+def data_fingerprint(split: DatasetSplit) -> dict[str, Any]:
+    """What tells one training set from another: a number of images and digests of its parts."""
+
+    def digest(*keys: str) -> str:
+        state = hashlib.blake2b(digest_size=8)
+        for key in keys:
+            column = split.columns[key]
+            for part in column if isinstance(column, tuple) else (column,):
+                if part is not None:
+                    state.update(str(part.shape).encode())
+                    state.update(part.data.cast("B") if part.flags.c_contiguous and part.size else part.tobytes())
+        return state.hexdigest()
+
+    return {
+        "images": len(split), "image_ids": digest("id"), "image_sizes": digest("sizes"),
+        "annotations": digest("boxes", "labels", "crowd", "vertices", "first_object", "first_vertex", "keypoints"),
+    }  # fmt: skip
+
+
+def begin(request: Request) -> Start:
+    """Settings, weights and directory of a run, new or continued. The caller releases `Start.lock`."""
+    load, fitting = request.load, request.fitting
     weights, meta = load_weights(load, is_model_tensor) if load else (None, None)
-    cfg = training_settings(arguments, meta, load or "", trusted)
-    directory = Path(logdir or f"train_log/{time.strftime('%Y%m%d-%H%M%S')}")
-    cfg, resume_from = _open_logdir(directory, cfg, arguments, load, resume, trusted)
-    if cfg.TRAIN.SEED is None:  # chosen once, so that the run can be resumed and repeated
-        cfg = cfg.copy()
-        cfg.TRAIN.SEED = int.from_bytes(os.urandom(3), "little")
-        cfg.freeze()
-    if resume_from is not None:
-        weights, meta = load_weights(directory)
-        step, total_batch = stored_step(weights, directory), (meta or {}).get("total_batch")
-        return Start(cfg, directory, step, weights, f"{directory} at step {step}", total_batch=total_batch)
-    weights = weights and _of_this_model(weights, cfg, load)
-    if cfg.BACKBONE.WEIGHTS and (weights is None or fitting.partial):
-        backbone = _of_this_model(_backbone_weights(cfg), cfg, cfg.BACKBONE.WEIGHTS)
-        if weights is None:
-            return Start(cfg, directory, 0, backbone, cfg.BACKBONE.WEIGHTS, "backbone")
-        weights = _completed(weights, backbone, load, cfg.BACKBONE.WEIGHTS)
-    if weights is not None:
-        return Start(cfg, directory, 0, weights, load)
-    if cfg.BACKBONE.NORM == "FreezeBN":
-        norm = "SyncBN" if cfg.BACKBONE.NAME.startswith("keras:") else "GN"
+    cfg = training_settings(request.settings, meta, load or "", request.trusted)
+    logdir = Path(request.logdir or f"train_log/{time.strftime('%Y%m%d-%H%M%S')}")
+    if request.resume and not logdir.exists():
+        raise UserError(f"--resume: there is no run in {logdir}; leave out --resume to start one")
+    check_output_folder(logdir, "--logdir")
+    lock = RunLock(logdir)
+    try:
+        cfg, resume_from = _open_logdir(logdir, cfg, request)
+        if cfg.TRAIN.SEED is None:  # chosen once, so that the run can be resumed and repeated
+            cfg = cfg.copy()
+            cfg.TRAIN.SEED = int.from_bytes(os.urandom(3), "little")
+            cfg.freeze()
+        if resume_from is not None:
+            weights, meta = load_weights(resume_from)
+            step = stored_step(weights, resume_from)
+            return Start(cfg, logdir, step, weights, f"{logdir} at step {step}", meta=meta, lock=lock)
+        start = Start(cfg, logdir, lock=lock)
+        if weights is not None:
+            weights = _of_this_model(weights, cfg, str(load))
+            # A new run starts with the weights alone: momentum and loss scale are those of the old one's last steps.
+            start.weights = {n: v for n, v in weights.items() if not is_training_state(n)}
+            start.origin, start.class_names = str(load), (meta or {}).get("class_names") or ()
+        if cfg.BACKBONE.WEIGHTS and (start.weights is None or fitting.partial):
+            _add_backbone(start)
+        if start.weights is None and cfg.BACKBONE.NORM == "FreezeBN":
+            norm = "SyncBN" if cfg.BACKBONE.NAME.startswith("keras:") else "GN"
+            logger.warning(
+                "BACKBONE.NORM=FreezeBN without weights normalises nothing: give BACKBONE.WEIGHTS or --load, "
+                f"or train from scratch with BACKBONE.NORM={norm} BACKBONE.FREEZE_AT=0"
+            )
+        return start
+    except BaseException:
+        lock.release()
+        raise
+
+
+def _add_backbone(start: Start) -> None:
+    """Weights of BACKBONE.WEIGHTS for a run that has none, or that --partial-load lets be completed."""
+    cfg = start.cfg
+    stored = _backbone_weights(cfg)
+    backbone = _of_this_model(stored, cfg, cfg.BACKBONE.WEIGHTS)
+    if start.weights is not None:
+        start.weights = _completed(start.weights, backbone, start.origin, cfg.BACKBONE.WEIGHTS)
+        return
+    if any(re.match(r"(rpn|fastrcnn|cascade_rcnn_stage1)/", name) for name in stored):
         logger.warning(
-            "BACKBONE.NORM=FreezeBN without weights normalises nothing: give BACKBONE.WEIGHTS or --load, "
-            f"or train from scratch with BACKBONE.NORM={norm} BACKBONE.FREEZE_AT=0"
+            f"BACKBONE.WEIGHTS={cfg.BACKBONE.WEIGHTS} is a whole detector: only its backbone is used and the heads "
+            "start from random values; --load takes all of it"
         )
-    return Start(cfg, directory)
+    start.weights, start.origin, start.expect = backbone, cfg.BACKBONE.WEIGHTS, "backbone"
 
 
 def _backbone_weights(cfg: Config) -> dict[str, Any]:
@@ -301,48 +429,43 @@ def _backbone_weights(cfg: Config) -> dict[str, Any]:
     return load_weights(os.path.expanduser(cfg.BACKBONE.WEIGHTS))[0]
 
 
-def begin_with_the_others(
-    arguments: Sequence[str],
-    load: str | None,
-    logdir: str | None,
-    resume: bool,
-    fitting: Fitting,
-    rank: int,
-    trusted: Sequence[str] = (),
-) -> Start:
+def begin_with_the_others(request: Request, rank: int) -> Start:
     """As `begin` on rank 0, whose settings, step and weights are everybody's: other machines may not see its files."""
-    start = begin(arguments, load, logdir, resume, fitting, trusted) if rank == 0 else None
-    flat, directory, step = ranks.from_first((start.cfg.to_dict(), start.logdir, start.step) if start else None)
+    start = begin(request) if rank == 0 else None
+    flat, logdir, step = ranks.from_first((start.cfg.to_dict(), start.logdir, start.step) if start else None)
     if start:
         return start
-    return Start(finalize_config(default_config().update_from_dict(flat, "settings of rank 0")), directory, step)
+    return Start(finalize_config(default_config().update_from_dict(flat, "settings of rank 0")), logdir, step)
 
 
-def _open_logdir(
-    logdir: Path, cfg: Config, arguments: Sequence[str], load: str | None, resume: bool, trusted: Sequence[str]
-) -> tuple[Config, str | None]:
-    """The settings in effect and the checkpoint to continue from.
+def _open_logdir(logdir: Path, cfg: Config, request: Request) -> tuple[Config, Path | None]:
+    """The settings in effect and the directory or checkpoint to continue from.
 
     A directory is never deleted or overwritten: a run in it is continued, or refused with the ways to go on.
     """
     settings = logdir / "settings.json"
-    if not logdir.exists() or not any(logdir.iterdir()):
-        if resume:
+    if all(p.name == LOCK_NAME for p in logdir.iterdir()):
+        if request.resume:
             raise UserError(f"--resume: there is no run in {logdir}; leave out --resume to start one")
         return cfg, None
     if not settings.exists():
         raise UserError(f"--logdir {logdir} is not empty and contains no run of this program; choose another directory")
     stored = read_description(settings).get("settings") or {}
     newest = newest_checkpoint(logdir)
-    if resume:
-        cfg = default_config().update_from_dict(stored, str(settings)).update_args(arguments)
-        check_trust(cfg, arguments, str(settings), trusted)
-        return finalize_config(cfg), newest
-    before = finalize_config(default_config().update_from_dict(stored, str(settings))).to_dict()
+    before = default_config().update_from_dict(stored, str(settings))
+    if request.resume:
+        changed_cfg = before.copy().update_args(request.settings)
+        check_trust(changed_cfg, request.settings, str(settings), request.trusted)
+        cfg = finalize_config(changed_cfg)
+        if newest is None:
+            return cfg, None
+        cfg = _with_classes_of_run(cfg, before, logdir)
+        return cfg, _chosen_checkpoint(logdir, request.checkpoint) if request.checkpoint else logdir
+    known = finalize_config(before).to_dict()
     changed = [
-        f"{k}: {before.get(k)!r} -> {v!r}"
+        f"{k}: {known.get(k)!r} -> {v!r}"
         for k, v in cfg.to_dict().items()
-        if before.get(k) != v and k not in _DERIVED_SETTINGS and not _FREE_SETTINGS.match(k)
+        if known.get(k) != v and k not in _DERIVED_SETTINGS and not _FREE_SETTINGS.match(k)
     ]
     if changed and newest:
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
@@ -350,20 +473,45 @@ def _open_logdir(
             f"--logdir {logdir} contains a run with other settings ({'; '.join(changed[:3])}{more}); "
             "continue it with --resume (its settings, changed by --config), or choose another --logdir"
         )
-    if newest and load:
+    if newest is None:
+        return cfg, None
+    if request.load:
         raise UserError(
             f"--logdir {logdir} contains a run: continue it with --resume instead of --load, or choose another --logdir"
         )
-    if newest and read_checkpoint_meta(newest) is None:
+    if read_checkpoint_meta(newest) is None:
         logger.warning(f"{newest} has no description beside it; its settings are taken from {settings}")
-    return cfg, newest
+    return _with_classes_of_run(cfg, before, logdir), logdir
+
+
+def _with_classes_of_run(cfg: Config, before: Config, logdir: Path) -> Config:
+    """The settings with the classes that the run was started with; other ones would be another run."""
+    names, given = list(before.DATA.CLASS_NAMES), list(cfg.DATA.CLASS_NAMES)
+    if given and names and given != names:
+        raise UserError(
+            f"--logdir {logdir} contains a run with other classes ({_some(names)}) than DATA.CLASS_NAMES gives "
+            f"({_some(given)}); start a new run with --load {logdir} --match-classes and another --logdir"
+        )
+    cfg = cfg.copy()
+    cfg.DATA.CLASS_NAMES, cfg.DATA.NUM_CATEGORY = names, before.DATA.NUM_CATEGORY
+    return cfg.freeze()
+
+
+def _chosen_checkpoint(logdir: Path, given: str) -> Path:
+    """The checkpoint of the run that a step or a path names."""
+    steps = sorted(int(p.stem.split("-")[1]) for p in logdir.glob("model-*.index") if p.stem.split("-")[1].isdigit())
+    name = f"model-{given}" if given.isdigit() else re.sub(r"\.(index|meta\.json|data-.*)$", "", Path(given).name)
+    if not (logdir / f"{name}.index").exists():
+        raise UserError(f"--resume {given}: {logdir} has no such checkpoint; it has those of steps {steps}")
+    return logdir / name
 
 
 def check_plan(start: Start, total_batch: int) -> None:
     """Refuses to continue a run with another total batch, where a step means something else."""
-    if start.total_batch not in (None, total_batch):
+    before = (start.meta or {}).get("total_batch")
+    if before not in (None, total_batch):
         raise UserError(
-            f"{start.origin} was trained with a total batch of {start.total_batch} images and would go on with "
+            f"{start.origin} was trained with a total batch of {before} images and would go on with "
             f"{total_batch}, where a step means something else: keep it with --resume --config "
-            f"TRAIN.TOTAL_BATCH={start.total_batch}, or start a new run with --load {start.logdir}"
+            f"TRAIN.TOTAL_BATCH={before}, or start a new run with --load {start.logdir}"
         )

@@ -3,6 +3,7 @@
 
 import argparse
 import os
+import signal
 import sys
 import time
 import zlib
@@ -10,12 +11,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__" and "--verbose-tf" in sys.argv:
-    os.environ["PACKRCNN_VERBOSE_TF"] = "1"
+if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM):  # until `main` has its own handlers
+        signal.signal(number, lambda n, _: (os.write(2, b"train.py: stopped before it began\n"), os._exit(128 + n)))
+    if "--verbose-tf" in sys.argv:
+        os.environ["PACKRCNN_VERBOSE_TF"] = "1"
 
 # What imports TensorFlow is imported where it is used, after mistakes on the command line and in files were found.
 try:
-    from common import UserError, git_revision, logger, project_version, without_nan, write_json
+    from command_line import parse_args, warn_without_effect
+    from common import (
+        UserError,
+        check_output_file,
+        check_output_folder,
+        git_revision,
+        logger,
+        project_version,
+        without_nan,
+        write_json,
+    )
     from config import Config, explain
     from data import batch_image_ids, list_images, training_keys
     from data_check import quick_check
@@ -27,10 +41,12 @@ try:
     from report_files import problem_of_split
     from run_start import (
         Fitting,
+        Request,
         Start,
         begin,
         begin_with_the_others,
         check_plan,
+        data_fingerprint,
         inference_settings,
         load_model,
         training_settings,
@@ -40,114 +56,20 @@ try:
     from trust import trust_options
     from utils import ranks
     from utils.checkpoint import make_meta, read_meta
+    from utils.stopping import stop_by_exception
     from viz import Drawing, Style
 except ModuleNotFoundError as e:
     sys.exit(f"train.py: the Python package {e.name} is missing here; run `make venv`, then `. .venv/bin/activate`")
 
 
-def parse_args(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="train.py",
-        description="Train a detector, or run one: --predict for pictures, --evaluate for scores.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="""examples:
-  ./train.py --config MODE_FPN=True DATA.BASEDIR=~/data/coco BACKBONE.WEIGHTS=R50.npz --logdir train_log/r50-fpn
-  ./train.py --resume --logdir train_log/r50-fpn
-  ./train.py --predict photo.jpg folder/ --load train_log/r50-fpn --output pictures
-  ./train.py --evaluate results.json --load train_log/r50-fpn --config DATA.BASEDIR=~/data/coco""",
-    )
-    parser.add_argument(
-        "--config",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="KEY=VAL",
-        help="settings; --print-config lists them",
-    )
-    parser.add_argument(
-        "--load",
-        metavar="PATH",
-        help="weights to start from or to run: a TensorFlow checkpoint, a run directory (its newest checkpoint) or an "
-        ".npz; their settings come along, --config wins",
-    )
-    parser.add_argument(
-        "--trust-code",
-        action="append",
-        default=[],
-        metavar="MODULE",
-        help="a module of your own that the settings stored in what is loaded may name (docs/SAFETY.md); repeatable",
-    )
-    parser.add_argument("--logdir", metavar="DIR", help="where a run lives; training in the same one continues it")
-    parser.add_argument(
-        "--resume",
-        action="store_true",
-        help="continue the run in --logdir with its own settings, changed by --config",
-    )
-    parser.add_argument(
-        "--partial-load",
-        action="store_true",
-        help="load what fits and initialise the rest, instead of stopping at a tensor that is missing or differs",
-    )
-    parser.add_argument(
-        "--trim-heads",
-        action="store_true",
-        help="fine-tune on other classes: initialise exactly the tensors whose size depends on the classes",
-    )
-    parser.add_argument("--predict", nargs="+", metavar="IMAGE", help="images or folders to draw detections on")
-    parser.add_argument("--evaluate", metavar="OUT.json", help="score on DATA.VAL and write the results there")
-    parser.add_argument(
-        "--report", metavar="DIR", help="--evaluate: also write an evaluation report there (docs/REPORT.md)"
-    )
-    parser.add_argument(
-        "--output", default="predictions", metavar="DIR", help="where --predict writes (default: %(default)s)"
-    )
-    parser.add_argument("--draw", choices=["all", "boxes", "masks"], default="all", help="--predict: what is drawn")
-    parser.add_argument("--contour", action="store_true", help="--predict: masks as outlines, not filled")
-    parser.add_argument(
-        "--colors", choices=["class", "instance"], default="class", help="--predict: what a colour stands for"
-    )
-    parser.add_argument("--truth", metavar="JSON", help="--predict: draw these annotations beside the detections")
-    parser.add_argument("--cut-outs", action="store_true", help="--predict: also every object as a PNG with alpha")
-    parser.add_argument("--no-window", action="store_true", help="--predict: never open a window")
-    parser.add_argument("--print-config", action="store_true", help="explain the settings in effect and stop")
-    parser.add_argument("--verbose-tf", action="store_true", help="show TensorFlow's start-up messages")
-    parser.add_argument(
-        "--version", action="store_true", help="print the version, and the git revision of a checkout, and stop"
-    )
-    args = parser.parse_args(argv)
-    if args.predict and args.evaluate:
-        parser.error("--predict and --evaluate exclude each other")
-    if (args.predict or args.evaluate) and not (args.load or args.logdir):
-        parser.error("--predict and --evaluate need --load")
-    if args.report and not args.evaluate:
-        parser.error("--report needs --evaluate; of a results file: python tools/report.py")
-    if args.resume and not args.logdir:
-        parser.error("--resume needs --logdir")
-    if args.resume and args.load:
-        parser.error("--resume continues the newest checkpoint of --logdir; leave out --load")
-    return args
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit codes: 0 done, 2 something the user can fix, 3 the loss is not finite, 4 another rank ended,
-    130/143 stopped by a signal after saving, 1 anything else."""
+    """Exit codes: 0 done, 2 something the user can fix, 3 values are not finite, 4 another rank ended,
+    129/130/143 stopped by a signal after saving what there was, 1 anything else."""
     args = parse_args(sys.argv[1:] if argv is None else argv)
-    fitting = Fitting(args.trim_heads, args.partial_load)
+    fitting = Fitting(args.trim_heads, args.partial_load, args.match_classes)
     try:
-        if args.version:
-            print_version()
-        elif args.print_config:
-            print_config(args)
-        elif args.predict:
-            window, load = not args.no_window, args.load or args.logdir
-            style = Style(args.draw, args.contour, args.colors, smallest=320)
-            drawing = Drawing(style, args.truth, args.cut_outs)
-            predict(args.predict, load, args.config, args.output, window, fitting, args.trust_code, drawing)
-        elif args.evaluate:
-            load = args.load or args.logdir
-            evaluate(Path(args.evaluate), load, args.config, fitting, args.report, args.trust_code)
-        else:
-            return train(args.config, args.load, args.logdir, args.resume, fitting, args.trust_code)
+        with stop_by_exception():
+            return _run(args, fitting)
     except UserError as e:
         logger.error(str(e))
         return 2
@@ -159,6 +81,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 4
     except BrokenPipeError:
         return 1
+    except KeyboardInterrupt as e:
+        number = getattr(e, "number", signal.SIGINT)
+        logger.warning(f"stopped by {signal.Signals(number).name}; there was nothing to save")
+        return 128 + number
+
+
+def _run(args: argparse.Namespace, fitting: Fitting) -> int:
+    if args.version:
+        print_version()
+    elif args.print_config:
+        print_config(args)
+    else:
+        warn_without_effect(args)
+        model, output = args.load or args.logdir, args.output or "predictions"
+        if args.predict:
+            style = Style(args.draw, args.contour, args.colors, smallest=320)
+            drawing = Drawing(style, args.truth, args.cut_outs)
+            predict(args.predict, model, args.config, output, not args.no_window, fitting, args.trust_code, drawing)
+        elif args.evaluate:
+            evaluate(Path(args.evaluate), model, args.config, fitting, args.report, args.trust_code)
+        else:
+            checkpoint = args.resume if isinstance(args.resume, str) else None
+            resume, trusted = bool(args.resume), args.trust_code
+            return train(Request(args.config, args.load, args.logdir, resume, checkpoint, fitting, trusted))
     return 0
 
 
@@ -188,6 +134,7 @@ def predict(
     drawing: Drawing = Drawing(),  # noqa: B008
 ) -> None:
     """Draws what the model finds on images or all images of folders."""
+    check_output_folder(output, "--output")
     files = list_images(images)
     model = load_model(load, settings, trusted)
 
@@ -206,6 +153,9 @@ def evaluate(
     trusted: Sequence[str] = (),
 ) -> None:
     """Scores the model on each data set of DATA.VAL; report: a folder for an evaluation report."""
+    check_output_file(out, "--evaluate")
+    if report:
+        check_output_folder(report, "--report")
     model = load_model(load, settings, trusted, uses_data=True)
     if report and model.cfg.MODE_RPN_ONLY:
         raise UserError("--report: a report is about detections, and MODE_RPN_ONLY gives proposals; leave it out")
@@ -252,23 +202,17 @@ def write_split_report(split: DatasetSplit, results: list[dict[str, Any]], name:
 
 
 # ------------------------------------------------------------------------------------------------------------ training
-def train(
-    settings: Sequence[str],
-    load: str | None,
-    logdir: str | None,
-    resume: bool,
-    fitting: Fitting,
-    trusted: Sequence[str] = (),
-) -> int:
-    """Trains a new run, or continues the one in `logdir`; returns the exit code."""
+def train(request: Request) -> int:
+    """Trains a new run, or continues one; returns the exit code."""
     started = time.time()
     rank, size = ranks.start()
     with ranks.lost_rank_in_one_line(size):
-        if size == 1:
-            start = begin(settings, load, logdir, resume, fitting, trusted)
-        else:
-            start = begin_with_the_others(settings, load, logdir, resume, fitting, rank, trusted)
-        return _train(start, fitting, rank, size, started)
+        start = begin(request) if size == 1 else begin_with_the_others(request, rank)
+        try:
+            return _train(start, request.fitting, rank, size, started)
+        finally:
+            if start.lock is not None:
+                start.lock.release()
 
 
 def _train(start: Start, fitting: Fitting, rank: int, size: int, started: float) -> int:
@@ -278,7 +222,7 @@ def _train(start: Start, fitting: Fitting, rank: int, size: int, started: float)
     cfg, split, validation = _load_data(start.cfg, rank, size)
 
     from predict import evaluation_builder
-    from trainers import local_devices, make_trainer
+    from trainers import describe_devices, local_devices, make_trainer
     from training import Interrupted, run_training
     from training_plan import make_plan
 
@@ -286,7 +230,7 @@ def _train(start: Start, fitting: Fitting, rank: int, size: int, started: float)
     plan = make_plan(cfg, size * len(devices), len(split))
     trainer = make_trainer(cfg, plan, devices)
     if chief:
-        where = ", ".join(d.lstrip("/") for d in devices) + (f" of each of {size} ranks" if size > 1 else "")
+        where = describe_devices(devices) + (f", on each of {size} ranks" if size > 1 else "")
         logger.info(f"plan, on {where}\n{plan.table(cfg)}")
         for warning in plan.warnings(cfg):
             logger.warning(warning)
@@ -307,8 +251,11 @@ def _train(start: Start, fitting: Fitting, rank: int, size: int, started: float)
     meta["category_ids"] = [split.label_to_category_id(i + 1) for i in range(len(split.class_names))]
     if cfg.MODE_KEYPOINT:
         meta["keypoint_flip"] = split.keypoint_flip.tolist()
+    meta["data"] = data_fingerprint(split)
+    load = start.loader(fitting, cfg.DATA.CLASS_NAMES)
     if chief:
-        logdir.mkdir(parents=True, exist_ok=True)
+        start.check_data(meta["data"])
+        start.prepare_logdir()
         write_json(logdir / "settings.json", meta, indent=1)
 
     per_step = plan.accumulation * len(devices)
@@ -322,13 +269,16 @@ def _train(start: Start, fitting: Fitting, rank: int, size: int, started: float)
 
     try:
         metrics = run_training(
-            cfg, plan, dataflow, training_keys(cfg), devices, trainer, logdir, meta, start.loader(fitting),
-            describe_batch, evaluation_builder(cfg, validation, devices, rank, size) if validation else None,
+            cfg, plan, dataflow, training_keys(cfg), devices, trainer, logdir, meta, load, describe_batch,
+            evaluation_builder(cfg, validation, devices, rank, size) if validation else None,
+            smooth=(start.meta or {}).get("smooth"),
         )  # fmt: skip
     except Interrupted as e:
         if chief:
             logger.warning(f"stopped by {e}; continue with: ./train.py --resume --logdir {logdir}{trust_options(cfg)}")
         return 128 + e.signal_number
+    finally:
+        dataflow.stop()
     if chief:
         if metrics:
             write_json(logdir / "metrics.json", without_nan(metrics), indent=1)

@@ -5,6 +5,8 @@ and of the batch, so that a resumed run continues exactly as the uninterrupted o
 """
 
 import math
+import os
+import platform
 import re
 from collections.abc import Callable
 from typing import Any
@@ -30,8 +32,8 @@ from utils import ranks
 from utils.checkpoint import AVERAGE_PREFIX
 
 __all__ = [
-    "INPUT_TYPES", "DetectionModel", "DetectionOptimizer", "average_decay_tensor", "learning_rate_tensor",
-    "local_devices", "make_trainer", "mean_over_devices", "session_config",
+    "INPUT_TYPES", "DetectionModel", "DetectionOptimizer", "average_decay_tensor", "describe_devices",
+    "learning_rate_tensor", "local_devices", "make_trainer", "mean_over_devices", "session_config",
 ]  # fmt: skip
 
 
@@ -236,6 +238,8 @@ class _Accumulation:
     """Mixin for trainers: `accumulation` micro-batches make one update from the mean of their gradients."""
 
     accumulation = 1
+    # Called with the error of a step that found no input any more; tensorpack would take it for the end of training.
+    on_end_of_input: Callable[[Exception], None] | None = None
 
     def _make_get_grad_fn(self, input, get_cost_fn, get_opt_fn):
         gradients_of_tower = super()._make_get_grad_fn(input, get_cost_fn, get_opt_fn)
@@ -274,9 +278,15 @@ class _Accumulation:
         counter.gs_incr_op._add_control_input(self.train_op)
 
     def run_step(self):
-        for _ in range(self.accumulation - 1):
-            self.sess.run(self._accumulate)
-        self.hooked_sess.run(self.train_op)
+        try:
+            for _ in range(self.accumulation - 1):
+                self.sess.run(self._accumulate)
+            self.hooked_sess.run(self.train_op)
+        except (tf.errors.OutOfRangeError, tf.errors.CancelledError) as e:
+            if self.on_end_of_input is None:
+                raise
+            self.on_end_of_input(e)
+            raise RuntimeError(f"a step failed: {e}") from e
 
 
 class SingleTrainer(_Accumulation, SimpleTrainer):
@@ -378,6 +388,19 @@ def local_devices(cfg: Config) -> list[str]:
     if gpus:
         return [f"/gpu:{i}" for i in range(gpus)]
     return [f"/cpu:{i}" for i in range(cfg.TRAIN.CPU_REPLICAS)]
+
+
+def describe_devices(devices: list[str]) -> str:
+    """The devices of this process in words; warns of GPUs that the environment names and the machine does not have."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    named = [d for d in (visible or "").split(",") if d.strip() not in ("", "-1")]
+    if devices[0].startswith("/cpu"):
+        if named:
+            logger.warning(f"CUDA_VISIBLE_DEVICES={visible} names GPUs, but none can be used here: training on the CPU")
+        count = f"{len(devices)} replicas on the CPU" if len(devices) > 1 else "the CPU"
+        return f"{count} of {platform.node()} ({len(os.sched_getaffinity(0))} cores)"
+    chosen = f"CUDA_VISIBLE_DEVICES={visible}" if named else ", ".join(d.lstrip("/") for d in devices)
+    return f"{len(devices)} GPU{'s' * (len(devices) > 1)} of {platform.node()} ({chosen})"
 
 
 def session_config(cpu_devices: int = 1) -> Any:

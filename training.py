@@ -1,19 +1,21 @@
 """A training run: progress, checkpoints and evaluations as tensorpack callbacks, and the loop they hang on."""
 
+import contextlib
 import json
 import logging
 import math
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from common import logger
+from common import UserError, logger, without_nan
 from config import Config
+from predict import EvaluationStopped
 from trainers import INPUT_TYPES, DetectionModel, session_config
 from training_plan import TrainingPlan
 from utils.tf_v1 import tf
@@ -27,6 +29,7 @@ from tensorpack.tfutils.sessinit import SessionInit
 from tensorpack.train.base import StopTraining
 
 from utils.checkpoint import save_tf_checkpoint
+from utils.stopping import on_stop
 
 __all__ = ["Checkpoints", "Interrupted", "ProgressLog", "run_training"]
 
@@ -49,12 +52,19 @@ class ProgressLog(Callback):
     _chief_only = False
 
     def __init__(
-        self, model: DetectionModel, plan: TrainingPlan, logdir: Path, describe_batch: Callable[[int], str], chief: bool
+        self,
+        model: DetectionModel,
+        plan: TrainingPlan,
+        logdir: Path,
+        describe_batch: Callable[[int], str],
+        chief: bool,
+        smooth: dict[str, float] | None = None,
     ):
+        """smooth: the smoothed values of the run that is continued."""
         self._model, self._plan, self._logdir = model, plan, logdir
         self._describe_batch = describe_batch
         self._chief = chief
-        self._smooth: dict[str, float] = {}
+        self.smooth: dict[str, float] = dict(smooth or {})
         self._last_print = 0.0
         self._step_time = None
         self._bar = None
@@ -63,7 +73,8 @@ class ProgressLog(Callback):
         self._first_step = self.global_step
         self._started = self._last_time = time.time()
         if self._chief:
-            self._writer = tf.summary.FileWriter(str(self._logdir))
+            with _one_line(f"the log in {self._logdir}"):
+                self._writer = tf.summary.FileWriter(str(self._logdir))
             if sys.stderr.isatty():
                 self._bar = tqdm(
                     total=self._plan.total_steps, initial=self._first_step, unit="step", dynamic_ncols=True
@@ -96,43 +107,58 @@ class ProgressLog(Callback):
         else:
             logger.info(f"first step after {now - self._started:.1f} s")
         for key, value in values.items():
-            self._smooth[key] = value if key not in self._smooth else 0.95 * self._smooth[key] + 0.05 * value
+            self.smooth[key] = value if key not in self.smooth else 0.95 * self.smooth[key] + 0.05 * value
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
             if step % 5 == 0:
-                self._bar.set_postfix_str(f"loss {self._smooth['total_loss']:.3f}", refresh=False)
+                self._bar.set_postfix_str(f"loss {self.smooth['total_loss']:.3f}", refresh=False)
         elif now - self._last_print > (5 if now - self._started < 60 else 30) or step == self._plan.total_steps:
             self._last_print = now
             logger.info(self._line(step))
         if step % 20 == 0 or step == self._plan.total_steps:
-            self._write(step, {**self._smooth, "learning_rate": values["learning_rate"]})
+            self._write(step, {**self.smooth, "learning_rate": values["learning_rate"]})
 
     def _line(self, step: int) -> str:
         total = self._plan.total_steps
         losses = " ".join(
-            f"{k.replace('_loss', '')} {self._smooth[k]:.3f}" for k in self._model.losses if k != "total_loss"
+            f"{k.replace('_loss', '')} {self.smooth[k]:.3f}" for k in self._model.losses if k != "total_loss"
         )
         pace = self._step_time
         eta = "" if pace is None else f" · {pace:.2f} s/step · ETA {format_seconds(pace * (total - step))}"
-        return f"step {step}/{total}{eta} · loss {self._smooth['total_loss']:.3f} = {losses}"
+        return f"step {step}/{total}{eta} · loss {self.smooth['total_loss']:.3f} = {losses}"
 
     def write_metrics(self, step: int, metrics: dict[str, float]) -> None:
         """Evaluation results into TensorBoard and the jsonl log."""
         if self._chief:
             self._write(step, {k: float(v) for k, v in metrics.items()})
-            self._writer.flush()
 
     def _write(self, step: int, values: dict[str, float]) -> None:
         summary = tf.Summary(value=[tf.Summary.Value(tag=k, simple_value=v) for k, v in values.items()])
-        self._writer.add_summary(summary, step)
-        with open(self._logdir / "log.jsonl", "a") as f:
-            f.write(json.dumps({"step": step, **{k: round(v, 6) for k, v in values.items()}}) + "\n")
+        line = json.dumps(without_nan({"step": step, **{k: round(v, 6) for k, v in values.items()}}), allow_nan=False)
+        with _one_line(f"the log in {self._logdir}"):
+            with open(self._logdir / "log.jsonl", "a") as f:
+                f.write(f"{line}\n")
+            self._writer.add_summary(summary, step)
+            self._writer.flush()
 
     def _after_train(self):
         if self._chief:
-            self._writer.close()
+            with contextlib.suppress(OSError, tf.errors.OpError):  # whatever it is, it was told when it was written
+                self._writer.close()
         if self._bar is not None:
             self._bar.close()
+
+
+@contextlib.contextmanager
+def _one_line(what: str) -> Iterator[None]:
+    """Turns the errors of files that cannot be written into a UserError; tensorpack would even take one of them (a file
+    that grew over a limit) for the end of training."""
+    try:
+        yield
+    except OSError as e:
+        raise UserError(f"{what} cannot be written: {e.strerror or e} ({e.filename or 'disk'})") from None
+    except tf.errors.OpError as e:
+        raise UserError(f"{what} cannot be written: {(e.message or str(e)).splitlines()[0][:200]}") from None
 
 
 class Checkpoints(Callback):
@@ -140,14 +166,18 @@ class Checkpoints(Callback):
 
     _chief_only = False
 
-    def __init__(self, cfg: Config, plan: TrainingPlan, logdir: Path, meta: dict[str, Any], chief: bool):
-        self._plan, self._logdir, self._meta, self._chief = plan, logdir, meta, chief
+    def __init__(
+        self, cfg: Config, plan: TrainingPlan, logdir: Path, meta: dict[str, Any], log: ProgressLog, chief: bool
+    ):
+        self._plan, self._logdir, self._meta, self._log, self._chief = plan, logdir, meta, log, chief
         self._interval = cfg.TRAIN.CHECKPOINT_PERIOD * cfg.TRAIN.STEPS_PER_EPOCH
         self._keep = cfg.TRAIN.KEEP_CHECKPOINTS
         self._saved_at = None
         self._stop = False
-        self.stop_signal = None
+        self.stop_signal: int | None = None
         self.last_path: str | None = None
+        self.close_op: Any = None  # closes the queue of batches
+        self.input_error: Callable[[], BaseException | None] = lambda: None
 
     def _setup_graph(self):
         # A signal reaches the ranks of a job at different steps; they must stop after the same one.
@@ -157,20 +187,33 @@ class Checkpoints(Callback):
         self._saver = tf.train.Saver(tf.global_variables(), max_to_keep=0, save_relative_paths=True)
 
     def _before_train(self):
-        def handler(number, _frame):
-            if self.stop_signal is not None:
-                if number == signal.SIGTERM:  # again, from a scheduler as well as from the launcher
-                    return
-                raise KeyboardInterrupt
-            self.stop_signal = number
-            if self._chief:
-                logger.warning(f"{signal.Signals(number).name}: saving a checkpoint after this step, then stopping")
+        self._saved_at = self.global_step  # what a run starts from is saved already, or nothing yet
+        self._handlers = contextlib.ExitStack()
+        self._handlers.enter_context(on_stop(self._on_signal, self.close_input))
 
-        self._old = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
+    def _on_signal(self, number: int) -> None:
+        if self.stop_signal is not None:
+            if number != signal.SIGINT:  # again, from a scheduler as well as from the launcher
+                return
+            raise KeyboardInterrupt
+        self.stop_signal = number
+        if self._chief:
+            logger.warning(f"{signal.Signals(number).name}: saving a checkpoint after this step, then stopping")
+
+    def close_input(self) -> None:
+        """Lets a step that waits for images that do not come end; images that are there are still used."""
+        if self.close_op is not None:
+            with contextlib.suppress(tf.errors.OpError, RuntimeError):
+                self.trainer.sess.run(self.close_op)
+
+    def on_end_of_input(self, error: Exception) -> None:
+        """A step found no images: saves what was trained; ends training if a signal or the input's error explain it."""
+        self.save()
+        if self.stop_signal is not None or self.input_error() is not None:
+            raise StopTraining("no input")
 
     def _after_train(self):
-        for number, old in self._old.items():
-            signal.signal(number, old)
+        self._handlers.close()
 
     def _before_run(self, _):
         return tf.train.SessionRunArgs(self._any_signalled, {self._signalled: float(self.stop_signal is not None)})
@@ -181,10 +224,11 @@ class Checkpoints(Callback):
     def save(self) -> None:
         step = self.global_step
         if self._chief and self._saved_at != step:
-            meta = {**self._meta, "step": step}
-            self.last_path = save_tf_checkpoint(
-                self._saver, self.trainer.sess, self._logdir, step, meta, keep=self._keep
-            )
+            meta = {**self._meta, "step": step, "smooth": without_nan(self._log.smooth)}
+            with _one_line(f"checkpoint {self._logdir}/model-{step}"):
+                self.last_path = save_tf_checkpoint(
+                    self._saver, self.trainer.sess, self._logdir, step, meta, keep=self._keep
+                )
             self._saved_at = step
 
     def _trigger_step(self):
@@ -198,12 +242,19 @@ class Checkpoints(Callback):
 
 
 class PeriodicEvaluation(Callback):
-    """Runs `evaluate(sess) -> metrics` every EVAL_PERIOD epochs and after the last step."""
+    """Runs `evaluate(sess, should_stop) -> metrics` every EVAL_PERIOD epochs and after the last step."""
 
     _chief_only = False
 
-    def __init__(self, cfg: Config, plan: TrainingPlan, build: Callable[[], Callable], log: ProgressLog):
-        self._plan, self._build, self._log = plan, build, log
+    def __init__(
+        self,
+        cfg: Config,
+        plan: TrainingPlan,
+        build: Callable[[], Callable],
+        log: ProgressLog,
+        checkpoints: Checkpoints,
+    ):
+        self._plan, self._build, self._log, self._checkpoints = plan, build, log, checkpoints
         self._interval = cfg.TRAIN.EVAL_PERIOD * cfg.TRAIN.STEPS_PER_EPOCH
         self.metrics: dict[str, float] = {}
 
@@ -213,7 +264,13 @@ class PeriodicEvaluation(Callback):
     def _trigger_step(self):
         step = self.global_step
         if step >= self._plan.total_steps or (self._interval and step % self._interval == 0):
-            self.metrics = self._evaluate(self.trainer.sess)
+            try:
+                self.metrics = self._evaluate(self.trainer.sess, lambda: self._checkpoints.stop_signal is not None)
+            except EvaluationStopped:
+                self._checkpoints.save()
+                raise StopTraining("signal") from None
+            except tf.errors.OutOfRangeError as e:  # which tensorpack would take for the end of training
+                raise RuntimeError(f"the evaluation failed: {e.message}") from e
             overall = {k: v for k, v in self.metrics.items() if "per_class" not in k}
             self._log.write_metrics(step, overall)
             self._log.restart_clock()
@@ -226,9 +283,11 @@ class StopAtEnd(Callback):
 
     def __init__(self, plan: TrainingPlan):
         self._plan = plan
+        self.reached = False
 
     def _trigger_step(self):
         if self.global_step >= self._plan.total_steps:
+            self.reached = True
             raise StopTraining("finished")
 
 
@@ -282,19 +341,21 @@ def run_training(
     load: Callable[[Any], None],
     describe_batch: Callable[[int], str],
     build_evaluation: Callable[[], Callable] | None,
+    smooth: dict[str, float] | None = None,
 ) -> dict[str, float]:
-    """Trains to the plan's end; returns the metrics of the last evaluation.
+    """Trains to the plan's end and saves what it has then; returns the metrics of the last evaluation.
 
-    load(sess) puts weights (and, when resuming, momentum and step) in place. Raises Interrupted after a signal.
+    load(sess) puts weights (and, when resuming, momentum and step) in place; smooth: the smoothed losses of a run that
+    is continued. Raises Interrupted after a signal, and whatever else ends training before the plan's end.
     """
     with tf.Graph().as_default():
         return _run_in_graph(
-            cfg, plan, dataflow, keys, devices, trainer, logdir, meta, load, describe_batch, build_evaluation
+            cfg, plan, dataflow, keys, devices, trainer, logdir, meta, load, describe_batch, build_evaluation, smooth
         )
 
 
 def _run_in_graph(
-    cfg, plan, dataflow, keys, devices, trainer, logdir, meta, load, describe_batch, build_evaluation
+    cfg, plan, dataflow, keys, devices, trainer, logdir, meta, load, describe_batch, build_evaluation, smooth
 ):  # fmt: skip
     chief = trainer.is_chief
     tf.set_random_seed(cfg.TRAIN.SEED)
@@ -303,21 +364,27 @@ def _run_in_graph(
     capacity = max(2, 2 * len(devices))
     types = [INPUT_TYPES[k][0] for k in keys]
     queue = tf.FIFOQueue(capacity, types, name="input_queue")
-    trainer.setup_graph(model.get_input_signature(), QueueInput(watched, queue), model.build_graph, model.get_optimizer)
-    log = ProgressLog(model, plan, logdir, describe_batch, chief)
-    checkpoints = Checkpoints(cfg, plan, logdir, meta, chief)
+    source = QueueInput(watched, queue)
+    trainer.setup_graph(model.get_input_signature(), source, model.build_graph, model.get_optimizer)
+    log = ProgressLog(model, plan, logdir, describe_batch, chief, smooth)
+    checkpoints = Checkpoints(cfg, plan, logdir, meta, log, chief)
+    checkpoints.close_op, checkpoints.input_error = source.thread.close_op, lambda: watched.error
+    trainer.on_end_of_input = checkpoints.on_end_of_input
     callbacks = [log, checkpoints]
     evaluation = None
     if build_evaluation is not None and cfg.TRAIN.EVAL_PERIOD:
-        evaluation = PeriodicEvaluation(cfg, plan, build_evaluation, log)
+        evaluation = PeriodicEvaluation(cfg, plan, build_evaluation, log, checkpoints)
         callbacks.append(evaluation)
-    callbacks.append(StopAtEnd(plan))
+    end = StopAtEnd(plan)
+    callbacks.append(end)
     creator = NewSessionCreator()
     cpu_devices = sum(d.startswith("/cpu") for d in devices) or 1
     creator.config.MergeFrom(session_config(cpu_devices))
     trainer.train(callbacks, [], creator, _LoadWeights(load), sys.maxsize, 1, 1)
-    if watched.error is not None:
-        raise watched.error
-    if checkpoints.stop_signal is not None:
-        raise Interrupted(checkpoints.stop_signal)
+    if not end.reached:
+        if checkpoints.stop_signal is not None:
+            raise Interrupted(checkpoints.stop_signal)
+        raise watched.error or RuntimeError(f"training ended before its last step, {plan.total_steps}")
+    if chief and not Path(f"{checkpoints.last_path}.index").exists():
+        raise UserError(f"the last checkpoint, {checkpoints.last_path}, is no longer there")
     return evaluation.metrics if evaluation is not None else {}

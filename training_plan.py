@@ -18,7 +18,7 @@ _MANY_EPOCHS = 1000
 
 @dataclasses.dataclass(frozen=True)
 class TrainingPlan:
-    """What the settings become for a number of replicas and images."""
+    """The schedule of a run on a number of replicas, as its settings give it."""
 
     replicas: int
     images_per_replica: int
@@ -45,7 +45,7 @@ class TrainingPlan:
         if step < self.warmup_steps:
             return self.warmup_lr + (self.base_lr - self.warmup_lr) * step / self.warmup_steps
         if self.cosine_end is not None:
-            # (1 + cos(pi * done)) / 2 = sin(pi / 2 * left)^2, which float32 knows as well near the end.
+            # (1 + cos(pi * done)) / 2 = sin(pi / 2 * left)^2, which is as exact in float32 near the end.
             left = max(self.cosine_end - step, 0) / self.cosine_steps
             return self.final_lr + (self.base_lr - self.final_lr) * math.sin(math.pi / 2 * left) ** 2
         return self.base_lr * 0.1 ** sum(step >= m for m in self.milestones)
@@ -55,7 +55,7 @@ class TrainingPlan:
         return max(self.cosine_end - self.warmup_steps, 1)
 
     def table(self, cfg: Config) -> str:
-        """What the settings become: as they are written, for a total batch of 8, and in this run."""
+        """The settings as they are written, for a total batch of 8, beside what they are in this run."""
         train = cfg.TRAIN
         parts = f"{self.replicas} replicas x {self.images_per_replica} images x {self.accumulation} accumulated"
         drops = ", ".join(f"{m} (epoch {self.epochs(m):.1f})" for m in self.milestones) or "none"

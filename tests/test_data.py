@@ -20,6 +20,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 import data
+import data_workers
 from augment import resized_shape
 from common import UserError
 from config import default_config, finalize_config
@@ -426,6 +427,38 @@ def test_a_killed_worker_is_an_error_within_seconds():
     assert not any(psutil.pid_exists(p) for p in pids)
 
 
+def test_a_worker_that_hangs_is_named_and_replaced_and_the_batches_stay_the_same(capsys):
+    split, cfg = mini("DATA.NUM_WORKERS=2", "DATA.PREFETCH=1", "DATA.WORKER_TIMEOUT=1")
+    flow = training_dataflow(split, cfg)
+    batches = iter(flow)
+    got = list(islice(batches, 2))
+    hanging = flow.worker_pids[1]
+    os.kill(hanging, signal.SIGSTOP)
+    got += islice(batches, 5)
+    assert f"data worker 1 (process {hanging}) delivered nothing for 1 s before batch" in capsys.readouterr().err
+    assert hanging not in flow.worker_pids and not psutil.pid_exists(hanging)
+    batches.close()
+    assert all(same(a, b) for a, b in zip(got, training_dataflow(split, settings(MINI, *SMALL, "DATA.NUM_WORKERS=0"))))
+
+
+def test_images_that_hang_every_worker_are_named(tmp_path, monkeypatch):
+    """As on a disk that does not answer: a file whose reading never ends."""
+    monkeypatch.setattr(data_workers, "START_SECONDS", 0.0)
+    images = {f"{n}.png": np.full((40, 60, 3), n, np.uint8) for n in range(2)}
+    args = write_set(tmp_path, images, [box_annotation(1, 1, 9, 9, image_id=n) for n in (1, 2)])
+    cfg = settings(tmp_path, *args, *SMALL, "DATA.NUM_WORKERS=1", "DATA.WORKER_TIMEOUT=1")
+    split = load_training_split(cfg)
+    for file in (tmp_path / "set").iterdir():
+        file.unlink()
+        os.mkfifo(file)
+    flow = training_dataflow(split, cfg)
+    with pytest.raises(
+        UserError, match=r"data worker 0 .* delivered nothing for 1 s .* \((1|2)\), or raise DATA.WORKER"
+    ):
+        next(iter(flow))
+    assert not flow.worker_pids
+
+
 def test_an_error_in_a_worker_arrives_with_its_message(tmp_path):
     images = {f"{n}.png": np.full((40, 60, 3), n, np.uint8) for n in range(4)}
     args = write_set(tmp_path, images, [box_annotation(1, 1, 9, 9, image_id=n) for n in (1, 2, 3, 4)])
@@ -471,14 +504,17 @@ next(batches)
 child = os.fork() if {fork} else 1  # a child that shares the parent's end of the connection
 if child == 0:
     time.sleep(60)
+if {stopped}:
+    for pid in flow.worker_pids:
+        os.kill(pid, signal.SIGSTOP)
 print(*flow.worker_pids, child, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-@pytest.mark.parametrize("fork", [False, True])
-def test_workers_end_with_their_parent(fork):
-    code = ENDING.format(root=str(ROOT), tests=str(ROOT / "tests"), fork=fork)
+@pytest.mark.parametrize(("fork", "stopped"), [(False, False), (True, False), (False, True)])
+def test_workers_end_with_their_parent(fork, stopped):
+    code = ENDING.format(root=str(ROOT), tests=str(ROOT / "tests"), fork=fork, stopped=stopped)
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     *pids, child = map(int, process.stdout.readline().split())
     process.wait()

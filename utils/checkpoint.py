@@ -70,6 +70,8 @@ def load_weights(
     optimizer slots included).
     """
     path = Path(path)
+    if path.name == "checkpoint" and path.is_file():  # TensorFlow's state file of a run directory
+        path = path.parent
     if path.is_dir():
         return _load_newest(path, wanted)
     if is_tf_checkpoint(path):
@@ -308,7 +310,12 @@ def save_tf_checkpoint(
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     prefix = logdir / f"model-{int(step)}"
-    saver.save(sess, str(staging / prefix.name), write_meta_graph=False, write_state=False)
+    try:
+        saver.save(sess, str(staging / prefix.name), write_meta_graph=False, write_state=False)
+        _check_saved(str(staging / prefix.name), str(prefix))
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
     # The saver must not remember staged names, which it would try to delete later.
     saver.set_last_checkpoints_with_time([])
     write_checkpoint_meta(str(prefix), meta)
@@ -329,6 +336,26 @@ def save_tf_checkpoint(
     for old in history[: len(history) - len(kept)]:
         _delete_checkpoint(old)
     return str(prefix)
+
+
+def _check_saved(staged: str, prefix: str) -> None:
+    """Reads a checkpoint back, with its checksums, before it takes its place.
+
+    FloatingPointError if a value in it is not finite: training can go on from the newest checkpoint, always."""
+    from utils.tf_v1 import tf
+
+    reader = tf.train.load_checkpoint(staged)
+    bad = []
+    for name in sorted(reader.get_variable_to_shape_map()):
+        value = reader.get_tensor(name)
+        if np.issubdtype(value.dtype, np.floating) and not np.isfinite(value).all():
+            bad.append(name)
+    if bad:
+        more = f" and {len(bad) - 1} more variables" if len(bad) > 1 else ""
+        raise FloatingPointError(
+            f"{bad[0]}{more} became infinite or NaN before {Path(prefix).name}, which is not saved. Continue from the "
+            "newest checkpoint with a lower TRAIN.BASE_LR, a longer TRAIN.WARMUP or TRAIN.GRADIENT_CLIP"
+        )
 
 
 def _delete_checkpoint(prefix: str) -> None:

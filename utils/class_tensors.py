@@ -1,0 +1,51 @@
+"""The tensors whose entries belong to classes, and what becomes of them when a model moves to other classes.
+
+Along their last axis: class scores have C + 1 entries, background first; box deltas four for each of these (or four in
+all if they are the same for every class); masks C entries.
+"""
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from common import UserError
+
+__all__ = ["depends_on_classes", "keep_classes"]
+
+_OUTPUT = re.compile(
+    r"^(?:fastrcnn(?:/outputs)?|cascade_rcnn_stage\d+/outputs)/(class|box)/[Wb]$|^(mask)rcnn/conv/[Wb]$"
+)
+_WIDTH = {"class": 1, "box": 4, "mask": 1}  # entries of a class
+
+
+def _kind(name: str) -> str:
+    match = _OUTPUT.match(name)
+    return (match[1] or match[2]) if match else ""
+
+
+def depends_on_classes(name: str, shape: Sequence[int]) -> bool:
+    """Whether a variable of this name and shape has entries for each class."""
+    kind = _kind(name)
+    return bool(kind) and not (kind == "box" and shape[-1] == _WIDTH["box"])
+
+
+def keep_classes(
+    name: str, stored: np.ndarray, initial: np.ndarray, old: Sequence[str], new: Sequence[str]
+) -> np.ndarray:  # fmt: skip
+    """`initial` (for the classes `new`) with the entries of every class that `stored` (for the classes `old`) has too,
+    and of the background."""
+    kind = _kind(name)
+    width, background = _WIDTH[kind], 0 if kind == "mask" else 1
+    if stored.shape[-1] != (len(old) + background) * width or stored.shape[:-1] != initial.shape[:-1]:
+        raise UserError(
+            f"--match-classes: {name} has shape {list(stored.shape)}, which does not fit its {len(old)} class names "
+            f"and this model's {list(initial.shape)}"
+        )
+    pairs = [(i, i) for i in range(background)]
+    pairs += [(old.index(n) + background, i + background) for i, n in enumerate(new) if n in old]
+    kept = initial.reshape(*initial.shape[:-1], -1, width).copy()
+    source = stored.reshape(*stored.shape[:-1], -1, width)
+    for there, here in pairs:
+        kept[..., here, :] = source[..., there, :]
+    return kept.reshape(initial.shape)
