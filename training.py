@@ -304,7 +304,7 @@ class _LoadWeights(SessionInit):
 class _WatchedDataflow(DataFlow):
     """Keeps the exception that ends the input, which tensorpack's thread would only log."""
 
-    def __init__(self, dataflow):
+    def __init__(self, dataflow: Any):
         self._dataflow = dataflow
         self.error: BaseException | None = None
 

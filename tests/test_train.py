@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -15,9 +16,12 @@ import numpy as np
 import pytest
 from tiny import COCO_MINI, TINY_TRAINING
 
+import data
 import train
+import training
 from common import git_revision
 from utils.checkpoint import load_weights, newest_checkpoint, save_npz
+from utils.tf_v1 import tf
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "tests" / "data"
@@ -70,12 +74,30 @@ def test_a_run_leaves_a_checkpoint_that_describes_itself(trained):
     assert list(trained.glob("events.out.tfevents.*"))
 
 
+def logged_steps(logdir) -> tuple[list[int], list[int]]:
+    """The steps in log.jsonl, and those of total_loss in TensorBoard's files."""
+    lines = [json.loads(line)["step"] for line in (Path(logdir) / "log.jsonl").read_text().splitlines()]
+    events = [
+        event.step
+        for path in sorted(Path(logdir).glob("events.out.tfevents.*"))
+        for event in tf.train.summary_iterator(str(path))
+        if any(v.tag == "total_loss" for v in event.summary.value)
+    ]
+    return lines, events
+
+
 def test_a_resumed_run_continues_as_the_uninterrupted_one(trained, tmp_path):
     logdir = tmp_path / "run"
     assert train_tiny(logdir, steps=2) == 0
     assert weights_of(logdir)["global_step"] == 2
     assert train_tiny(logdir, steps=4) == 0  # the same --logdir continues
     assert_same_weights(weights_of(trained), weights_of(logdir))
+    assert losses_of(logdir)[4] == losses_of(trained)[4]  # smoothed over steps before and after
+    # From an earlier checkpoint, as after a divergence: what was logged since is replaced, not repeated.
+    assert run("--logdir", logdir, "--resume", logdir / "model-2") == 0
+    assert_same_weights(weights_of(trained), weights_of(logdir))
+    assert losses_of(logdir)[4] == losses_of(trained)[4]
+    assert logged_steps(logdir) == ([2, 4], [2, 4])
 
 
 def test_a_run_that_has_finished_has_nothing_left_to_do(tmp_path, caplog):
@@ -293,6 +315,89 @@ def test_an_image_damaged_during_training_ends_the_run_with_its_name(tmp_path, c
     assert str(tmp_path / "images") in last_error(capsys)
 
 
+def test_weights_that_overflow_in_the_last_update_are_not_saved_and_end_the_run(tmp_path, capsys):
+    """Its loss was finite, and there is no other step whose loss would not be."""
+    settings = ["TRAIN.BASE_LR=3e38", "TRAIN.WARMUP=0", "TRAIN.WEIGHT_DECAY=0.5", "TRAIN.GRADIENT_CLIP=None"]
+    assert train_tiny(tmp_path / "run", *settings, steps=1) == 3
+    assert "became infinite or NaN before model-1, which is not saved" in last_error(capsys)
+    assert newest_checkpoint(tmp_path / "run") is None
+    assert not (tmp_path / "run" / ".saving").exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [tf.errors.OutOfRangeError(None, None, "File too large"), OSError(28, "No space left on device", "/x/model-1")],
+)
+def test_a_run_whose_checkpoint_cannot_be_written_does_not_say_that_it_finished(tmp_path, capsys, monkeypatch, error):
+    """tensorpack takes OutOfRangeError, which TensorFlow raises for a file over a limit, for the end of training."""
+
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(training, "save_tf_checkpoint", fail)
+    assert train_tiny(tmp_path / "run", steps=1) == 2
+    err = capsys.readouterr()
+    assert "finished" not in err.err and "Traceback" not in err.err
+    assert re.search(r"checkpoint .*/model-1 cannot be written: (File too large|No space left)", err.err)
+
+
+def test_a_signal_while_the_input_stalls_saves_what_was_trained(tmp_path, capsys, monkeypatch):
+    """The main thread waits inside of TensorFlow for images that do not come, as from a disk that hangs."""
+    original, stalled = data.BatchMaker.make, threading.Event()
+
+    def make(self, batch, *args):
+        if batch == 2:
+            os.kill(os.getpid(), signal.SIGHUP)
+            stalled.wait(120)
+        return original(self, batch, *args)
+
+    monkeypatch.setattr(data.BatchMaker, "make", make)
+    started = time.monotonic()
+    try:
+        assert train_tiny(tmp_path / "run", steps=9) == 128 + signal.SIGHUP
+    finally:
+        stalled.set()
+    assert time.monotonic() - started < 110
+    assert weights_of(tmp_path / "run")["global_step"] == 2
+    assert "stopped by SIGHUP; continue with: ./train.py --resume" in capsys.readouterr().err
+
+
+def test_a_signal_during_an_evaluation_ends_it_and_the_run_goes_on_later(tmp_path, capsys, monkeypatch):
+    import predict
+
+    original, seen = predict.inference_batches, []
+
+    def batches(*args):
+        for batch in original(*args):
+            seen.append(batch)
+            os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    monkeypatch.setattr(predict, "inference_batches", batches)
+    settings = ["TRAIN.STEPS_PER_EPOCH=1", "TRAIN.EVAL_PERIOD=1", "TRAIN.CHECKPOINT_PERIOD=5"]
+    assert train_tiny(tmp_path / "run", *settings, steps=4) == 128 + signal.SIGTERM
+    assert len(seen) <= 2
+    assert weights_of(tmp_path / "run")["global_step"] == 1
+    assert "stopped by SIGTERM; continue with" in capsys.readouterr().err
+
+
+def test_a_signal_before_the_first_step_is_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, "load_training_split", lambda cfg: os.kill(os.getpid(), signal.SIGTERM))
+    assert train_tiny(tmp_path / "run") == 128 + signal.SIGTERM
+    err = capsys.readouterr().err
+    assert "stopped by SIGTERM; there was nothing to save" in err and "Traceback" not in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_training_runs_in_another_thread(tmp_path):
+    """As in a notebook's or a server's: signals belong to the main thread alone."""
+    codes = []
+    thread = threading.Thread(target=lambda: codes.append(train_tiny(tmp_path / "run", steps=1)))
+    thread.start()
+    thread.join()
+    assert codes == [0] and weights_of(tmp_path / "run")["global_step"] == 1
+
+
 @pytest.mark.slow
 def test_sigterm_saves_a_checkpoint_and_says_how_to_go_on(tmp_path):
     logdir = tmp_path / "run"
@@ -463,6 +568,19 @@ def test_a_mismatch_stops_and_partial_loading_or_trimming_goes_on(trained, tmp_p
     assert "fastrcnn/outputs" in last_error(capsys)
     assert train_tiny(tmp_path / "b", *settings, flags=["--load", trained, "--trim-heads"], steps=1) == 0
     assert "fastrcnn/outputs/class/W" in capsys.readouterr().err
+    still = ["TRAIN.BASE_LR=0.0", "TRAIN.WARMUP_INIT_LR=0.0"]
+    assert train_tiny(tmp_path / "c", *settings, *still, flags=["--load", trained, "--match-classes"], steps=1) == 0
+    kept, before = weights_of(tmp_path / "c"), weights_of(trained)
+    np.testing.assert_array_equal(kept["fastrcnn/outputs/class/W"], before["fastrcnn/outputs/class/W"][:, :14])
+    np.testing.assert_array_equal(kept["maskrcnn/conv/b"], before["maskrcnn/conv/b"][:13])
+    # Equally many classes by chance: their tensors start anew all the same, and nothing else does.
+    assert train_tiny(tmp_path / "d", *still, flags=["--load", trained, "--trim-heads"], steps=1) == 0
+    trimmed = weights_of(tmp_path / "d")
+    changed = {n for n in before if n in trimmed and not np.array_equal(before[n], trimmed[n])}
+    changed = {n for n in changed if not n.endswith("Momentum")} - {"global_step"}
+    assert {n for n in changed if n.endswith("W")} == {
+        "fastrcnn/outputs/class/W", "fastrcnn/outputs/box/W", "maskrcnn/conv/W",
+    }  # fmt: skip
     weights, meta = load_weights(tmp_path / "b")
     assert weights["fastrcnn/outputs/class/b"].shape == (14,)
     assert meta["class_names"] == [c["name"] for c in annotations["categories"]]

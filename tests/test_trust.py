@@ -9,7 +9,7 @@ import pytest
 
 from common import UserError
 from config import SETTINGS, default_config
-from run_start import begin, inference_settings, load_model, training_settings
+from run_start import Request, begin, inference_settings, load_model, training_settings
 from train import main
 from trust import named_code, trust_options
 from utils.checkpoint import save_npz
@@ -108,14 +108,15 @@ def test_a_run_directory_is_a_loaded_file_too(tmp_path, key):
     run.mkdir()
     (run / "settings.json").write_text(json.dumps(stored(key)))
     with pytest.raises(UserError, match=r"settings.json asks for code.*--trust-code hostile"):
-        begin([], None, str(run), True)
+        begin(Request(logdir=str(run), resume=True))
 
 
 def test_what_does_not_load_a_file_needs_no_trust(tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     (run / "settings.json").write_text(json.dumps(stored("FPN.FRCNN_HEAD_FUNC")))
-    start = begin([], None, str(run), True, trusted=["hostile"])
+    start = begin(Request(logdir=str(run), resume=True, trusted=["hostile"]))
+    start.lock.release()
     assert start.cfg.FPN.FRCNN_HEAD_FUNC == "hostile:build"
     assert trust_options(start.cfg) == " --trust-code hostile"
 
