@@ -297,7 +297,7 @@ def supervise(
             # The cause is a rank that is still ending here, or is on another machine, which says it or falls silent.
             followed_since = followed_since or time.monotonic()
             problem = None
-        saved = problem is not None and problem[1] in (128 + signal.SIGINT, 128 + signal.SIGTERM)
+        saved = problem is not None and problem[1] in (128 + signal.SIGHUP, 128 + signal.SIGINT, 128 + signal.SIGTERM)
         if saved:
             say(problem[0])
             problem = None
@@ -401,8 +401,9 @@ def main(argv: Sequence[str]) -> int:
             print(shlex.join(["env"] + [f"{k}={v}" for k, v in environment.items()] + args.command))
         return 0
     stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, lambda *_: stop.set())
     try:
         import horovod.runner  # noqa: F401
     except ImportError:

@@ -262,10 +262,12 @@ def main(argv: Sequence[str]) -> int:
         nonlocal asked
         asked = number
         if job is not None:
-            job.stop(number)
+            # Launchers do not all pass a hangup on.
+            job.stop(signal.SIGTERM if number == signal.SIGHUP else number)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, stop)
     machines = Machines(args.hosts, args.np, args.poll)
 
     def pause(seconds: float) -> None:
