@@ -36,7 +36,7 @@ def test_a_mistyped_command_line_says_what_was_probably_meant(words, message, ca
 def test_an_empty_path_is_refused_by_the_name_of_its_option(option, value, capsys):
     with pytest.raises(SystemExit) as e:
         parse_args([option, value])
-    assert e.value.code == 2 and f"argument {option}: the value is empty" in capsys.readouterr().err
+    assert e.value.code == 2 and f"argument {option}: a path must not be empty" in capsys.readouterr().err
 
 
 def test_the_home_folder_is_found_in_every_path():
