@@ -3,6 +3,7 @@
 Name it in the settings by module:function; the module must be importable from where the program is started:
 
     ./train.py --config BACKBONE.NAME=demo.own_backbone:stages BACKBONE.NORM=GN BACKBONE.FREEZE_AT=0 MODE_FPN=True …
+    ./train.py --predict photo.jpg --load RUN --trust-code demo.own_backbone
 """
 
 from basemodel import conv2d

@@ -4,6 +4,7 @@ Name them in the settings by module:function; the module must be importable from
 
     ./train.py --config MODE_FPN=True FPN.FRCNN_HEAD_FUNC=demo.own_head:box_head …
     ./train.py --config MODE_FPN=True FPN.MRCNN_HEAD_FUNC=demo.own_head:mask_head …
+    ./train.py --predict photo.jpg --load RUN --trust-code demo.own_head
 """
 
 from basemodel import conv2d, deconv2d, fully_connected
