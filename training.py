@@ -201,8 +201,11 @@ class Checkpoints(Callback):
             logger.warning(f"{signal.Signals(number).name}: saving a checkpoint after this step, then stopping")
 
     def close_input(self) -> None:
-        """Lets a step that waits for images that do not come end; images that are there are still used."""
-        if self.close_op is not None:
+        """Lets a step that waits for images that do not come end; images that are there are still used.
+
+        Not in a job of several ranks: they stop after the same step, for which each needs its images.
+        """
+        if self.close_op is not None and not hasattr(self.trainer, "any_rank"):
             with contextlib.suppress(tf.errors.OpError, RuntimeError):
                 self.trainer.sess.run(self.close_op)
 

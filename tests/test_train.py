@@ -541,9 +541,9 @@ def test_evaluations_during_training_are_without_augmentation_and_say_so(tmp_pat
 
     seen, score = [], predict.evaluate_split
 
-    def spy(predictors, split, cfg, *args):
+    def spy(predictors, split, cfg, *args, **options):
         seen.append(cfg.TEST.AUG_SHORT_EDGES)
-        return score(predictors, split, cfg, *args)
+        return score(predictors, split, cfg, *args, **options)
 
     monkeypatch.setattr(predict, "evaluate_split", spy)
     assert train_tiny(tmp_path / "run", "TRAIN.EVAL_PERIOD=1", "TEST.AUG_SHORT_EDGES=[64,96]", steps=1) == 0

@@ -52,8 +52,8 @@ def recorded_step(self):
     trigger_step(self)
 
 
-def recorded_evaluation(predict, split, *args):
-    results = evaluate_split(predict, split, *args)
+def recorded_evaluation(predict, split, *args, **options):
+    results = evaluate_split(predict, split, *args, **options)
     eval.write_results(folder / f"found-{rank}-{split.name}.json", results)
     return results
 
