@@ -161,10 +161,10 @@ def load_training_split(cfg: Config) -> DatasetSplit:
 
 def _check_same_classes(cfg: Config, split: DatasetSplit, strict: bool) -> None:
     """Every class of the run must be in the set and, if strict, no other."""
-    lacking = [n for n, c in zip(split.class_names, split.category_ids) if c is None]
-    if lacking:
+    missing = [n for n, c in zip(split.class_names, split.category_ids) if c is None]
+    if missing:
         raise UserError(
-            f"{split.name} has no category '{lacking[0]}', which "
+            f"{split.name} has no category '{missing[0]}', which "
             f"{'DATA.CLASS_NAMES names' if not strict else f'{cfg.DATA.TRAIN[0]} has'}; sets that are trained together "
             "must have the same classes"
         )
@@ -184,9 +184,9 @@ def load_validation_splits(cfg: Config) -> list[DatasetSplit]:
     splits = []
     for name in cfg.DATA.VAL:
         split = load_split(cfg, name, [] if cfg.MODE_RPN_ONLY else cfg.DATA.CLASS_NAMES)
-        lacking = [n for n, c in zip(split.class_names, split.category_ids) if c is None]
-        if lacking:
-            logger.warning(f"{name} has no category {some_names(lacking)}: detections of it are not scored there")
+        missing = [n for n, c in zip(split.class_names, split.category_ids) if c is None]
+        if missing:
+            logger.warning(f"{name} has no category {some_names(missing)}: detections of it are not scored there")
         splits.append(split)
     return splits
 

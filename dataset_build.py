@@ -342,11 +342,11 @@ def build_columns(
         "verified": None,
     }
     if raw.is_federated:
-        given, lacking = (np.asarray(pairs, np.int64).reshape(-1, 2) for pairs in (raw.verified, raw.incomplete))
+        given, incomplete = (np.asarray(pairs, np.int64).reshape(-1, 2) for pairs in (raw.verified, raw.incomplete))
         lost = np.flatnonzero(reason == _NO_OUTLINE)
         columns |= verified_columns(
             [(image_rows[given[:, 0]], label_of_number[given[:, 1]]), (rows[kept], labels[kept])],
-            [(image_rows[lacking[:, 0]], label_of_number[lacking[:, 1]]), (rows[lost], labels[lost])],
+            [(image_rows[incomplete[:, 0]], label_of_number[incomplete[:, 1]]), (rows[lost], labels[lost])],
             len(sizes),
             max(label_of_category.values(), default=0),
         )  # fmt: skip
@@ -362,7 +362,7 @@ def verified_columns(
     num_classes: int,
 ) -> dict[str, np.ndarray]:
     """The columns first_verified int64 [num_images + 1] and verified int32: an image's labels that are `known`, but not
-    `incomplete`. Both are pairs of images and labels; pairs of no image (-1) or no class (0) do not count."""
+    `incomplete`. Both are pairs of images and labels; pairs of no image (-1) or no class (0) are ignored."""
     size = np.int64(num_classes + 1)
 
     def codes(pairs: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:

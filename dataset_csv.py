@@ -66,9 +66,9 @@ def read_csv_content(
         first = 1
     else:
         first, rows = 2, rows[1:]
-    lacking = [key for key in _CSV_HEADLESS if key not in columns]
-    if lacking:
-        raise UserError(f"csv of boxes {path}: no column for {lacking[0]} in its header {','.join(header)[:80]}")
+    missing = [key for key in _CSV_HEADLESS if key not in columns]
+    if missing:
+        raise UserError(f"csv of boxes {path}: no column for {missing[0]} in its header {','.join(header)[:80]}")
     boxes: dict[str, list] = {}
     for number, row in enumerate(rows, first):
         cells = {key: row[i].strip() if i < len(row) else "" for key, i in columns.items()}

@@ -251,7 +251,7 @@ def load_openimages(
         keep_missing: go on without images that are missing on disk, instead of an error.
         check_images: False: do not look for the images; their sizes then come from <split>-image-sizes.csv.
 
-    The cache is in <directory>/.packrcnn-cache (or ~/.cache/packrcnn when that cannot be written). It is made anew
+    The cache is in <directory>/.packrcnn-cache (or ~/.cache/packrcnn when that cannot be written). It is made again
     when a source file's size or time stamp, an image folder's time stamp, or an option changes. An image's size is
     read from its header, unless <split>-image-sizes.csv (ImageID,Width,Height) gives it.
     """
@@ -370,7 +370,7 @@ def _read_cache(directory: Path, entry: str, stamps: dict) -> tuple[dict | None,
                 names = _OPEN_IMAGES_COLUMNS
                 return {n: np.asarray(np.load(folder / f"{n}.npy", mmap_mode="r")) for n in names}, meta
         except (OSError, EOFError, ValueError, KeyError):
-            continue  # absent or damaged: made anew
+            continue  # missing or damaged: made again
     return None, {}
 
 
@@ -471,10 +471,10 @@ def _build_open_images(files, size_file: Path, folders: list[Path], options: dic
     if options["group_of"] == "drop":
         bad.append(("group-of box (group_of=drop)", group))
     if options["need_masks"]:
-        lacking = np.ones(number, bool)
+        without_outline = np.ones(number, bool)
         if outlines is not None:
-            lacking[outlines[0]] = False
-        bad.append(("no outline (MODE_MASK trains masks)", lacking & ~crowd))
+            without_outline[outlines[0]] = False
+        bad.append(("no outline (MODE_MASK trains masks)", without_outline & ~crowd))
     keep = label > 0
     if not keep.all():
         dropped["class is unknown or not trained"] = int((~keep).sum())
@@ -564,7 +564,7 @@ def _open_images_on_disk(
         known[rows["ImageID"][listed]] = True
     todo = np.flatnonzero(present & ~known)
     if len(todo) and not check:
-        raise UserError(f"{size_file} lacks image {ids[todo[0]].decode()}")
+        raise UserError(f"image {ids[todo[0]].decode()} is missing from {size_file}")
     if len(todo):
         sizes[todo] = header_sizes([f"{folders[folder[i]]}/{ids[i].decode()}.jpg" for i in todo])
     return present, folder, sizes

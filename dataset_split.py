@@ -36,7 +36,7 @@ _BLOCK = 4096  # images
 
 EVERY_CLASS = -1  # as a verified label of an image
 
-MIN_SIDE = 0.01  # pixels; a box with a shorter side inside the image has no extent that float32 could regress to
+MIN_SIDE = 0.01  # pixels; boxes with a shorter side inside the image are left out: too small for float32 offsets
 
 
 class Objects(NamedTuple):

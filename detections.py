@@ -132,8 +132,8 @@ def coco_results(
     """One image's detections as entries of a COCO results file.
 
     Scores keep float32 precision, boxes 1e-4 pixel, so that scoring the written file equals scoring these entries.
-    Keypoints count pixels as COCO does: the centre of the first one is 0, not 0.5. A class that the annotations do not
-    have has category_id None.
+    Keypoints count pixels as COCO does: the centre of the first one is 0, not 0.5. A class missing from the
+    annotations has category_id None.
     """
     boxes = detections.boxes.astype(np.float64)
     boxes[:, 2:] -= boxes[:, :2]

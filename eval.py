@@ -84,7 +84,7 @@ def evaluate_coco(
     Returns {"bbox/AP": …, "bbox/AP50": …, "bbox/AP_per_class/<class name>": …, "segm/AP": …, …}. A number that has no
     ground truth to be computed from is nan; without any detection it is 0.
 
-    The ids in the file only need to tell things apart: categories and images are numbered anew, as are annotations,
+    The ids in the file only need to tell things apart: categories and images get new numbers, as do annotations,
     whose ids are ignored (COCOeval takes a match with annotation 0 for no match, and merges annotations of one id).
     Missing `area` (of the mask, else of the box), `iscrowd` and `bbox` are filled in.
     """
@@ -97,7 +97,7 @@ def evaluate_coco(
         if not (results and keys):
             keys.add("bbox")
         iou_types = [t for t, key in RESULT_KEY.items() if key in keys]
-    classes, images = _number_anew(content, image_ids)
+    classes, images = _renumber(content, image_ids)
     annotations = _prepare_annotations(content["annotations"], images, classes, iou_types)
     detections = _prepare_results(results, images, classes, {a["id"] for a in content["images"]})
     if not any(not a["iscrowd"] for a in annotations):
@@ -127,7 +127,7 @@ def _read_ground_truth(ground_truth: Any) -> tuple[dict[str, Any], list | None]:
     return as_truth(ground_truth.content(), ground_truth.annotation_file), ids
 
 
-def _number_anew(content: dict[str, Any], image_ids: Sequence | None) -> tuple[dict, dict]:
+def _renumber(content: dict[str, Any], image_ids: Sequence | None) -> tuple[dict, dict]:
     """{category id: 1..C} and {image id: {"id": 1..N, "height", "width"}}, both in the order of the old ids.
 
     That order is COCOeval's own, which decides ties between equal scores.
@@ -367,7 +367,7 @@ def evaluate_proposals(
     IoU instead, which differs where several proposals compete for the same objects.
     """
     content, split_ids = _read_ground_truth(ground_truth)
-    classes, images = _number_anew(content, split_ids if image_ids is None else image_ids)
+    classes, images = _renumber(content, split_ids if image_ids is None else image_ids)
     annotations = [a for a in _prepare_annotations(content["annotations"], images, classes, []) if not a["iscrowd"]]
     known = {a["id"] for a in content["images"]}
     truth: dict[int, list[dict]] = {image["id"]: [] for image in images.values()}

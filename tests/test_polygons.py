@@ -341,3 +341,60 @@ def test_the_part_of_a_mask_is_the_smallest_that_holds_the_object(size, share, s
         assert part.any(0)[[0, -1]].all() and part.any(1)[[0, -1]].all()
     else:
         assert part.size == 0
+
+
+@pytest.mark.quick
+@settings(max_examples=100, deadline=None)
+@given(runs=st.lists(st.integers(1, 3000), min_size=1, max_size=40), first=st.sampled_from([0, 1]))
+def test_compressed_counts_are_decoded_exactly(runs, first):
+    counts = np.array([0] * first + runs, np.uint32)
+    rle = polygons.encode_runs(counts, 1, int(counts.sum()))
+    assert polygons.decode_runs(rle["counts"]).tolist() == counts.tolist()
+
+
+far_rings = st.integers(3, 8).flatmap(
+    lambda n: arrays(np.float64, (n, 2), elements=st.one_of(st.floats(0, 60), st.floats(-1e4, 1e4)))
+)
+
+
+@given(ring=far_rings)
+def test_a_clipped_ring_fills_the_same_pixels_of_the_image(ring):
+    height, width = 40, 50
+    ring = ring + np.arange(len(ring))[:, None] * [0.0137, 0.0291]  # no edges that run along pixels' centres
+    clipped = polygons.clip_ring(ring, height, width)
+    assert (clipped >= 0).all() and (clipped <= [width, height]).all()
+    box = [0, 0, width, height]
+    wanted = polygons.rasterize(polygons.rings_to_edges([ring]), box, (height, width))
+    got = polygons.rasterize(polygons.rings_to_edges([clipped]), box, (height, width))
+    assert np.count_nonzero(got != wanted) <= 3  # centres within rounding of an edge
+
+
+@given(ring=far_rings, scale=st.sampled_from([1, 1e5, 1e9, 1e26]))
+def test_masks_of_rings_that_reach_any_distance_are_those_of_the_part_inside(ring, scale):
+    """At 1e9 and beyond an edge's slope is that of the ring whose points are moved to 1e9."""
+    height, width = 40, 50
+    ring = np.where(np.abs(ring) > 60, ring * scale, ring)
+    got = polygons.decode_mask(polygons.encode_segmentation([ring.ravel().tolist()], height, width))
+    box = [0, 0, width, height]
+    wanted = polygons.rasterize(polygons.rings_to_edges([np.clip(ring, -1e9, 1e9)]), box, (height, width))
+    # COCO's rasteriser differs from the exact one along the outline.
+    moves = [(1, 0), (1, 1), (-1, 0), (-1, 1)]
+    border = np.any([wanted != np.roll(wanted, step, axis) for step, axis in moves], 0)
+    assert np.count_nonzero((got != wanted) & ~border) <= 0.03 * wanted.size
+
+
+def test_a_segmentation_is_one_mask_whatever_it_is_made_of():
+    square, other = [2, 2, 12, 2, 12, 12, 2, 12], [20, 5, 30, 5, 30, 25, 20, 25]
+    runs = polygons.encode_segmentation([square], 40, 50)
+    both = polygons.decode_mask(polygons.encode_segmentation([square, other], 40, 50))
+    counts = polygons.decode_runs(runs["counts"]).tolist()
+    for first in (
+        square,
+        {"counts": runs["counts"].decode()},
+        {"counts": counts},
+        {"size": [40, 50], "counts": counts},
+    ):
+        assert np.array_equal(polygons.decode_mask(polygons.encode_segmentation([first, other], 40, 50)), both)
+    assert both.sum() == 100 + 200
+    for nothing in (None, [], {}):
+        assert not polygons.decode_mask(polygons.encode_segmentation(nothing, 40, 50)).any()

@@ -185,7 +185,7 @@ def check_leakage(
     """Images of the second set that the first has too: equal files, and pictures that look the same.
 
     Similar means that a 256-bit gradient hash shares one of its sixteen 16-bit parts and the 16 x 16 thumbnails
-    differ by less than 3 grey levels on average: copies that were resized or compressed anew.
+    differ by less than 3 grey levels on average: copies that were resized or compressed again.
     """
     digests = {f.digest: key for key, f in facts.items() if f.digest}
     findings, rest = [], []

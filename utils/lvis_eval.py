@@ -1,6 +1,6 @@
 """LVIS v1 scores of COCO-format results: the federated protocol of Gupta et al., "LVIS", CVPR 2019, section 3.2.
 
-Every image is annotated for some categories only. A detection counts when its category has an object in the image or
+Every image is annotated for some categories only. A detection is scored when its category has an object in the image or
 is known to be absent (`neg_category_ids`); one that matches nothing is forgiven when the category is not exhaustively
 annotated there (`not_exhaustive_category_ids`). 300 detections per image count, and AP is split by how many training
 images a category has: rare (1-10), common (11-100), frequent (> 100).
@@ -42,9 +42,9 @@ def evaluate_lvis(
     images = {image["id"]: image for image in content["images"]}
     categories = sorted(content["categories"], key=lambda c: c["id"])
     for key in ("neg_category_ids", "not_exhaustive_category_ids"):
-        lacking = next((i for i, image in images.items() if key not in image), None)
-        if lacking is not None:
-            raise UserError(f"annotations: image {lacking} has no {key}; the LVIS protocol needs it")
+        incomplete = next((i for i, image in images.items() if key not in image), None)
+        if incomplete is not None:
+            raise UserError(f"annotations: image {incomplete} has no {key}; the LVIS protocol needs it")
     objects: dict[tuple, list] = defaultdict(list)
     for a in content["annotations"]:
         objects[a["category_id"], a["image_id"]].append(a)

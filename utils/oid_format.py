@@ -37,7 +37,7 @@ _BLOCK_BYTES = 16 << 20
 
 
 class FileSet(NamedTuple):
-    """The annotation files of one split of one release; a file that the release lacks is None."""
+    """The annotation files of one split of one release; a file missing from the release is None."""
 
     classes: Path
     hierarchy: Path | None
@@ -99,7 +99,7 @@ def read_ancestors(path: str | Path, labels: Sequence[str]) -> np.ndarray:
     """bool [C, C]: element [c, a] says that class a is a proper ancestor of class c by `Subcategory` edges.
 
     The root is no class, `Part` edges are not followed, and a class that occurs at several places has the ancestors
-    of all of them. A class that the hierarchy lacks is an error, as in the official tool.
+    of all of them. A class missing from the hierarchy is an error, as in the official tool.
     """
     root = read_json(path, "class hierarchy")
     if not isinstance(root, dict):
