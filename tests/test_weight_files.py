@@ -331,7 +331,8 @@ def test_what_is_no_file(tmp_path, read):
         ({"total_batch": "8"}, "total_batch must be"), ({"total_batch": True}, "total_batch must be"),
         ({"total_batch": 0}, "total_batch must be"), ({"step": 1.5}, "step must be"), ({"step": -1}, "step must be"),
         ({"keypoint_flip": [0, 7]}, "keypoint_flip must be"), ({"keypoint_flip": {"0": 1}}, "keypoint_flip must be"),
-        ({"versions": []}, "versions must be"),
+        ({"versions": []}, "versions must be"), ({"data": "x"}, "data must be"),
+        ({"smooth": {"loss": []}}, "smooth must be"), ({"smooth": [1]}, "smooth must be"),
     ],
 )  # fmt: skip
 def test_descriptions_of_a_wrong_type_are_one_line(tmp_path, change, message):
@@ -354,8 +355,8 @@ def test_a_description_of_many_megabytes(tmp_path):
 
 
 def test_null_in_a_description_is_nothing(tmp_path):
-    save_npz(tmp_path / "a.npz", native_weights(), {"settings": None, "step": 3, "mine": [1]})
-    assert load_weights(tmp_path / "a.npz")[1] == {"step": 3, "mine": [1]} == read_meta(tmp_path / "a.npz")
+    save_npz(tmp_path / "a.npz", native_weights(), {"settings": None, "smooth": {"a": None, "b": 2}, "step": 3})
+    assert load_weights(tmp_path / "a.npz")[1] == {"step": 3, "smooth": {"b": 2}} == read_meta(tmp_path / "a.npz")
 
 
 @pytest.mark.parametrize("step", [None, np.array([1, 2]), np.array(1.5), np.array(-3)])

@@ -226,6 +226,8 @@ def _checked_meta(meta: Any, origin: str) -> dict[str, Any]:
         return is_list(value, int) and all(0 <= v < len(value) and value[v] == i for i, v in enumerate(value))
 
     meta = {key: value for key, value in meta.items() if value is not None}
+    if isinstance(meta.get("smooth"), dict):  # a value that was not finite is null
+        meta["smooth"] = {key: value for key, value in meta["smooth"].items() if value is not None}
     wants = {
         "settings": ("an object of settings", lambda v: isinstance(v, dict)),
         "class_names": ("a list of texts", lambda v: is_list(v, str)),
@@ -233,6 +235,8 @@ def _checked_meta(meta: Any, origin: str) -> dict[str, Any]:
         "keypoint_flip": ("a list of the keypoints' partners", is_pairing),
         "step": ("a number of steps", lambda v: type(v) is int and v >= 0),
         "total_batch": ("a number of images", lambda v: type(v) is int and v >= 1),
+        "data": ("an object of digests", lambda v: isinstance(v, dict)),
+        "smooth": ("an object of numbers", lambda v: isinstance(v, dict) and is_list([*v.values()], int, float)),
         "versions": ("an object of versions", lambda v: isinstance(v, dict)),
     }
     for key, (what, test) in wants.items():
