@@ -16,6 +16,7 @@ import report_errors
 import report_numbers as numbers
 from common import UserError, logger, without_nan, write_json
 from eval import evaluate_proposals
+from report_charts import write_charts
 from report_data import data_facts
 from report_numbers import AREAS, Record, Scene, Summary
 from report_page import write_page
@@ -97,6 +98,7 @@ def write_report(
     content["pictures"] = write_pictures(problem, models, out, pictures)
     content = without_nan(content)
     write_json(out / "report.json", content)
+    write_charts(content, out)
     write_page(out, content)
     logger.info(f"report in {out / 'index.html'}")
     return content

@@ -218,6 +218,8 @@ def test_pictures_are_of_the_worst_images_and_of_every_kind_of_mistake(balloons)
         assert picture is not None
         if "width" in entry:
             assert picture.shape[:2] == (entry["height"], entry["width"])
+    for name in ("curves", "calibration", "errors"):
+        assert cv2.imread(str(tmp_path / "report/charts" / f"{name}.png")).std() > 10
     page = (tmp_path / "report/index.html").read_text()
     assert page.count("<img loading=lazy") == len(worst) + len(mistakes)
     assert not re.search(r"""(src|href)=["']?(https?:)?//""", page)
