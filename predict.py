@@ -12,6 +12,7 @@ import json
 import os
 import re
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -298,10 +299,19 @@ def evaluate_split(
 
     def run(i: int) -> list[ImageResults]:
         part = (rank * len(predictors) + i, size * len(predictors))
-        return _evaluate_shard(predictors[i], split, cfg, part, progress and rank == 0 and i == 0, should_stop)
+        return _evaluate_shard(predictors[i], split, cfg, part, progress and rank == 0 and i == 0, stops)
+
+    failed = threading.Event()
+
+    def stops() -> bool:
+        return failed.is_set() or should_stop is not None and should_stop()
 
     with ThreadPoolExecutor(len(predictors)) as pool:
-        parts = list(pool.map(run, range(len(predictors))))
+        try:
+            parts = list(pool.map(run, range(len(predictors))))
+        except BaseException:  # as Ctrl-C: the threads of the pool would finish the whole data set first
+            failed.set()
+            raise
     if gather is not None:
         parts = [part for process in gather(parts) for part in process]
     reasons: list[str] = []
@@ -324,7 +334,7 @@ def _evaluate_shard(
     cfg: Config,
     shard: tuple[int, int],
     progress: bool,
-    should_stop: Callable[[], bool] | None,
+    should_stop: Callable[[], bool],
 ) -> list[ImageResults]:
     """Results of every `size`-th image; one thread pastes and encodes a batch while the next is predicted."""
 
@@ -361,7 +371,7 @@ def _evaluate_shard(
         ) as bar,
     ):
         for batch in inference_batches(split, cfg, shard, leave_out):
-            if should_stop is not None and should_stop():
+            if should_stop():
                 raise EvaluationStopped
             waiting.append(pool.submit(convert, batch, predict(batch["image"], batch["image_shape"])))
             while len(waiting) > 2:

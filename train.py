@@ -56,7 +56,7 @@ try:
     from trust import trust_options
     from utils import ranks
     from utils.checkpoint import make_meta, read_meta
-    from utils.stopping import stop_by_exception
+    from utils.stopping import Stopped, stop_by_exception
     from viz import Drawing, Style
 except ModuleNotFoundError as e:
     sys.exit(f"train.py: the Python package {e.name} is missing here; run `make venv`, then `. .venv/bin/activate`")
@@ -82,9 +82,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return 1
     except KeyboardInterrupt as e:
-        number = getattr(e, "number", signal.SIGINT)
-        logger.warning(f"stopped by {signal.Signals(number).name}; there was nothing to save")
-        return 128 + number
+        if isinstance(e, Stopped):
+            logger.warning(f"stopped by {e} before there was anything to save")
+            return 128 + e.number
+        logger.warning("stopped by a second Ctrl-C, without saving")
+        return 128 + signal.SIGINT
 
 
 def _run(args: argparse.Namespace, fitting: Fitting) -> int:

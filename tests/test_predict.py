@@ -4,7 +4,9 @@ import csv
 import json
 import math
 import os
+import signal
 import threading
+import time
 from pathlib import Path
 
 import cv2
@@ -141,6 +143,39 @@ def test_results_do_not_depend_on_the_number_of_devices(fake_split, devices):
     assert list(dict.fromkeys(r["image_id"] for r in alone)) == ["image 1", 2, 4, "image 5", "image 7", 8, 10]
     assert len(alone) == sum(i % 3 for i in range(11))
     assert json.loads(json.dumps(alone)) == alone
+
+
+@pytest.mark.quick
+def test_ctrl_c_ends_an_evaluation_before_its_next_batch(fake_split):
+    calls = []
+
+    def interrupting(image, image_shape):
+        calls.append(len(image))
+        os.kill(os.getpid(), signal.SIGTERM)
+        while not stopped.is_set():  # until the main thread has seen the signal
+            time.sleep(0.01)
+        return fake_predict(image, image_shape)
+
+    stopped = threading.Event()
+
+    def handler(number, frame):
+        stopped.set()
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            evaluate_split(interrupting, fake_split, None, progress=False)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert len(calls) <= 2  # of 6
+
+
+@pytest.mark.quick
+def test_an_evaluation_that_is_asked_to_stop_does(fake_split):
+    answers = iter([False, False, True, True])
+    with pytest.raises(predict.EvaluationStopped):
+        evaluate_split(fake_predict, fake_split, None, progress=False, should_stop=lambda: next(answers))
 
 
 @pytest.mark.quick
