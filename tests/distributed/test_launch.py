@@ -40,13 +40,6 @@ def sums(text):
     return sorted(line[line.index("rank ") :] for line in text.splitlines() if " sum " in line)
 
 
-def test_two_ranks_of_horovodrun_reduce_in_graph_mode(program):
-    command = [*RUN, "-np", "2", "-H", "localhost:2", *program(REDUCE)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, env=CLEAN)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert sums(result.stdout) == ["rank 0/2 local 0/2 cross 0/1 sum 3 30", "rank 1/2 local 1/2 cross 0/1 sum 3 30"]
-
-
 def test_machines_with_different_numbers_of_ranks_reduce_together(program):
     port, command = free_port(), program(REDUCE)
     machines = [
@@ -67,7 +60,7 @@ def test_sigterm_to_horovodrun_leaves_the_time_it_was_told_to_save(program, tmp_
     """Horovod's own limit is 5 s; the environment variable is the build's."""
     save = (
         "import os, signal, sys, time\nos.chdir(sys.argv[1])\nrank = os.environ['HOROVOD_RANK']\n"
-        "def save(*_):\n    time.sleep(8); open('saved' + rank, 'w').close(); sys.exit(0)\n"
+        "def save(*_):\n    time.sleep(6); open('saved' + rank, 'w').close(); sys.exit(0)\n"
         "signal.signal(signal.SIGTERM, save)\nopen('up' + rank, 'w').close()\ntime.sleep(100)\n"
     )
     job = subprocess.Popen(
@@ -105,29 +98,8 @@ def test_a_stopped_process_is_reported_with_its_exit_code(program, tmp_path):
         assert shell.wait(10) in (143, -signal.SIGTERM) and time.monotonic() - began < 4
 
 
-def test_ranks_on_hosts_with_their_own_addresses_reduce_over_the_network_between_them(two_hosts, program):
-    command = program(REDUCE)
-    (first, master), _ = two_hosts.items()
-    machines = [
-        subprocess.Popen(
-            ["ip", "netns", "exec", name, sys.executable, NODE, "--nodes", "2", "--node-rank", str(node),
-             "--master", master, "--poll", "0.3", "--", *command],
-            env=CLEAN, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for node, name in enumerate(two_hosts)
-    ]  # fmt: skip
-    try:
-        outputs = [machine.communicate(timeout=120)[0] for machine in machines]
-    finally:
-        for machine in machines:
-            machine.kill()
-    assert [machine.returncode for machine in machines] == [0, 0], outputs
-    assert "interface eth0" in outputs[0]
-    assert sums("".join(outputs)) == ["rank 0/2 local 0/1 cross 0/2 sum 3 30", "rank 1/2 local 0/1 cross 1/2 sum 3 30"]
-
-
 @pytest.mark.slow
-def test_a_cut_cable_between_hosts_ends_the_job_with_a_reason(two_hosts, program):
+def test_ranks_on_two_hosts_reduce_over_the_network_until_its_cable_is_cut(two_hosts, program):
     command = program(REDUCE + "while True:\n    with tf.Session() as session: session.run(total)\n")
     (first, master), _ = two_hosts.items()
     machines = [
@@ -139,7 +111,16 @@ def test_a_cut_cable_between_hosts_ends_the_job_with_a_reason(two_hosts, program
         for node, name in enumerate(two_hosts)
     ]  # fmt: skip
     try:
-        assert any(" sum " in line for line in machines[0].stdout)
+        said = []
+        for machine in machines:  # each until it has reduced
+            said.append("")
+            while " sum " not in said[-1]:
+                line = machine.stdout.readline()
+                assert line, said
+                said[-1] += line
+        assert "interface eth0" in said[0]
+        sum_lines = ["rank 0/2 local 0/1 cross 0/2 sum 3 30", "rank 1/2 local 0/1 cross 1/2 sum 3 30"]
+        assert sums("".join(said)) == sum_lines
         subprocess.run(["ip", "-n", first, "link", "set", "eth0", "down"], check=True)
         outputs = [machine.communicate(timeout=60)[0] for machine in machines]
     finally:

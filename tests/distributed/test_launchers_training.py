@@ -130,14 +130,13 @@ def inside(host, *command):
     return ["ip", "netns", "exec", host, *command]
 
 
-def test_one_machine_trains_through_killed_ranks_and_sigterm_to_its_end(start, tmp_path):
+def test_one_machine_trains_through_a_killed_rank_and_sigterm_to_its_end(start, tmp_path):
     command = [SCRIPTS / "train_ec2.sh", "2", *WORDS, "--cpu", "--logdir", tmp_path / "run", "TRAIN.EVAL_PERIOD=1000"]
-    for rank in (1, 0):
-        job = start(command).trains()
-        job.rank(rank).kill()
-        assert job.ends(f"train_ec2.sh, rank {rank} killed") == [137]
-        job.says_readably(rf"horovod_node: rank {rank} was killed by SIGKILL \(out of memory\?\); ending the job")
-        assert step_of(tmp_path / "run") % EVERY == 0
+    job = start(command).trains()
+    job.rank(0).kill()
+    assert job.ends("train_ec2.sh, rank 0 killed") == [137]
+    job.says_readably(r"horovod_node: rank 0 was killed by SIGKILL \(out of memory\?\); ending the job")
+    assert step_of(tmp_path / "run") % EVERY == 0
     job = start(command).trains()
     job.launchers[0].terminate()
     assert job.ends("train_ec2.sh, SIGTERM") == [143]

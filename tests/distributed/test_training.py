@@ -16,13 +16,13 @@ pytest.importorskip("horovod", reason="horovod is not installed: make horovod")
 
 from jobs import CLEAN, REPOSITORY
 from test_train import assert_same_weights, data_of_one_size, run, train_tiny, weights_of
-from tiny import TINY_TRAINING
+from tiny import COCO_MINI, TINY_TRAINING
 
 from utils.checkpoint import load_weights, newest_checkpoint
 
 ENVIRONMENT = {**CLEAN, "HOROVOD_GRACEFUL_TERMINATION_TIME_S": "60"}
 RANK = REPOSITORY / "tests/distributed/rank.py"
-BATCH, STEPS, IMAGES = 4, 5, 11
+RANKS, BATCH, STEPS, IMAGES = 2, 4, 5, 11
 pytestmark = pytest.mark.slow
 
 
@@ -37,75 +37,73 @@ def command(ranks, folder, *settings, flags=()):
 
 
 def equality_settings(folder, norm, each):
+    """Of a run of float64 (the order of a sum must not decide on which side of a threshold a float32 value falls) that
+    is evaluated on two sets: that of training and a single image, fewer than there are ranks."""
+    (datasets, *others), single = data_of_one_size(folder, IMAGES), folder / "single.json"
+    content = json.loads((COCO_MINI / "annotations/instances_val2017.json").read_text())
+    single.write_text(json.dumps({**content, "images": content["images"][:1]}))
     return [
-        *data_of_one_size(folder, IMAGES), f"BACKBONE.NORM={norm}", "TRAIN.PRECISION=float64",
-        f"TRAIN.BATCH_SIZE_PER_GPU={each}", f"TRAIN.MAX_STEPS={STEPS}", "TRAIN.EVAL_PERIOD=1",
-        "DATA.VAL=['coco_train2017','coco_val2017']", "TEST.RESULT_SCORE_THRESH=0.0", "TRAIN.EMA_DECAY=0.9",
+        f"{datasets[:-1]},'single':['{single}','{COCO_MINI}/val2017']}}", *others, f"BACKBONE.NORM={norm}",
+        "TRAIN.PRECISION=float64", f"TRAIN.BATCH_SIZE_PER_GPU={each}", f"TRAIN.MAX_STEPS={STEPS}",
+        "TRAIN.EVAL_PERIOD=1", "DATA.VAL=['coco_train2017','single']", "TEST.RESULT_SCORE_THRESH=0.0", "TRAIN.EMA_DECAY=0.9",
     ]  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=[(2, "FreezeBN"), (4, "SyncBN")], ids=["2", "4-SyncBN"])
-def job(request, tmp_path_factory):
-    """(number of ranks, norm, folder) of a finished job with a total batch of 4: five steps, then an evaluation."""
-    ranks, norm = request.param
-    folder = tmp_path_factory.mktemp(f"{ranks}-ranks")
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    """Folder of a finished job of 2 ranks and a total batch of 4, with synchronised norms: five steps, then an
+    evaluation. (FreezeBN and 4 ranks: the job that follows machines, below.)"""
+    folder = tmp_path_factory.mktemp("ranks")
     done = subprocess.run(
-        command(ranks, folder, *equality_settings(folder, norm, BATCH // ranks)),
+        command(RANKS, folder, *equality_settings(folder, "SyncBN", BATCH // RANKS)),
         env=ENVIRONMENT, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    return ranks, norm, folder
+    return folder
 
 
 def test_all_ranks_hold_the_same_weights_and_momentum_to_the_bit(job):
-    ranks, _, folder = job
-    first, *others = (dict(np.load(folder / f"state-{r}.npz")) for r in range(ranks))
+    first, second = (dict(np.load(job / f"state-{r}.npz")) for r in range(RANKS))
     assert first["global_step"] == STEPS
-    for other in others:
-        assert_same_weights(first, other)
+    assert_same_weights(first, second)
 
 
 def test_ranks_train_as_one_process_with_the_joined_batch_does(job, tmp_path):
-    """In float64: the order of a sum must not decide on which side of a threshold a float32 value falls."""
-    _, norm, folder = job
-    settings = equality_settings(tmp_path, norm, BATCH)
+    settings = equality_settings(tmp_path, "SyncBN", BATCH)
     assert train_tiny(tmp_path / "run", *settings, "TRAIN.EVAL_PERIOD=0", steps=STEPS) == 0
-    assert_same_weights(weights_of(tmp_path / "run"), weights_of(folder / "run-0"), 1e-7, 1e-7)
+    assert_same_weights(weights_of(tmp_path / "run"), weights_of(job / "run-0"), 1e-7, 1e-7)
 
 
 def test_the_ranks_read_different_images_and_together_every_image_once_an_epoch(job):
-    ranks, _, folder = job
-    batches = [json.loads((folder / f"images-{r}.json").read_text()) for r in range(ranks)]
+    batches = [json.loads((job / f"images-{r}.json").read_text()) for r in range(RANKS)]
     # A step deals its images to the ranks in turn.
-    sequence = [batches[i % ranks][step][i // ranks] for step in range(STEPS) for i in range(BATCH)]
+    sequence = [batches[i % RANKS][step][i // RANKS] for step in range(STEPS) for i in range(BATCH)]
     assert sorted(sequence[:IMAGES]) == list(range(1, IMAGES + 1))
     assert len(set(sequence[IMAGES:])) == STEPS * BATCH - IMAGES
 
 
 def test_only_rank_0_writes(job):
-    ranks, _, folder = job
-    assert [p.name for p in folder.glob("run-*")] == ["run-0"]
-    files = [p.name for p in (folder / "run-0").iterdir()]
+    assert [p.name for p in job.glob("run-*")] == ["run-0"]
+    files = [p.name for p in (job / "run-0").iterdir()]
     assert {"log.jsonl", "settings.json", "metrics.json", f"model-{STEPS}.index"} <= set(files)
     assert sum(name.startswith("events.") for name in files) == 1
 
 
 def test_evaluation_shared_by_the_ranks_finds_what_one_process_finds(job, tmp_path):
-    """To the digit, in training and with --evaluate; two images of the second set are fewer than four ranks."""
-    ranks, _, folder = job
-    words = ["--load", str(folder / "run-0")]
+    """To the digit, in training and with --evaluate."""
+    words = ["--load", str(job / "run-0")]
     assert run("--evaluate", tmp_path / "one.json", *words) == 0
     done = subprocess.run(
-        [*launcher(ranks), sys.executable, "train.py", "--evaluate", str(tmp_path / "many.json"), *words],
+        [*launcher(RANKS), sys.executable, "train.py", "--evaluate", str(tmp_path / "many.json"), *words],
         env=ENVIRONMENT, capture_output=True, text=True, cwd=REPOSITORY,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    for split in ("coco_train2017", "coco_val2017"):
+    for split in ("coco_train2017", "single"):
         one = json.loads((tmp_path / f"one-{split}.json").read_text())
         assert len(one) > 50
         assert json.loads((tmp_path / f"many-{split}.json").read_text()) == one
-        assert json.loads((folder / f"found-0-{split}.json").read_text()) == one
-    files = folder / "run-0/metrics.json", tmp_path / "one.metrics.json", tmp_path / "many.metrics.json"
+        assert json.loads((job / f"found-0-{split}.json").read_text()) == one
+    files = job / "run-0/metrics.json", tmp_path / "one.metrics.json", tmp_path / "many.metrics.json"
     scores = [json.loads(file.read_text()) for file in files]
     assert scores[0] == scores[1] == scores[2]
 
@@ -132,22 +130,20 @@ def test_a_killed_rank_ends_the_job_and_the_same_command_resumes_until_sigterm_s
             env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
 
-    resumed_at = 0
-    for rank in (1, 0):
-        job = start()
-        seconds, output = killed(job, tmp_path, rank)
-        assert seconds < 60 and job.returncode != 0
-        assert f"Process {rank} exit with status code 137" in output  # horovodrun
-        assert f"[{1 - rank}]<stderr>" in output and "another process of the job has ended" in output
-        assert "<stderr>:Traceback" not in output
-        if resumed_at:
-            assert f"continuing {tmp_path}/run-0 at step {resumed_at}" in output
-        resumed_at = int(re.search(r"model-(\d+)", newest_checkpoint(tmp_path / "run-0")).group(1))
-        assert resumed_at % 3 == 0
     job = start()
+    seconds, output = killed(job, tmp_path, 1)
+    assert seconds < 60 and job.returncode != 0
+    assert "Process 1 exit with status code 137" in output  # horovodrun
+    assert "[0]<stderr>" in output and "another process of the job has ended" in output
+    assert "<stderr>:Traceback" not in output
+    resumed_at = int(re.search(r"model-(\d+)", newest_checkpoint(tmp_path / "run-0")).group(1))
+    assert resumed_at % 3 == 0
+    job, said = start(), ""
     for line in job.stdout:
+        said += line
         if "s/step" in line:
             break
+    assert f"continuing {tmp_path}/run-0 at step {resumed_at}" in said
     job.send_signal(signal.SIGTERM)
     rest = job.communicate(timeout=100)[0]
     assert job.returncode != 0
@@ -160,8 +156,8 @@ def test_a_killed_rank_ends_the_job_and_the_same_command_resumes_until_sigterm_s
 
 
 def test_a_supervised_job_of_which_processes_are_killed_at_random_ends_with_the_model_of_one_left_alone():
-    """Three kills; `random_kills.py --kills 10` is for doing it by hand."""
-    program = [sys.executable, "-m", "tests.distributed.random_kills", "--kills", "3", "--seed", "2"]
+    """One kill; `random_kills.py --kills 10` is for doing it by hand."""
+    program = [sys.executable, "-m", "tests.distributed.random_kills", "--kills", "1", "--seed", "2"]
     done = subprocess.run(program, cwd=REPOSITORY, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0 and "0 differ between" in done.stdout, done.stdout + done.stderr
 
