@@ -119,7 +119,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args(argv)
-    steps, rng, rows = 12 * args.kills + 60, random.Random(args.seed), []  # 60: the last one must not come too late
+    steps, rng, rows = 12 * args.kills + 30, random.Random(args.seed), []  # 30: the last one must not come too late
     # Each comes up as often as any other, in random order.
     victims = [v for _ in range(args.kills) for v in rng.sample(VICTIMS, len(VICTIMS))][: args.kills]
     with tempfile.TemporaryDirectory() as parent:

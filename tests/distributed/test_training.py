@@ -45,7 +45,8 @@ def equality_settings(folder, norm, each):
     return [
         f"{datasets[:-1]},'single':['{single}','{COCO_MINI}/val2017']}}", *others, f"BACKBONE.NORM={norm}",
         "TRAIN.PRECISION=float64", f"TRAIN.BATCH_SIZE_PER_GPU={each}", f"TRAIN.MAX_STEPS={STEPS}",
-        "TRAIN.EVAL_PERIOD=1", "DATA.VAL=['coco_train2017','single']", "TEST.RESULT_SCORE_THRESH=0.0", "TRAIN.EMA_DECAY=0.9",
+        "TRAIN.EVAL_PERIOD=1", "DATA.VAL=['coco_train2017','single']", "TEST.RESULT_SCORE_THRESH=0.0",
+        "TRAIN.EMA_DECAY=0.9",
     ]  # fmt: skip
 
 
