@@ -24,6 +24,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,10 @@ def peak_memory() -> int:
 
 def forget_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
+
+
+def processor_seconds() -> float:
+    return sum(os.times()[:4])
 
 
 def digest(folder: Path) -> dict[str, str]:
@@ -63,30 +68,37 @@ def outcome(call: Any) -> str:
     return said.getvalue() if "Traceback (most recent call last)" in said.getvalue() else ""
 
 
-def examine(kind: str, number: int) -> dict[str, Any]:
-    """{problem: detail} of one input, and its peak memory and seconds."""
-    from tests.fuzz.inputs import make
-
-    found: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory(prefix="fuzz-") as parent:
-        calls = make(kind, number, Path(parent))
-        before = digest(Path(parent))
-        forget_peak()
-        began = sum(os.times()[:4])
-        for call in calls:
-            text = outcome(call)
-            if text and "traceback" not in found:
-                found["traceback"] = text
-        seconds, peak = sum(os.times()[:4]) - began, peak_memory()
-        after = digest(Path(parent))
-        changed = [name for name, value in before.items() if after.get(name) != value]
+def problems_of(
+    calls: Sequence[Callable], folder: Path, peak: Callable[[], int], seconds: Callable[[], float]
+) -> dict[str, str]:
+    """{problem: detail} of the calls on the input that lies in the folder; peak memory and seconds are asked at the
+    end."""
+    found, before = {}, digest(folder)
+    for call in calls:
+        text = outcome(call)
+        if text and "traceback" not in found:
+            found["traceback"] = text
+    after = digest(folder)
+    changed = [name for name, value in before.items() if after.get(name) != value]
     if changed:
         found["file changed"] = ", ".join(changed)
-    if peak > MEMORY:
-        found["memory"] = f"{peak / 2**30:.1f} GB"
-    if seconds > SECONDS:
-        found["time"] = f"{seconds:.0f} s"
-    return {"problems": found, "peak": peak, "seconds": seconds}
+    if peak() > MEMORY:
+        found["memory"] = f"{peak() / 2**30:.1f} GB"
+    if seconds() > SECONDS:
+        found["time"] = f"{seconds():.0f} s"
+    return found
+
+
+def examine(kind: str, number: int) -> dict[str, Any]:
+    """{problems: see above, peak: bytes, seconds} of one input."""
+    from tests.fuzz.inputs import make
+
+    with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
+        calls = make(kind, number, Path(folder))
+        forget_peak()
+        began = processor_seconds()
+        problems = problems_of(calls, Path(folder), peak_memory, lambda: processor_seconds() - began)
+    return {"problems": problems, "peak": peak_memory(), "seconds": processor_seconds() - began}
 
 
 def work() -> None:
