@@ -94,10 +94,15 @@ def _paint_cityscapes(path: str) -> np.ndarray:
         height, width = int(content["imgHeight"]), int(content["imgWidth"])
         objects = [(str(o["label"]), np.array(o["polygon"], np.float64).reshape(-1, 2)) for o in content["objects"]
                    if not o.get("deleted")]  # fmt: skip
-    except (KeyError, TypeError, ValueError) as e:
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as e:
         raise UserError(
             f"Cityscapes annotation {path}: no imgHeight, imgWidth, or objects' label and polygon: {e}"
         ) from None
+    if not (height > 0 and width > 0 and height * width <= 2**26):
+        raise UserError(f"Cityscapes annotation {path}: no image has imgWidth x imgHeight {width} x {height}")
+    bad = next((label for label, polygon in objects if not np.all(np.abs(polygon) < 1e6)), None)
+    if bad is not None:
+        raise UserError(f"Cityscapes annotation {path}: the polygon of a '{bad}' lies far outside the image")
     ids = np.zeros((height, width), np.int32)
     numbers: Counter = Counter()
     for label, polygon in objects:

@@ -12,6 +12,7 @@ from common import atomic_write, logger
 from report_errors import BACKGROUND, CLASS, DUPLICATE, IGNORED, KINDS, RIGHT, UNJUDGED, lost_by_image
 from report_numbers import Scene
 from report_read import Problem, image_path
+from viz import drawable_text
 
 __all__ = ["COLORS", "write_pictures"]
 
@@ -84,13 +85,13 @@ def _write(path: Path, picture: np.ndarray, quality: int = 80) -> str:
 def _text(canvas: np.ndarray, text: str, x: int, y: int, color: tuple, size: int = 13) -> None:
     """A line of text on a filled tag, inside the canvas."""
     font = cv2.FontFace("sans")
-    width = cv2.getTextSize((1, 1), text, (0, 0), font, size, 600)[2] + 6
+    width = cv2.getTextSize((1, 1), drawable_text(text), (0, 0), font, size, 600)[2] + 6
     height = round(1.3 * size)
     x = int(np.clip(x, 0, max(0, canvas.shape[1] - width)))
     y = int(np.clip(y, 0, max(0, canvas.shape[0] - height)))
     cv2.rectangle(canvas, (x, y), (x + width, y + height), color, -1)
     light = 0.114 * color[0] + 0.587 * color[1] + 0.299 * color[2] > 140
-    cv2.putText(canvas, text, (x + 3, y + round(0.98 * size)), INK if light else PAPER, font, size, 600)
+    cv2.putText(canvas, drawable_text(text), (x + 3, y + round(0.98 * size)), INK if light else PAPER, font, size, 600)
 
 
 def _outline(canvas: np.ndarray, scene: Scene, which: str, i: int, scale: np.ndarray, color: tuple, line: int) -> tuple:
@@ -175,7 +176,7 @@ def _beside(panels: list[np.ndarray], captions: list[str]) -> np.ndarray:
     columns = []
     for panel, caption in zip(panels, captions):
         head = np.full((24, panel.shape[1], 3), PAPER, np.uint8)
-        cv2.putText(head, caption, (2, 17), INK, cv2.FontFace("sans"), 14, 600)
+        cv2.putText(head, drawable_text(caption), (2, 17), INK, cv2.FontFace("sans"), 14, 600)
         columns += [np.vstack([head, panel]), np.full((panel.shape[0] + 24, 6, 3), PAPER, np.uint8)]
     return np.hstack(columns[:-1])
 

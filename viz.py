@@ -26,7 +26,7 @@ from detections import Detections
 from utils.polygons import decode_part
 
 __all__ = [
-    "CSV_HEADER", "Drawing", "Style", "class_color", "contact_sheet", "cut_out", "draw_annotations",
+    "CSV_HEADER", "Drawing", "Style", "class_color", "drawable_text", "contact_sheet", "cut_out", "draw_annotations",
     "draw_detections", "prediction_entry", "prediction_rows", "show_window", "side_by_side", "write_prediction",
 ]  # fmt: skip
 
@@ -265,16 +265,21 @@ def _draw_keypoints(canvas: np.ndarray, points: np.ndarray, line: int) -> None:
 
 
 # -------------------------------------------------------------------------------------------- text
+def drawable_text(text: str) -> str:
+    """The text with "?" for halves of characters, on which OpenCV's drawing crashes."""
+    return text.encode(errors="replace").decode()
+
+
 def _text_size(text: str, size: int, weight: int = 500) -> tuple[int, int, int]:
     """Width, height and baseline (from the top) of a line of text; OpenCV 5's own font knows most scripts."""
     font = cv2.FontFace("sans")
-    width = cv2.getTextSize((1, 1), text, (0, 0), font, size, weight)[2]
+    width = cv2.getTextSize((1, 1), drawable_text(text), (0, 0), font, size, weight)[2]
     return width, round(1.2 * size), round(0.92 * size)
 
 
 def _put_text(canvas: np.ndarray, text: str, left: int, top: int, size: int, color: Color, weight: int = 500) -> None:
     baseline = _text_size(text, size, weight)[2]
-    cv2.putText(canvas, text, (left, top + baseline), color, cv2.FontFace("sans"), size, weight)
+    cv2.putText(canvas, drawable_text(text), (left, top + baseline), color, cv2.FontFace("sans"), size, weight)
 
 
 def _text_color(background: Color) -> Color:

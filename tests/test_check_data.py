@@ -350,3 +350,12 @@ def test_quick_check_opens_a_sample_of_a_split(clean, tmp_path):
     cfg.DATA.DATASETS = {"mine": [str(file), clean.folder]}
     split = load_split(finalize_config(cfg), "mine")
     assert [(f.check, f.image_id) for f in quick_check(split)] == [("image size differs", 12)]
+
+
+@pytest.mark.quick
+def test_a_page_shows_names_of_half_a_character(clean, tmp_path):
+    clean.content["categories"][0]["name"] = "le\ud800ft"
+    (tmp_path / "set.json").write_text(json.dumps(clean.content))
+    words = ["--data", str(tmp_path / "set.json"), clean.folder, "--page", str(tmp_path / "page")]
+    assert check_data.main(words) in (0, 1)
+    assert "le?ft" in (tmp_path / "page/index.html").read_text()

@@ -1,5 +1,6 @@
 """Cityscapes' instances are what is visible, from instance images and from polygons."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -63,3 +64,21 @@ def test_cityscapes_instance_images_and_polygons_give_the_same(tmp_path):
     file.with_name(file.name.replace("polygons.json", "instanceIds.png")).unlink()
     with pytest.raises(UserError, match="aachen_000000_000019_gtFine_polygons.json: unknown label 'cow'"):
         dataset_cityscapes.read_cityscapes_content(folder, "val")
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"objects": ["car"]}, "no imgHeight, imgWidth, or objects' label and polygon"),
+    ({"objects": 3}, "no imgHeight, imgWidth, or objects' label and polygon"),
+    ({"imgHeight": float("inf")}, "no imgHeight, imgWidth, or objects' label and polygon"),
+    ({"imgHeight": 10**9}, "no image has imgWidth x imgHeight 100 x 1000000000"),
+    ({"imgWidth": -3}, "no image has imgWidth x imgHeight -3 x 100"),
+    ({"objects": [{"label": "car", "polygon": [[0, 0], [1e30, 0], [5, 5]]}]}, "polygon of a 'car' lies far outside"),
+    ({"objects": [{"label": "car", "polygon": [[0, 0], [float("nan"), 0], [5, 5]]}]}, "lies far outside"),
+])  # fmt: skip
+def test_polygons_that_are_none_are_one_line(tmp_path, changes, message):
+    shutil.copytree(DATA / "cityscapes_mini", tmp_path / "city")
+    (path,) = list((tmp_path / "city").rglob("*polygons.json"))[:1]
+    path.write_text(json.dumps({"imgHeight": 100, "imgWidth": 100, "objects": [], **changes}))
+    with pytest.raises(UserError, match=f"{path.name}: .*{message}"):
+        load_format(["cityscapes", "city", "val"], settings(tmp_path, "MODE_MASK=True"), "city")

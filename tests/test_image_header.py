@@ -68,3 +68,16 @@ def test_images_that_use_few_of_their_16_bits_are_warned_of(tmp_path, bits):
     cv2.imwrite(str(tmp_path / "c.png"), rng.integers(0, 9, (30, 40), np.uint8))
     assert not look_at_image(str(tmp_path / "b.png"), (30, 40)).problem
     assert not look_at_image(str(tmp_path / "c.png"), (30, 40)).problem
+
+
+@pytest.mark.quick
+def test_a_header_that_promises_more_than_the_file_can_hold_takes_no_memory(tmp_path):
+    content = bytearray(cv2.imencode(".png", np.zeros((8, 9, 3), np.uint8))[1].tobytes())
+    content[16:24] = (32768).to_bytes(4, "big") * 2
+    (tmp_path / "small.png").write_bytes(content)
+    with pytest.raises(UserError, match=r"small.png is damaged: its \d+ bytes cannot hold 32768x32768 pixels"):
+        decode_image(tmp_path / "small.png", cv2.IMREAD_COLOR)
+    # What compresses best is read.
+    flat = cv2.imencode(".png", np.zeros((3000, 4000), np.uint8), [cv2.IMWRITE_PNG_BILEVEL, 1])[1].tobytes()
+    (tmp_path / "flat.png").write_bytes(flat)
+    assert decode_image(tmp_path / "flat.png", cv2.IMREAD_COLOR).shape == (3000, 4000, 3) and len(flat) < 7000

@@ -300,3 +300,21 @@ def test_flags_without_a_meaning_and_places_that_cannot_be_written_are_refused(t
     ):
         assert score.main([*args, *base]) == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.quick
+def test_lvis_ids_may_be_numbers_and_texts(tmp_path):
+    folder = DATA / "lvis_mini"
+    plain = run(
+        tmp_path, "--protocol", "lvis", "--gt", folder / "lvis_v1_mini.json", "--detections", folder / "results.json"
+    )
+    truth, results = (json.loads((folder / name).read_text()) for name in ("lvis_v1_mini.json", "results.json"))
+    named = {truth["images"][-1]["id"]: "last"}  # an order of numbers and texts is not defined
+    for entry in truth["images"]:
+        entry["id"] = named.get(entry["id"], entry["id"])
+    for entry in [*truth["annotations"], *results]:
+        entry["image_id"] = named.get(entry["image_id"], entry["image_id"])
+    (tmp_path / "gt.json").write_text(json.dumps(truth))
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    mixed = run(tmp_path, "--protocol", "lvis", "--gt", tmp_path / "gt.json", "--detections", tmp_path / "results.json")
+    assert mixed == plain

@@ -534,9 +534,10 @@ def write_page(folder: str | Path, sources: Sequence[DataSource], findings: Sequ
         "body{font-family:sans-serif;margin:2em}div{display:flex;flex-wrap:wrap;gap:1em}figure{margin:0;width:24em}"
         "img{width:100%}.bad{outline:3px solid #c00}figcaption{font-size:80%;overflow-wrap:anywhere}"
     )
-    with atomic_write(folder / "index.html") as f:
-        f.write(f'<!DOCTYPE html><html><head><meta charset="utf-8"><title>Data check</title><style>{style}</style>')
-        f.write(f"</head><body><h1>Data check</h1>{''.join(body)}</body></html>\n")
+    head = f'<!DOCTYPE html><html><head><meta charset="utf-8"><title>Data check</title><style>{style}</style></head>'
+    content = f"{head}<body><h1>Data check</h1>{''.join(body)}</body></html>\n"
+    with atomic_write(folder / "index.html", "wb") as f:
+        f.write(content.encode(errors="replace"))  # ids and names of files may be of half a character
     logger.info(f"pictures: {folder / 'index.html'}")
 
 

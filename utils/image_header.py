@@ -32,6 +32,7 @@ IMAGE_SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".avif", ".tif", ".tiff", ".gif", ".ppm", ".pgm",
 )  # fmt: skip
 LARGEST_IMAGE = 1 << 30  # pixels that OpenCV decodes
+MOST_PIXELS_PER_BYTE = 9000  # of a PNG of one bit, at deflate's best (1032:1); a JPEG holds fewer
 
 
 def decode_image(path: str | os.PathLike, flags: int, what: str = "") -> np.ndarray:
@@ -49,6 +50,9 @@ def decode_bytes(content: np.ndarray, flags: int, what: str) -> np.ndarray:
     size = _size_in(content[: 1 << 20].tobytes())
     if size and size[0] * size[1] > LARGEST_IMAGE:
         raise UserError(f"{what} has {size[1]}x{size[0]} pixels; at most {LARGEST_IMAGE} can be read: make it smaller")
+    if size and size[0] * size[1] > MOST_PIXELS_PER_BYTE * len(content):
+        # OpenCV would take the memory for all of them before it finds out.
+        raise UserError(f"{what} is damaged: its {len(content)} bytes cannot hold {size[1]}x{size[0]} pixels")
     try:
         image = cv2.imdecode(content, flags) if len(content) else None
     except cv2.error as e:

@@ -40,7 +40,7 @@ def evaluate_lvis(
     "AP_per_class/<name>"; nan where there is no ground truth.
     """
     images = {image["id"]: image for image in content["images"]}
-    categories = sorted(content["categories"], key=lambda c: c["id"])
+    categories = sorted(content["categories"], key=lambda c: _place(c["id"]))
     for key in ("neg_category_ids", "not_exhaustive_category_ids"):
         incomplete = next((i for i, image in images.items() if key not in image), None)
         if incomplete is not None:
@@ -52,7 +52,7 @@ def evaluate_lvis(
     shape = (len(AREAS), len(IOU_THRESHOLDS), len(categories))
     precision, recall = np.full((*shape, len(RECALLS)), np.nan), np.full(shape, np.nan)
     keys = defaultdict(list)
-    for category, image in sorted({*objects, *found}):
+    for category, image in sorted({*objects, *found}, key=lambda key: (_place(key[0]), _place(key[1]))):
         keys[category].append((category, image))
     boxed = bool(results) and all("bbox" in r for r in results)
     for number, category in enumerate(categories):
@@ -63,6 +63,11 @@ def evaluate_lvis(
         if parts:
             _accumulate(parts, precision[:, :, number], recall[:, :, number])
     return _summary(precision, recall, categories)
+
+
+def _place(identity: int | str) -> tuple[bool, int | str]:
+    """Numbers in their order, then texts."""
+    return isinstance(identity, str), identity
 
 
 def _group_results(results, images, categories, objects, max_detections) -> dict[tuple, list]:
