@@ -18,7 +18,9 @@ from config import default_config, finalize_config
 
 SCRIPTS = REPOSITORY / "scripts"
 SHELL_SCRIPTS = sorted([*SCRIPTS.glob("*.sh"), *SCRIPTS.glob("*.sbatch")])
-PROGRAMS = sorted({*SCRIPTS.glob("train*"), *SCRIPTS.glob("*.py"), SCRIPTS / "install_horovod.sh"})
+PROGRAMS = sorted(
+    {*SCRIPTS.glob("train*"), *SCRIPTS.glob("*.py"), SCRIPTS / "install_horovod.sh"} - {SCRIPTS / "import_path.py"}
+)
 RECIPES = {
     line.split()[0]: line.split()[1:]
     for line in (SCRIPTS / "recipes.txt").read_text().splitlines()
