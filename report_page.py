@@ -483,7 +483,8 @@ def _comparison(content, k) -> str:
     return (
         f"<section id=comparison-{n}><h2>{escape(c['first'])} and {escape(c['second'])}</h2>"
         f"<p>Differences are {escape(c['second'])} less {escape(c['first'])}; paired bootstrap over the same images. "
-        f"{c['better']} images got better, {c['worse']} worse.</p>{_table(head, rows, 'Differences', False)}"
+        f"{c['better']} images got better, {c['worse']} worse. Of many classes one in twenty is marked by "
+        f"chance.</p>{_table(head, rows, 'Differences', False)}"
         f"<details><summary>By class</summary>"
         f"{_table(['class', *head[2:]], classes, 'Differences by class', True, True)}"
         f"</details><details><summary>Images that changed most</summary>"
@@ -570,6 +571,7 @@ border-radius:2px}
 .plot .mean{stroke:var(--main);stroke-width:2.6}.plot .ideal{stroke:var(--mute);stroke-dasharray:4 4}
 .plot .chosen{stroke:var(--bad);stroke-width:2.2}
 .matrix th{max-width:9rem;overflow:hidden;text-overflow:ellipsis;white-space:nowrap}
+.matrix thead th:first-child{max-width:none}
 .hit{background:color-mix(in srgb,var(--good) calc(var(--s)*60%),transparent)}
 .off{background:color-mix(in srgb,var(--bad) calc(var(--s)*70%),transparent)}
 figure{margin:.6rem 0}figure img{max-width:100%;height:auto;display:block;border-radius:.3rem;background:var(--soft)}
