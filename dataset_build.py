@@ -227,7 +227,7 @@ def _bound_rings(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Rings that reach several times the image's size beyond it are clipped to the image: float32 could not compute
     with a point at 1e30, nor anything draw a line to it. The others stay as they are."""
-    if not len(vertices) or np.abs(vertices).max() <= 4 * sizes.min(initial=1):
+    if not len(vertices) or not len(sizes) or np.abs(vertices).max() <= 4 * sizes.min():
         return vertices, ring_sizes, ring_owners
     known = rows[ring_owners] >= 0
     reach = np.maximum.reduceat(np.abs(vertices).max(1), np.cumsum(ring_sizes) - ring_sizes)

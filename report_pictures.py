@@ -1,5 +1,6 @@
 """Pictures of an evaluation report: ground truth beside the detections, mistakes marked and named."""
 
+import contextlib
 import math
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,11 @@ import cv2
 import numpy as np
 from pycocotools import mask as mask_utils
 
-from common import atomic_write, logger
+from common import UserError, atomic_write, logger
 from report_errors import BACKGROUND, CLASS, DUPLICATE, IGNORED, KINDS, RIGHT, UNJUDGED, lost_by_image
 from report_numbers import Scene
 from report_read import Problem, image_path
+from utils.image_header import decode_image
 from viz import drawable_text
 
 __all__ = ["COLORS", "write_pictures"]
@@ -63,7 +65,10 @@ class _Reader:
     def __call__(self, n: int) -> tuple[np.ndarray, np.ndarray] | None:
         """The image, at most SIDE long, and the scale [x, y] from annotated to drawn pixels."""
         path = image_path(self.problem, self.scene.image_files[n])
-        image = None if path is None else cv2.imread(str(path), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+        image = None
+        if path is not None:
+            with contextlib.suppress(UserError):
+                image = decode_image(path, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
         if image is None:
             self.missing.add(self.scene.image_files[n])
             return None

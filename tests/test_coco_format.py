@@ -352,6 +352,7 @@ REFUSED = {
     "latin-1": ('{"images": [{"file_name": "caf\xe9"}]}'.encode("latin-1"), "is not UTF-8 text"),
     "name of a category is a list": (category(name=["red", "rouge"]), "must be a text, not ['red', 'rouge']"),
     "name of a category is an object": (category(name={"en": "red"}), "name of category 1 must be a text"),
+    "name of a category is half a character": (category(name="a\ud800"), "has characters that are no text"),
     "id of a category is null": (category(id=None), "category id None of 'red' must be a whole"),
     "id of a category is a list": (category(id=[1]), "category id [1] of 'red' must be"),
     "id of an image is a list": (image(id=[1]), "image id [1] must be a whole number or a"),
@@ -412,6 +413,26 @@ def test_the_hint_names_the_file_that_is_there(tmp_path, capsys, listed, there, 
     assert "1 of 1 images are missing" in refusal and "did you mean" in refusal and hint in refusal
     code, text, _ = verdicts.check(capsys)
     assert code == 2 and "did you mean" in text and hint in text
+
+
+def test_ids_and_class_names_may_hold_any_characters(tmp_path, capsys):
+    odd, name = "\ud800\n/*[a]", "\u00e9\n/*[a]"
+    content = change(lambda c: (c["images"][0].update(id=odd), c["categories"][0].update(name=name)))
+    for a in content["annotations"][:2]:
+        a["image_id"] = odd
+    results = [{**r, "image_id": odd if r["image_id"] == 1 else 2} for r in perfect_results()]
+    verdicts = Verdicts(tmp_path, content, results)
+    assert verdicts.check(capsys)[0] == 0
+    assert check_data.main(["--data", *verdicts.spec, "--page", str(tmp_path / "page")]) == 0
+    for protocol in ("coco", "voc12", "oid-v2"):
+        scores = verdicts.score(capsys, protocol)[2]
+        assert scores["mAP"] == pytest.approx(1) and name in scores["per_class_AP"]
+
+
+def test_a_file_without_images_is_told(tmp_path, capsys):
+    verdicts = Verdicts(tmp_path, change(lambda c: c["images"].clear()))
+    assert "none of its 4 annotations has the image id of one of its 0 images" in verdicts.train()
+    assert verdicts.check(capsys)[0] == 1
 
 
 # ------------------------------------------------------------------------------------------------ coordinates

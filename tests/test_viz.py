@@ -401,3 +401,9 @@ def test_the_window_closes_with_a_key(tmp_path):
     finally:
         screen.terminate()
         screen.wait()
+
+
+def test_texts_that_opencv_cannot_draw_do_not_end_the_process():
+    image = np.zeros((60, 80, 3), np.uint8)
+    objects = {"boxes": np.array([[5, 5, 60, 50]], np.float32), "labels": np.array([1]), "is_crowd": np.zeros(1, bool)}
+    assert viz.draw_annotations(image, {**objects, "rings": [[]]}, ["caf\udce9"]).any()

@@ -726,7 +726,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
-    print(f"{sets_table([source for source, _ in pairs], findings)}\n\n{summary_table(findings)}")
+    print(printable(f"{sets_table([source for source, _ in pairs], findings)}\n\n{summary_table(findings)}"))
     return int(any(CHECKS[f.check] == "error" for f in findings))
 
 

@@ -126,12 +126,23 @@ def read_flag(value: Any) -> bool:
 
 
 def read_name(value: Any, where: str) -> str:
-    """A class name or file name: a text; a number is taken as its digits."""
+    """A class name: a text; a number is taken as its digits."""
     if type(value) is int or type(value) is float:
         value = str(value)
     if type(value) is not str:
         raise UserError(f"{where} must be a text, not {_shown(value)}")
+    if not _is_text(value):
+        raise UserError(f"{where} has characters that are no text: {ascii(value)[:60]}")
     return value
+
+
+def _is_text(value: str) -> bool:
+    """Whether it can be encoded: json may hold halves of characters, which end OpenCV's drawing."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def read_file_name(value: Any, where: str) -> str:

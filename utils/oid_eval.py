@@ -311,7 +311,9 @@ def truth_from_coco(content: dict[str, Any], with_masks: bool = False) -> Truth:
     """
     categories, images = content["categories"], content["images"]
     class_of = {c["id"]: i for i, c in enumerate(categories)}
-    image_ids, inverse = np.unique(np.array([str(im["id"]).encode() for im in images], np.bytes_), return_inverse=True)
+    image_ids, inverse = np.unique(
+        np.array([str(im["id"]).encode("utf-8", "surrogatepass") for im in images], np.bytes_), return_inverse=True
+    )
     image_of = {im["id"]: int(inverse[i]) for i, im in enumerate(images)}
     labels = [
         (image_of[im["id"]], class_of[c], positive)
@@ -354,7 +356,7 @@ def _run_lengths(segmentation: Any, height: int, width: int) -> bytes:
 def detections_from_coco(results: Sequence[dict[str, Any]], content: dict[str, Any], truth: Truth) -> DetectionTable:
     """A COCO results list (image_id, category_id, bbox or segmentation, score) against `truth_from_coco(content)`."""
     class_of = {c["id"]: i for i, c in enumerate(content["categories"])}
-    image_of = {im["id"]: str(im["id"]).encode() for im in content["images"]}
+    image_of = {im["id"]: str(im["id"]).encode("utf-8", "surrogatepass") for im in content["images"]}
     for r in results:
         if r["image_id"] not in image_of or r["category_id"] not in class_of:
             raise UserError(f"results: image {r['image_id']} or category {r['category_id']} is not in the annotations")
@@ -485,7 +487,7 @@ def _evaluate(
     classes = len(truth.class_ids)
     related = np.eye(classes, dtype=bool) if ancestors is None else np.eye(classes, dtype=bool) | ancestors
     overlaps = _MaskOverlaps(truth, detections, solid) if masked else _BoxOverlaps(truth, detections)
-    has_mask = np.array([bool(c) for c in truth.masks.counts]) if masked else np.ones(len(truth.image), bool)
+    has_mask = np.array([bool(c) for c in truth.masks.counts], bool) if masked else np.ones(len(truth.image), bool)
     det_rows = _rows_by_class(detections.label, classes, solid)
     gt_rows = _rows_by_class(truth.label, classes)
     positive_rows = _rows_by_class(truth.label_class, classes, truth.label_positive)
