@@ -1,10 +1,12 @@
-"""trainers.py: the rate that the graph takes at each step is the plan's."""
+"""trainers.py: the rate that the graph takes at each step is the plan's; devices in words."""
+
+import platform
 
 import pytest
 from test_training_plan import COSINE, plan_of
 
 from common import UserError
-from trainers import freeze_variables, learning_rate_tensor
+from trainers import describe_devices, freeze_variables, learning_rate_tensor
 from utils.tf_v1 import tf
 
 pytestmark = pytest.mark.quick
@@ -35,3 +37,16 @@ def test_freezing_nothing_or_everything_is_refused(pattern, wrong):
             tf.get_variable(name, [], initializer=tf.zeros_initializer())
         assert freeze_variables("^fpn/") == ["fpn/W"]
         assert [v.op.name for v in tf.trainable_variables()] == ["rpn/W"]
+
+
+@pytest.mark.parametrize(("visible", "warned"), [(None, False), ("", False), ("-1", False), ("0", True), ("1,3", True)])
+def test_the_plan_names_the_devices_and_gpus_that_are_not_there_are_warned_of(visible, warned, monkeypatch, capsys):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert describe_devices(["/cpu:0"]).startswith(f"the CPU of {platform.node()} (")
+    assert (
+        f"CUDA_VISIBLE_DEVICES={visible} names GPUs, but none can be used here" in capsys.readouterr().err
+    ) == warned
+    assert describe_devices(["/cpu:0", "/cpu:1"]).startswith("2 replicas on the CPU of")
+    assert describe_devices(["/gpu:0", "/gpu:1"]).startswith(f"2 GPUs of {platform.node()} (")
