@@ -131,18 +131,7 @@ def read_name(value: Any, where: str) -> str:
         value = str(value)
     if type(value) is not str:
         raise UserError(f"{where} must be a text, not {_shown(value)}")
-    if not _is_text(value):
-        raise UserError(f"{where} has characters that are no text: {ascii(value)[:60]}")
     return value
-
-
-def _is_text(value: str) -> bool:
-    """Whether it can be encoded: json may hold halves of characters, which end OpenCV's drawing."""
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def read_file_name(value: Any, where: str) -> str:
