@@ -110,6 +110,17 @@ def test_masks_are_needed_and_files_are_named(tmp_path):
         read_cityscapes_detections(tmp_path, content)
 
 
+@pytest.mark.parametrize("side", ["objects", "results"])
+def test_an_image_may_hold_more_than_255_masks_of_a_class(side):
+    many = [mask(x, y, x + 10, y + 11) for y in range(0, 60, 12) for x in range(0, 200, 11)][:90] * 3
+    assert len(many) > 255
+    if side == "objects":  # copies on one place: a single detection finds its three
+        ap, _ = score([(m, False) for m in many], [(many[0], 0.9)])
+        assert 0 < ap < 0.1
+    else:
+        assert score([(many[0], False)], [(m, 0.9 - 0.001 * k) for k, m in enumerate(many)]) == (1, 1)
+
+
 def test_run_lengths_of_a_part_equal_those_of_the_whole_image():
     rng = np.random.default_rng(0)
     for _ in range(200):

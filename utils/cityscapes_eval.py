@@ -86,7 +86,8 @@ def _overlaps(objects: list[tuple], found: list[tuple], void: dict | None) -> tu
     scores = np.array([score for _, score in found], float)
     group = np.array([is_group for _, is_group in objects], bool)
     gt_runs, runs = [run for run, _ in objects], [run for run, _ in found]
-    gt_area, area = (np.asarray(mask_utils.area(r), float).reshape(-1) if r else np.zeros(0) for r in (gt_runs, runs))
+    # One by one: pycocotools' area fails for more than 255 masks at once.
+    gt_area, area = (np.array([mask_utils.area(run) for run in r], float) for r in (gt_runs, runs))
     inside = np.zeros((len(runs), len(gt_runs)))
     on_void = np.zeros(len(runs))
     if runs and gt_runs:  # pycocotools divides by the detection's area for crowds
