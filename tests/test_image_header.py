@@ -81,3 +81,13 @@ def test_a_header_that_promises_more_than_the_file_can_hold_takes_no_memory(tmp_
     flat = cv2.imencode(".png", np.zeros((3000, 4000), np.uint8), [cv2.IMWRITE_PNG_BILEVEL, 1])[1].tobytes()
     (tmp_path / "flat.png").write_bytes(flat)
     assert decode_image(tmp_path / "flat.png", cv2.IMREAD_COLOR).shape == (3000, 4000, 3) and len(flat) < 7000
+
+
+@pytest.mark.quick
+def test_a_png_whose_chunk_claims_gigabytes_takes_no_memory(tmp_path):
+    content = bytearray(cv2.imencode(".png", np.zeros((8, 9, 3), np.uint8))[1].tobytes())
+    at = content.index(b"IDAT") - 4
+    content[at : at + 4] = (2**31 - 9).to_bytes(4, "big")
+    (tmp_path / "chunk.png").write_bytes(content)
+    with pytest.raises(UserError, match="chunk.png is damaged: a part of it claims to be longer than the file"):
+        decode_image(tmp_path / "chunk.png", cv2.IMREAD_COLOR)

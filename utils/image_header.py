@@ -53,6 +53,10 @@ def decode_bytes(content: np.ndarray, flags: int, what: str) -> np.ndarray:
     if size and size[0] * size[1] > MOST_PIXELS_PER_BYTE * len(content):
         # OpenCV would take the memory for all of them before it finds out.
         raise UserError(f"{what} is damaged: its {len(content)} bytes cannot hold {size[1]}x{size[0]} pixels")
+    if _longest_png_chunk(content) > len(content) + 2**26:
+        raise UserError(
+            f"{what} is damaged: a part of it claims to be longer than the file"
+        )  # OpenCV would allocate it
     try:
         image = cv2.imdecode(content, flags) if len(content) else None
     except cv2.error as e:
@@ -64,6 +68,17 @@ def decode_bytes(content: np.ndarray, flags: int, what: str) -> np.ndarray:
     if image is None:
         raise UserError(f"{what} is not an image that OpenCV can read, or it is damaged")
     return image
+
+
+def _longest_png_chunk(content: np.ndarray) -> int:
+    """Bytes that the longest chunk of a PNG says it has; 0 for other files."""
+    longest, at = 0, 8
+    if content[:8].tobytes() != b"\x89PNG\r\n\x1a\n":
+        return 0
+    while at + 8 <= len(content):
+        length = int.from_bytes(content[at : at + 4].tobytes(), "big")
+        longest, at = max(longest, length), at + 12 + length
+    return longest
 
 
 def image_header_size(path: str | Path) -> tuple[int, int]:

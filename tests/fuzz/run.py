@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Tries broken inputs of every kind, and counts what must not happen.
 
-    python -m tests.fuzz.run --inputs 3000            make fuzz; a table for docs/ROBUSTNESS.md
+    python -m tests.fuzz.run --inputs 3000            a table for docs/ROBUSTNESS.md
+    python -m tests.fuzz.run --seconds 60 --first 3000   others, as many as there is time for
     python -m tests.fuzz.run --only weights:17 COCO:4 the same inputs again, with the traceback
 
 For each input: does any call end in another way than with a result or a UserError (the one line that a user sees);
@@ -14,6 +15,7 @@ import contextlib
 import hashlib
 import io
 import json
+import math
 import os
 import select
 import subprocess
@@ -153,21 +155,22 @@ class Worker:
             self.process.wait()
 
 
-def try_all(cases: list[str], workers: int = 2, show: bool = False) -> dict[str, dict[str, Any]]:
-    """{case: what `examine` found}."""
+def try_all(cases: list[str], workers: int, seconds: float) -> dict[str, dict[str, Any]]:
+    """{case: what `examine` found}, of as many as there is time for."""
     waiting, found, lock = list(reversed(cases)), {}, threading.Lock()
+    deadline = time.monotonic() + seconds
 
     def run() -> None:
         worker = Worker()
         while True:
             with lock:
-                if not waiting:
+                if not waiting or time.monotonic() > deadline:
                     break
                 case = waiting.pop()
             answer = worker.ask(case)
             with lock:
                 found[case] = answer
-                if show and answer["problems"]:
+                if answer["problems"]:
                     print(f"{case}: " + "; ".join(f"{k} {v[-300:]}" for k, v in answer["problems"].items()), flush=True)
         worker.close()
 
@@ -195,6 +198,7 @@ def main(argv: list[str]) -> int:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--inputs", type=int, default=3000, help="how many, of all kinds together")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no input after that time")
     parser.add_argument("--first", type=int, default=0, help="number of the first of each kind")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--only", nargs="+", default=[], metavar="KIND:NUMBER", help="these; prints tracebacks")
@@ -206,7 +210,7 @@ def main(argv: list[str]) -> int:
         return 0
     each = -(-args.inputs // len(args.kinds))
     cases = [f"{kind}:{n}" for n in range(args.first, args.first + each) for kind in args.kinds][: args.inputs]
-    found = try_all(args.only or cases, args.workers, show=True)
+    found = try_all(args.only or cases, args.workers, args.seconds)
     if args.only:
         for case, answer in found.items():
             print(f"{case}: {answer}\n" + answer["problems"].get("traceback", ""))
