@@ -1,6 +1,8 @@
 # Everything that needs an environment builds it first, from the pinned requirements, in .venv.
 #   make demo          train, score and draw a small Mask R-CNN on the CPU, in minutes
 #   make test          the whole test suite; make quick = the part that takes seconds; with Horovod, its tests too
+#   make slowest       the whole suite, then the ten slowest tests with their seconds
+#   make fuzz          thousands of broken inputs; make kills = runs that are killed at random (docs/ROBUSTNESS.md)
 #   make lint          style, common mistakes, types
 #   make test-pythons  the quick tests under every supported Python that is installed
 #   make parity        compare with recordings of detectron2, at ../shared/golden or GOLDEN=DIR (docs/FIDELITY.md)
@@ -13,6 +15,9 @@ VENV ?= .venv
 REQUIREMENTS ?= requirements.txt
 # Test processes side by side, for all tests but those of several ranks, which use the cores themselves.
 WORKERS ?= 2
+# How much `make fuzz` and `make kills` try.
+INPUTS ?= 3000
+KILLS ?= 100
 PY := $(VENV)/bin/python
 # The stamp's name changes with what is to be installed, so an up-to-date environment costs nothing.
 STAMP := $(VENV)/.installed-$(shell cat $(REQUIREMENTS) requirements.txt requirements-dev.txt constraints.txt | cksum | cut -d' ' -f1)
@@ -22,7 +27,7 @@ STAMP := $(VENV)/.installed-$(shell cat $(REQUIREMENTS) requirements.txt require
 help:
 	@sed -n '/^#   make/s/^#   //p' Makefile
 
-.PHONY: help demo test quick lint test-pythons parity docs horovod test-horovod venv clean
+.PHONY: help demo test quick slowest fuzz kills lint test-pythons parity docs horovod test-horovod venv clean
 
 demo: $(STAMP)
 	@$(PY) -m demo.run
@@ -34,6 +39,15 @@ test: $(STAMP)
 
 quick: $(STAMP)
 	@$(PY) -m pytest -m quick
+
+slowest: $(STAMP)
+	@$(PY) -m pytest --durations=10 --durations-min=1
+
+fuzz: $(STAMP)
+	@$(PY) -m tests.fuzz.run --inputs $(INPUTS)
+
+kills: $(STAMP)
+	@CUDA_VISIBLE_DEVICES=-1 $(PY) -m tests.random_kills --kills $(KILLS)
 
 lint: $(STAMP)
 	@$(PY) -m ruff check .

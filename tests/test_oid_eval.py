@@ -287,3 +287,11 @@ def test_columns_are_the_same_whatever_the_block_size(monkeypatch):
     assert whole.keys() == parts.keys()
     for name in whole:
         assert np.array_equal(whole[name], parts[name]), name
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("root", [[], 3, {"Subcategory": 3}, {"Subcategory": [3]}, {"Subcategory": [{"LabelName": 1}]}])
+def test_a_hierarchy_that_is_no_tree_is_one_line(tmp_path, root):
+    (tmp_path / "tree.json").write_text(json.dumps(root))
+    with pytest.raises(UserError, match="tree.json is not a tree of objects with LabelName and Subcategory"):
+        read_ancestors(tmp_path / "tree.json", ["/m/a"])

@@ -102,12 +102,12 @@ def read_ancestors(path: str | Path, labels: Sequence[str]) -> np.ndarray:
     of all of them. A class missing from the hierarchy is an error, as in the official tool.
     """
     root = read_json(path, "class hierarchy")
-    if not isinstance(root, dict):
+    if not isinstance(root, dict) or not isinstance(root.get("Subcategory", []), list):
         raise UserError(f"class hierarchy {path} is not a tree of objects with LabelName and Subcategory")
     index = {label: i for i, label in enumerate(labels)}
     ancestors = np.zeros((len(labels), len(labels)), bool)
     seen: set[str] = set()
-    stack: list[tuple[Any, tuple[int, ...]]] = [(child, ()) for child in root.get("Subcategory") or ()]
+    stack: list[tuple[Any, tuple[int, ...]]] = [(child, ()) for child in root.get("Subcategory", [])]
     while stack:
         node, above = stack.pop()
         label = node.get("LabelName") if isinstance(node, dict) else None
