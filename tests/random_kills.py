@@ -76,7 +76,7 @@ def train_once(logdir: Path, precision: str, kill: Kill | None) -> tuple[int, st
             os.dup2(output.fileno(), 2)
         if kill:
             _watch(kill)
-        DetectionOptimizer.GROWTH_INTERVAL = 3  # so that the loss scale of float16 moves within a few steps
+        DetectionOptimizer.GROWTH_INTERVAL = 4  # so that the loss scale of float16 moves within a few steps
         code = train.main(["--logdir", str(logdir), "--config", *SETTINGS, f"TRAIN.PRECISION={precision}"])
     finally:
         os._exit(code)

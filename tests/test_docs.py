@@ -191,7 +191,7 @@ def test_every_other_command_is_one_that_its_program_accepts(command, monkeypatc
         if words[0] == "-m" and words[1] == "pytest":
             assert all((ROOT / w).exists() for w in words[2:] if w.startswith("tests/"))
             return
-        if words[0] == "-m" and words[1].startswith("tools."):
+        if words[0] == "-m" and words[1].startswith(("tools.", "tests.")):
             words = [words[1].replace(".", "/") + ".py", *words[2:]]
     program = words[0].removeprefix("./")
     if program == "make":
