@@ -12,7 +12,7 @@ from dataset_cityscapes import read_cityscapes_content
 from dataset_voc import read_voc_content, read_voc_detections
 from eval import read_results
 from eval_protocols import only_images
-from report_read import Problem, problem_of
+from report_read import PROTOCOLS, Problem, held_types, problem_of
 from utils import oid_eval
 from utils.cityscapes_eval import read_cityscapes_detections
 from utils.coco_format import as_results, as_truth, in_pixels, read_document
@@ -174,13 +174,18 @@ def _open_images_results(
     return results
 
 
-def problem_of_split(split: Any, settings: dict[str, Any] | None = None) -> Problem:
-    """The ground truth of a `DatasetSplit`, by its own protocol (Pascal VOC's of 2010, Open Images' V2 or, where its
-    classes are expanded, the challenge's)."""
+def problem_of_split(split: Any, results: Sequence[dict[str, Any]], settings: dict[str, Any] | None = None) -> Problem:
+    """The ground truth of a `DatasetSplit`, by the last of its protocols that scores what the results hold (Pascal
+    VOC's of 2010; Cityscapes' for masks, COCO's for boxes alone), Open Images' V2 or, where its classes are expanded,
+    the challenge's."""
     content = as_truth(split.content(), split.annotation_file)
     content = {**only_images(content, [split.image_id(i) for i in range(len(split))]), "oks_sigmas": split.oks_sigmas}
-    folders = sorted({os.path.dirname(split.image_file(i)) for i in range(len(split))})
-    protocol, ancestors = (split.protocols or ("coco",))[-1], None
+    # Names are relative to the first; images of LVIS and of several folders are found by the second.
+    roots = [split.image_root()] if hasattr(split, "image_root") else list(split.folders)
+    folders = [*roots, *sorted({os.path.dirname(split.image_file(i)) for i in range(len(split))} - {*roots})]
+    held = held_types(results)
+    scored = [p for p in split.protocols if not results or set(PROTOCOLS[p]) & {*held}]
+    protocol, ancestors = (scored or ["coco"])[-1], None
     if hasattr(split, "expanded"):  # Open Images
         protocol = "oid-challenge" if split.expanded else "oid-v2"
         if split.expanded:

@@ -11,6 +11,7 @@ from pycocotools import mask as mask_utils
 
 from common import UserError
 from report_numbers import Scene
+from utils.coco_format import file_name_of
 from utils.polygons import encode_segmentation
 
 __all__ = ["PROTOCOLS", "Problem", "held_types", "image_path", "problem_of", "scene_from_coco", "scenes_of"]
@@ -99,8 +100,8 @@ def _expanded(content: dict[str, Any], ancestors: np.ndarray) -> dict[str, Any]:
 
 def image_path(problem: Problem, file_name: str) -> Path | None:
     """Where the image is on disk, by its name or by the end of its path; None if it is not there."""
-    for folder in problem.image_folders:
-        for name in (file_name, os.path.basename(file_name)):
+    for name in (file_name, os.path.basename(file_name)):  # folders may hold different images of one name
+        for folder in problem.image_folders:
             path = Path(folder) / name
             if path.is_file():
                 return path
@@ -151,7 +152,7 @@ def _federated(content: dict[str, Any], scene: Scene) -> Scene:
     return scene._replace(judged=judged[rows], forgiven=partial[rows])
 
 
-def held_types(results: list[dict[str, Any]]) -> list[str]:
+def held_types(results: Sequence[dict[str, Any]]) -> list[str]:
     """What the results hold: of bbox, segm, keypoints."""
     return [t for t, key in RESULT_KEYS.items() if any(r.get(key) is not None for r in results)] or ["bbox"]
 
@@ -187,7 +188,7 @@ def scene_from_coco(
     sigmas = content.get("oks_sigmas") if iou_type == "keypoints" else None
     falloffs = 2 * np.array(sigmas, np.float64) if sigmas else None
     forgiven = np.zeros(len(found[0]), bool)
-    files = [str(im.get("file_name", im["id"])) for im in ordered]
+    files = [str(file_name_of(im) or im["id"]) for im in ordered]
     # The columns in the order of Scene, typed as Any: mypy cannot count those of two tuples.
     columns: Any = (list(image_of), files, sizes, list(names.values()), *truth, *found, forgiven, ~forgiven, iou_type)
     return Scene(*columns)._replace(falloffs=falloffs)

@@ -186,12 +186,11 @@ def evaluate(
             logger.info(f"for submission: {', '.join(split.write_submission(path, results))}")
         metrics = score(split, results, cfg)
         every.update(metrics if len(splits) == 1 else {f"{split.name}/{k}": v for k, v in metrics.items()})
+        target = out.with_name(f"{out.stem}.metrics.json")
+        write_json(target, without_nan(every), indent=1)  # before the report, which may fail
+        logger.info(f"scores in {target}")
         if report:
             write_split_report(split, results, path.stem, cfg, Path(report) / ("" if len(splits) == 1 else split.name))
-    if rank == 0:
-        target = out.with_name(f"{out.stem}.metrics.json")
-        write_json(target, without_nan(every), indent=1)
-        logger.info(f"scores in {target}")
     if unreadable:
         raise UserError(
             f"{len(unreadable)} of the images could not be read, so the scores are too low: {unreadable[0]}"
@@ -200,7 +199,7 @@ def evaluate(
 
 def write_split_report(split: DatasetSplit, results: list[dict[str, Any]], name: str, cfg: Config, out: Path) -> None:
     known = [r for r in results if r["category_id"] is not None]
-    write_report(problem_of_split(split, cfg.to_dict()), {name: known}, out)
+    write_report(problem_of_split(split, known, cfg.to_dict()), {name: known}, out)
 
 
 # ------------------------------------------------------------------------------------------------------------ training

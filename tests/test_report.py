@@ -2,19 +2,24 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+from format_sets import annotations_as_results, settings
 from synthetic import coco_case
 
 import report
 import report_numbers as numbers
 from common import UserError
+from dataset import load_split
 from eval import evaluate_proposals
+from report import write_report
 from report_data import anchor_fit, data_facts
-from report_read import problem_of, scene_from_coco
+from report_files import problem_of_split
+from report_read import image_path, problem_of, scene_from_coco
 from tools import report as tool
 from tools import score
 
@@ -100,6 +105,79 @@ def test_a_voc_folder_is_read(tmp_path):
     found = run(tmp_path, "--protocol", "voc07", "--gt", DATA / "voc_mini", "--detections", *files(
         tmp_path, {"x": 1}, [])[1:])  # fmt: skip
     assert found["models"][0]["summary"]["bbox"]["mAP"]["value"] == 0 and found["data"]["objects"] > 0
+
+
+# ------------------------------------------------------------------------------------------------ of a data set
+# A set's spec, whether its results have masks, the protocol of its report, and the names of the set's own scores in
+# the report's summary.
+SPLITS = {
+    "coco": (["coco_mini/annotations/instances_val2017.json", "coco_mini/val2017"], True, "coco",
+             {"bbox": "bbox", "segm": "segm"}),
+    "lvis": (["lvis", "lvis_mini/lvis_v1_mini.json", "lvis_mini"], True, "lvis", {"bbox": "bbox", "segm": "segm"}),
+    "voc": (["voc", "voc_mini", "trainval"], False, "voc12", {"bbox": "voc12"}),
+    "difficult": (["voc", "voc_mini", "trainval", "difficult=object"], False, "voc12", {"bbox": "voc12"}),
+    "cityscapes": (["cityscapes", "cityscapes_mini", "val"], True, "cityscapes", {"segm": "cityscapes"}),
+    "cityscapes boxes": (["cityscapes", "cityscapes_mini", "val"], False, "coco", {"bbox": "bbox"}),
+    "openimages": (["openimages", "golden_oid", "validation"], False, "oid-v2", {"bbox": "oid-v2"}),
+    "openimages masks": (["openimages", "golden_oid", "validation"], True, "oid-v2", {"bbox": "oid-v2"}),
+    "expanded": (["openimages", "golden_oid", "validation", "expand=True"], False, "oid-challenge",
+                 {"bbox": "oid-challenge"}),
+    "csv": (["csv", "csv_mini/boxes.csv", "csv_mini/images"], False, "coco", {"bbox": "bbox"}),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def every_format(tmp_path_factory):
+    """A copy of the small sets of all formats, with images for LVIS."""
+    base = tmp_path_factory.mktemp("sets")
+    for name in ("coco_mini", "lvis_mini", "voc_mini", "cityscapes_mini", "golden_oid", "csv_mini"):
+        shutil.copytree(DATA / name, base / name)
+    (base / "lvis_mini/val2017").mkdir()
+    for image in json.loads((DATA / "lvis_mini/lvis_v1_mini.json").read_text())["images"]:
+        file = base / "lvis_mini/val2017" / image["coco_url"].rsplit("/", 1)[1]
+        cv2.imwrite(str(file), np.zeros((image["height"], image["width"], 3), np.uint8))
+    return base
+
+
+def split_of(base, kind):
+    spec, masks, *_ = SPLITS[kind]
+    return load_split(settings(base, f"MODE_MASK={masks}", f"DATA.DATASETS={{'set': {spec}}}"), "set")
+
+
+@pytest.mark.parametrize("kind", SPLITS)
+def test_the_report_of_a_data_set_has_the_scores_of_the_data_set(every_format, tmp_path, kind):
+    _, masks, protocol, marks = SPLITS[kind]
+    split = split_of(every_format, kind)
+    rng = np.random.default_rng(0)
+    results = annotations_as_results(split, lambda _: float(rng.random()), masks)
+    results = [r | {"bbox": (np.array(r["bbox"]) * (0.8 if k % 3 == 0 else 1)).tolist()}  # some are moved, some missed
+               for k, r in enumerate(results) if k % 4]  # fmt: skip
+    found = write_report(problem_of_split(split, results), {"x": results}, tmp_path / "report", resamples=10)
+    assert found["protocol"] == protocol and found["data"]["images"] == len(split)
+    scores, summary = split.evaluate(results, verbose=False), found["models"][0]["summary"]
+    assert set(summary) == set(marks)
+    for name, mark in marks.items():
+        shared = [m for m in summary[name] if f"{mark}/{m}" in scores]
+        assert {"AP", "mAP"} & {*shared}
+        for metric in shared:
+            value = scores[f"{mark}/{metric}"]
+            assert summary[name][metric]["value"] == (None if value != value else pytest.approx(value, abs=1e-6))
+    assert found["pictures"]["missing"] == 0 and found["pictures"]["worst"][0]
+
+
+@pytest.mark.parametrize("kind", ["coco", "voc", "cityscapes", "openimages"])
+def test_the_report_of_nothing_found_is_of_the_same_protocol(every_format, kind):
+    assert problem_of_split(split_of(every_format, kind), []).protocol == SPLITS[kind][2]
+
+
+def test_pictures_of_one_name_in_several_folders_are_not_mixed_up(tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.jpg").write_bytes(b"")
+    folders = [tmp_path / "a", tmp_path / "b", tmp_path]
+    problem = problem_of("coco", "x", {"images": [], "annotations": [], "categories": []}, folders)
+    assert image_path(problem, "b/1.jpg") == tmp_path / "b/1.jpg"
+    assert image_path(problem, "c/1.jpg") == tmp_path / "a/1.jpg"  # by the end of its path
 
 
 def test_keypoints_get_their_errors_and_numbers(tmp_path):

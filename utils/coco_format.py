@@ -26,8 +26,8 @@ from utils.polygons import decode_runs, encode_segmentation, rle_runs
 
 __all__ = [
     "REASONS", "Annotation", "ImageEntry", "Unusable", "as_results", "as_truth", "check_entries", "check_lists",
-    "in_pixels", "look_like_corners", "read_annotation", "read_categories", "read_document", "read_flag", "read_id",
-    "read_image", "read_name", "read_number", "read_truth", "refuse_normalised", "scan_document",
+    "file_name_of", "in_pixels", "look_like_corners", "read_annotation", "read_categories", "read_document", "read_flag",
+    "read_id", "read_image", "read_name", "read_number", "read_truth", "refuse_normalised", "scan_document",
 ]  # fmt: skip
 
 # Why an annotation, or a part of its outline, is left out.
@@ -148,6 +148,12 @@ def read_file_name(value: Any, where: str) -> str:
 
 
 # ------------------------------------------------------------------------------------------------ entries
+def file_name_of(image: dict[str, Any]) -> Any:
+    """file_name as it stands there; without one the last two parts of coco_url (LVIS)."""
+    name, url = image.get("file_name"), image.get("coco_url")
+    return "/".join(url.split("/")[-2:]) if not name and type(url) is str else name
+
+
 def read_image(entry: Any, origin: str, need_file: bool = True, need_size: bool = True) -> ImageEntry:
     """An entry of "images"; a UserError that names `origin` and the image where it cannot be used."""
     if type(entry) is not dict:
@@ -159,9 +165,7 @@ def read_image(entry: Any, origin: str, need_file: bool = True, need_size: bool 
     except Unusable:
         raise UserError(f"{origin}: image id {_shown(entry.get('id'))} must be a whole number or a text") from None
     where = f"{origin}: image {_shown(image_id)}"
-    name = entry.get("file_name")
-    if not name and type(entry.get("coco_url")) is str:
-        name = "/".join(entry["coco_url"].split("/")[-2:])
+    name = file_name_of(entry)
     if need_file and not name:
         raise _incomplete(where)
     if need_file:
