@@ -27,7 +27,8 @@ from utils.polygons import decode_runs, encode_segmentation, rle_runs
 __all__ = [
     "REASONS", "Annotation", "ImageEntry", "Unusable", "as_results", "as_truth", "check_entries", "check_lists",
     "file_name_of", "in_pixels", "look_like_corners", "read_annotation", "read_categories", "read_document",
-    "read_flag", "read_id", "read_image", "read_name", "read_number", "read_truth", "refuse_normalised", "scan_document",
+    "read_flag", "read_id", "read_image", "read_name", "read_number", "read_truth", "refuse_normalised",
+    "scan_document",
 ]  # fmt: skip
 
 # Why an annotation, or a part of its outline, is left out.
