@@ -233,7 +233,7 @@ def _of_this_model(weights: dict[str, Any], cfg: Config, origin: str) -> dict[st
     kept = {name: value for name, value in weights.items() if not re.match(stage, name)}
     if len(kept) < len(weights):
         left = len(weights) - len(kept)
-        logger.info(f"{origin}: {left} tensors of the second stage are left out (MODE_RPN_ONLY)")
+        logger.info(f"{origin}: tensors of the second stage left out because of MODE_RPN_ONLY: {left}")
     return kept
 
 
@@ -242,7 +242,7 @@ def _completed(weights: dict[str, Any], backbone: dict[str, Any], origin: str, b
     stage 5)."""
     added = {k: v for k, v in backbone.items() if k not in weights and re.match(r"(conv0|group\d+|backbone)/", k)}
     if added:
-        logger.info(f"{len(added)} backbone tensors missing from {origin} were loaded from {backbone_origin}")
+        logger.info(f"backbone tensors missing from {origin} and loaded from {backbone_origin}: {len(added)}")
     return {**added, **weights}
 
 

@@ -4,6 +4,8 @@ import contextlib
 import json
 import logging
 import math
+import os
+import re
 import signal
 import sys
 import time
@@ -68,6 +70,7 @@ class ProgressLog(Callback):
         self._last_print = 0.0
         self._step_time = None
         self._bar = None
+        self._folder: tuple[int, int] | None = None
 
     def _before_train(self):
         self._first_step = self.global_step
@@ -75,6 +78,7 @@ class ProgressLog(Callback):
         if self._chief:
             with _one_line(f"the log in {self._logdir}"):
                 self._writer = tf.summary.FileWriter(str(self._logdir))
+            self._folder = _identity(self._logdir)
             if sys.stderr.isatty():
                 self._bar = tqdm(
                     total=self._plan.total_steps, initial=self._first_step, unit="step", dynamic_ncols=True
@@ -127,6 +131,11 @@ class ProgressLog(Callback):
         eta = "" if pace is None else f" · {pace:.2f} s/step · ETA {format_seconds(pace * (total - step))}"
         return f"step {step}/{total}{eta} · loss {self.smooth['total_loss']:.3f} = {losses}"
 
+    def check_folder(self) -> None:
+        """UserError if the run directory was removed: a run that made it again would miss what is needed to go on."""
+        if _identity(self._logdir) != self._folder:
+            raise UserError(f"{self._logdir} was deleted or moved while this run trained in it; the run ends")
+
     def write_metrics(self, step: int, metrics: dict[str, float]) -> None:
         """Evaluation results into TensorBoard and the jsonl log."""
         if self._chief:
@@ -135,6 +144,7 @@ class ProgressLog(Callback):
     def _write(self, step: int, values: dict[str, float]) -> None:
         summary = tf.Summary(value=[tf.Summary.Value(tag=k, simple_value=v) for k, v in values.items()])
         line = json.dumps(without_nan({"step": step, **{k: round(v, 6) for k, v in values.items()}}), allow_nan=False)
+        self.check_folder()
         with _one_line(f"the log in {self._logdir}"):
             with open(self._logdir / "log.jsonl", "a") as f:
                 f.write(f"{line}\n")
@@ -158,7 +168,23 @@ def _one_line(what: str) -> Iterator[None]:
     except OSError as e:
         raise UserError(f"{what} cannot be written: {e.strerror or e} ({e.filename or 'disk'})") from None
     except tf.errors.OpError as e:
-        raise UserError(f"{what} cannot be written: {(e.message or str(e)).splitlines()[0][:200]}") from None
+        raise UserError(f"{what} cannot be written: {_reason(e)}") from None
+
+
+def _reason(error: tf.errors.OpError) -> str:
+    """The sentence of TensorFlow's error that says what went wrong, without the places in the graph around it."""
+    lines = (error.message or str(error)).splitlines()
+    told = [line.strip() for line in lines if line[:1].strip() and not re.match(r"Graph exec|Detected at|Node:", line)]
+    return (told[-1] if told else lines[0] if lines else type(error).__name__)[:200]
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    """Tells a folder from another of the same name; None if it does not exist."""
+    try:
+        status = os.stat(folder)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 class Checkpoints(Callback):
@@ -227,6 +253,7 @@ class Checkpoints(Callback):
     def save(self) -> None:
         step = self.global_step
         if self._chief and self._saved_at != step:
+            self._log.check_folder()
             meta = {**self._meta, "step": step, "smooth": without_nan(self._log.smooth)}
             with _one_line(f"checkpoint {self._logdir}/model-{step}"):
                 self.last_path = save_tf_checkpoint(

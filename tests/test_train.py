@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -337,6 +338,29 @@ def test_a_run_whose_checkpoint_cannot_be_written_does_not_say_that_it_finished(
     err = capsys.readouterr()
     assert "finished" not in err.err and "Traceback" not in err.err
     assert re.search(r"checkpoint .*/model-1 cannot be written: (File too large|No space left)", err.err)
+
+
+def test_a_file_size_limit_is_named_as_the_reason(tmp_path, capsys):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, limits[1]))
+    try:
+        assert train_tiny(tmp_path / "run", steps=1) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert re.search(r"checkpoint .*/model-1 cannot be written: .*File too large$", last_error(capsys))
+
+
+def test_a_run_ends_when_its_directory_is_removed(tmp_path, capsys, monkeypatch):
+    original = data.BatchMaker.make
+
+    def make_and_remove(self, index):
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        return original(self, index)
+
+    monkeypatch.setattr(data.BatchMaker, "make", make_and_remove)
+    assert train_tiny(tmp_path / "run", steps=2) == 2
+    assert "was deleted or moved while this run trained in it" in last_error(capsys)
+    assert newest_checkpoint(tmp_path / "run") is None
 
 
 def test_a_signal_while_the_input_stalls_saves_what_was_trained(tmp_path, capsys, monkeypatch):
