@@ -78,7 +78,11 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         help="--evaluate: also write an evaluation report there (docs/REPORT.md)",
     )
     parser.add_argument(
-        "--predict", nargs="+", type=path_argument, metavar="IMAGE", help="images or folders to draw detections on"
+        "--predict",
+        nargs="+",
+        type=path_argument,
+        metavar="IMAGE",
+        help="images or folders; detections of score TEST.RESULT_SCORE_THRESH_VIS (a setting) or more are drawn",
     )
     parser.add_argument(
         "--evaluate", type=path_argument, metavar="OUT.json", help="score on DATA.VAL and write the results there"
@@ -89,7 +93,10 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--draw", choices=["all", "boxes", "masks"], default="all", help="--predict: what is drawn")
     parser.add_argument("--contour", action="store_true", help="--predict: masks as outlines, not filled")
     parser.add_argument(
-        "--colors", choices=["class", "instance"], default="class", help="--predict: what a colour stands for"
+        "--colors",
+        choices=["class", "instance"],
+        default="class",
+        help="--predict: what a colour stands for; objects of a class that meet differ in lightness",
     )
     parser.add_argument(
         "--truth", type=path_argument, metavar="JSON", help="--predict: draw these annotations beside the detections"

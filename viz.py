@@ -23,6 +23,7 @@ import numpy as np
 from common import UserError, atomic_write
 from data import read_image
 from detections import Detections
+from utils import np_box_ops
 from utils.polygons import decode_part
 
 __all__ = [
@@ -43,12 +44,15 @@ SKELETON = [
 LEFT, RIGHT, MIDDLE = (80, 175, 250), (230, 160, 60), (130, 220, 130)  # sides of a body: orange, blue, green
 
 
+TONES = (1, 0.55, 1.5, 0.75, 1.25)  # shades of objects of one class that meet
+
+
 class Style(NamedTuple):
     """How objects are drawn."""
 
     parts: str = "all"  # "boxes", "masks": these alone; objects without a mask keep their box
     contour: bool = False  # masks as outlines, not filled
-    colors: str = "class"  # "instance": neighbours in colours of their own
+    colors: str = "class"  # in several tones where objects of one class meet; "instance": each a colour of its own
     smallest: int = 0  # a picture with a shorter long side is enlarged by a whole number to at least this
 
 
@@ -114,7 +118,7 @@ def draw_detections(
         text = f"{_class_name(class_names, label)} {detections.scores[i]:.2f}"
         color = class_color(number if style.colors == "instance" else label)
         items.append(_Item(detections.boxes[i], color, text, mask, points))
-    return _draw(*_enlarged(image, items, style.smallest), style)
+    return _draw(*_enlarged(image, _toned(items), style.smallest), style)
 
 
 def draw_annotations(
@@ -134,7 +138,25 @@ def draw_annotations(
         keypoints = None if points is None else points[i]
         color = class_color(i + 1 if style.colors == "instance" else int(label))
         items.append(_Item(box, color, text, mask, keypoints, crowd))
-    return _draw(*_enlarged(image, items, style.smallest), style)
+    return _draw(*_enlarged(image, _toned(items), style.smallest), style)
+
+
+def _toned(items: list[_Item]) -> list[_Item]:
+    """Objects of one colour whose boxes meet, in lighter and darker tones of it, so that they do not merge."""
+    places: dict[Color, list[int]] = {}
+    for i, item in enumerate(items):
+        if not item.crowd:
+            places.setdefault(item.color, []).append(i)
+    toned = list(items)
+    for color, group in places.items():
+        boxes = np.array([items[i].box for i in group], np.float64)
+        tones = np.zeros(len(group), int)
+        for k in range(1, len(group)):
+            met = tones[:k][np_box_ops.pairwise_intersection(boxes[k : k + 1], boxes[:k])[0] > 0]
+            tones[k] = np.bincount(met, minlength=len(TONES)).argmin()  # the rarest, of several the first
+        for i, tone in zip(group, tones.tolist()):
+            toned[i] = items[i]._replace(color=_shade(color, TONES[tone]))
+    return toned
 
 
 def _enlarged(image: np.ndarray, items: list[_Item], smallest: int) -> tuple[np.ndarray, list[_Item]]:

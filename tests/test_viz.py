@@ -338,6 +338,34 @@ def test_instances_of_one_class_get_colours_of_their_own_when_asked():
     assert first != second
 
 
+@pytest.mark.parametrize("masks", [True, False])
+def test_objects_of_one_class_that_meet_are_told_apart(masks):
+    # A row of objects, each of which meets its neighbours, one far from all, and one of another class.
+    boxes = [[10 + 40 * k, 10, 60 + 40 * k, 110] for k in range(6)] + [[20, 180, 60, 220], [10, 120, 60, 150]]
+    labels = [3] * 7 + [4]
+    found = make_detections(boxes, labels=labels, masks=masks)
+    annotations = {"boxes": found.boxes, "labels": found.labels}
+    drawn = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(viz, "_draw", lambda image, items, style: drawn.append(items))
+        viz.draw_detections(blank(), found, [""] * 4)
+        viz.draw_annotations(blank(), annotations, [""] * 4)
+    for items in drawn:
+        colors = np.array([item.color for item in items], np.float32)
+        lab = cv2.cvtColor(colors[None] / 255, cv2.COLOR_BGR2Lab)[0]
+        assert (np.abs(np.diff(lab[:6, 0])) > 12).all()  # neighbours differ in lightness
+        angle = np.degrees(np.arctan2(*lab[:6, :0:-1].T))
+        assert np.ptp(angle) < 15  # and have the hue of their class
+        assert items[6].color == viz.class_color(3) and items[7].color == viz.class_color(4)
+
+
+def test_masks_of_one_class_that_overlap_do_not_merge():
+    found = make_detections([[10, 10, 200, 200], [110, 30, 300, 220]], labels=[1, 1], masks=True)
+    picture = viz.draw_detections(blank(), found, [""], style=viz.Style(parts="masks"))
+    first, both, second = (picture[150, x].astype(int) for x in (50, 150, 260))
+    assert min(np.abs(first - second).max(), np.abs(first - both).max(), np.abs(second - both).max()) > 20
+
+
 def test_a_small_picture_is_enlarged_so_that_names_do_not_cover_it():
     found = make_detections([[5, 5, 40, 40]], masks=False)
     small = viz.draw_detections(blank(48, 48), found, ["zebra"])

@@ -475,7 +475,7 @@ def _fix_outline(a: dict[str, Any], typed: Annotation, height: int, width: int, 
 # ------------------------------------------------------------------------------------------------ page
 def write_page(folder: str | Path, sources: Sequence[DataSource], findings: Sequence[Finding], count: int) -> None:
     """index.html with tables of the sets, findings and classes, and for each set pictures of `count` images with
-    findings (of all kinds alike) and `count` random ones: annotations drawn, those with findings framed in red."""
+    findings (of all kinds alike) and `count` random ones: annotations drawn, those with findings in striped frames."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     body = [f"<pre>{html.escape(sets_table(sources, findings))}\n\n{html.escape(summary_table(findings))}</pre>"]
@@ -546,7 +546,7 @@ def _rows_in_split(split: Any, image_ids: set) -> dict[Any, int]:
 
 
 def _shrunk(image: np.ndarray, drawable: dict, class_names: Sequence[str], bad: Sequence[Annotation]) -> np.ndarray:
-    """The image at PICTURE_SIDE pixels a side at most, with its annotations, and red frames around the bad ones."""
+    """The image at PICTURE_SIDE pixels a side at most, with its annotations, and striped frames around the bad."""
     height, width = image.shape[:2]
     scale = min(1.0, PICTURE_SIDE / max(height, width))
     if scale < 1:
@@ -565,9 +565,16 @@ def _shrunk(image: np.ndarray, drawable: dict, class_names: Sequence[str], bad: 
             x, y, w, h = (v * scale for v in a.box)
             corners = np.clip([[x, y], [x + max(w, 0), y + max(h, 0)]], 2, [max(2, width - 3), max(2, height - 3)])
             first, second = (tuple(map(int, corner)) for corner in corners - [[3, 3], [-3, -3]])
-            cv2.rectangle(picture, first, second, (255, 255, 255), 5)
-            cv2.rectangle(picture, first, second, (0, 0, 220), 3)
+            _frame(picture, *first, *second)
     return picture
+
+
+def _frame(picture: np.ndarray, x1: int, y1: int, x2: int, y2: int) -> None:
+    """A frame striped in black and white, which no class's colour is."""
+    frame = np.zeros(picture.shape[:2], np.uint8)
+    cv2.rectangle(frame, (x1, y1), (x2, y2), 1, 5)
+    rows, columns = np.nonzero(frame)
+    picture[rows, columns] = np.where((rows + columns) % 16 < 8, 255, 0)[:, None]
 
 
 def _drawable(objects: Sequence[Annotation], height: int, width: int, labels: dict) -> dict[str, Any]:
