@@ -212,7 +212,7 @@ def _scaled(picture: np.ndarray) -> np.ndarray:
 def _write(out: Path, name: str, picture: np.ndarray, text: str) -> dict[str, Any]:
     safe = "".join(ch if ch.isalnum() or ch in "-_" else "_" for ch in name)[:100]
     path = out / "images" / f"{safe}.jpg"
-    with atomic_write(path, "wb") as f:
+    with atomic_write(path, "wb", durable=False) as f:
         f.write(cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, 82])[1].tobytes())
     return {"file": f"images/{path.name}", "size": picture.shape[:2], "text": text}
 

@@ -85,10 +85,12 @@ _open_closed_streams()
 
 
 @contextlib.contextmanager
-def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO[Any]]:
+def atomic_write(path: str | os.PathLike, mode: str = "w", durable: bool = True) -> Iterator[IO[Any]]:
     """Opens a temporary file beside `path` and renames it over `path` when the block ends without an error.
 
     A reader sees the old content or the new one, never a part; an error leaves the old file as it was.
+    durable: it also outlasts a power cut at once, which takes as long as the disk does; not worth it for a thousand
+    pictures that can be drawn again.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -97,7 +99,8 @@ def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO[Any]]:
         with os.fdopen(handle, mode) as f:
             yield f
             f.flush()
-            os.fsync(f.fileno())
+            if durable:
+                os.fsync(f.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except BaseException:

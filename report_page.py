@@ -206,14 +206,15 @@ def _head(content: dict[str, Any]) -> str:
     if worst and worst[0][1]:
         tiles.append(f"<li><b>{_number(worst[0][1])}</b><span>AP50 lost to the costliest kind of error: "
                      f"{escape(worst[0][0])}</span><small>{escape(ERROR_WORDS[worst[0][0]])}</small></li>")  # fmt: skip
-    data = content["data"]
+    data, classes = content["data"], len(content["classes"])
     sample = content["bootstrap"]
     missing = content["pictures"].get("missing")
     note = f"<p class=note>{missing} images were not found, so they are not shown.</p>" if missing else ""
     return (
         f"<header id=summary><h1>{escape(', '.join(m['name'] for m in models))}</h1>"
         f"<p>{escape(content['protocol'])} scores on <b>{escape(content['ground_truth'])}</b>: "
-        f"{_number(data['images'])} images, {_number(data['objects'])} objects, {len(content['classes'])} classes. "
+        f"{_number(data['images'])} images, {_number(data['objects'])} objects, "
+        f"{_number(classes)} class{'es' * (classes != 1)}. "
         f"Curves, errors and pictures are about {TYPE_NAMES[main]}.</p><ul class=tiles>{''.join(tiles)}</ul>{note}"
         f"{_table(head, rows, 'Summary', sortable=False)}"
         f"<p class=note>Intervals: bootstrap over images, {sample['resamples']} resamples, seed {sample['seed']}. All "

@@ -16,7 +16,7 @@ from report_read import Problem, image_path
 from utils.image_header import decode_image
 from viz import drawable_text
 
-__all__ = ["COLORS", "write_pictures"]
+__all__ = ["COLORS", "tag_places", "write_pictures"]
 
 SIDE = 640  # longest side of a picture's half
 CUTOUT = 224  # of a single mistake
@@ -81,22 +81,41 @@ class _Reader:
 
 
 def _write(path: Path, picture: np.ndarray, quality: int = 80) -> str:
-    with atomic_write(path, "wb") as f:
+    with atomic_write(path, "wb", durable=False) as f:
         f.write(cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes())
     return f"{path.parent.name}/{path.name}"
 
 
 # ------------------------------------------------------------------------------------------------ drawing
-def _text(canvas: np.ndarray, text: str, x: int, y: int, color: tuple, size: int = 13) -> None:
-    """A line of text on a filled tag, inside the canvas."""
+def _text(canvas: np.ndarray, tags: list[tuple[str, tuple, tuple, int]]) -> None:
+    """Tags (text, box of what it names, color, size), the most important first: lines of text on a ground of their
+    color, inside the canvas and beside each other where there is room."""
     font = cv2.FontFace("sans")
-    width = cv2.getTextSize((1, 1), drawable_text(text), (0, 0), font, size, 600)[2] + 6
-    height = round(1.3 * size)
-    x = int(np.clip(x, 0, max(0, canvas.shape[1] - width)))
-    y = int(np.clip(y, 0, max(0, canvas.shape[0] - height)))
-    cv2.rectangle(canvas, (x, y), (x + width, y + height), color, -1)
-    light = 0.114 * color[0] + 0.587 * color[1] + 0.299 * color[2] > 140
-    cv2.putText(canvas, drawable_text(text), (x + 3, y + round(0.98 * size)), INK if light else PAPER, font, size, 600)
+    sizes = [(cv2.getTextSize((1, 1), drawable_text(text), (0, 0), font, size, 600)[2] + 6, round(1.3 * size))
+             for text, _, _, size in tags]  # fmt: skip
+    places = tag_places([box for _, box, _, _ in tags], sizes, canvas.shape[:2])
+    for (text, _, color, size), (x, y), (width, height) in reversed(list(zip(tags, places, sizes))):
+        cv2.rectangle(canvas, (x, y), (x + width, y + height), color, -1)
+        light = 0.114 * color[0] + 0.587 * color[1] + 0.299 * color[2] > 140
+        ink = INK if light else PAPER
+        cv2.putText(canvas, drawable_text(text), (x + 3, y + round(0.98 * size)), ink, font, size, 600)
+
+
+def tag_places(boxes: list[tuple], sizes: list[tuple[int, int]], shape: tuple[int, int]) -> list[tuple[int, int]]:
+    """Left and top of tags of `sizes` (width, height): on top of their box, or as near to it as there is room beside
+    the tags before; on top of it where there is none."""
+    taken = np.zeros((0, 4))
+    places = []
+    for (left, top, *_), (width, height) in zip(boxes, sizes):
+        steps = [step for k in range(1, 6) for step in (-k, k - 1)]  # rows above and below the upper edge
+        wanted = np.array([[left, top + step * (height + 1)] for step in steps])
+        wanted = np.clip(wanted, 0, [max(0, shape[1] - width), max(0, shape[0] - height)])
+        covered = np.array([((x < taken[:, 2]) & (x + width >= taken[:, 0])
+                             & (y < taken[:, 3]) & (y + height >= taken[:, 1])).any() for x, y in wanted])  # fmt: skip
+        x, y = (int(v) for v in wanted[covered.argmin()])
+        places.append((x, y))
+        taken = np.vstack([taken, [x, y, x + width + 1, y + height + 1]])
+    return places
 
 
 def _outline(canvas: np.ndarray, scene: Scene, which: str, i: int, scale: np.ndarray, color: tuple, line: int) -> tuple:
@@ -156,9 +175,9 @@ def _draw_truth(model: Any, n: int, image: np.ndarray, scale: np.ndarray) -> np.
         if kind == "missed":
             name += f": missed, found at {scene.dt_score[found]:.2f}" if found >= 0 else ": missed"
         tags.append((name, box, COLORS[kind]))
-    for name, box, color in sorted(tags, key=lambda tag: tag[2] == COLORS["missed"]):
-        size = 13 if color == COLORS["missed"] else 11
-        _text(canvas, name, box[0], box[1] - round(1.3 * size), color, size)
+    missed = COLORS["missed"]
+    tags.sort(key=lambda tag: tag[2] != missed)
+    _text(canvas, [(name, box, color, 13 if color == missed else 11) for name, box, color in tags])
     return canvas
 
 
@@ -168,12 +187,11 @@ def _draw_found(model: Any, n: int, image: np.ndarray, scale: np.ndarray) -> np.
     boxes = [
         _outline(canvas, model.scene, "dt", d, scale, COLORS[KINDS[model.verdicts.kind[d]]], 2) for d in rows[::-1]
     ][::-1]
-    # Mistakes come last, so that no name hides theirs.
+    # Mistakes come first, so that no name hides theirs.
     kinds = model.verdicts.kind[rows]
-    for i in sorted(range(len(rows)), key=lambda i: (kinds[i] >= CLASS, model.scene.dt_score[rows[i]])):
-        size = 13 if kinds[i] >= CLASS else 11
-        name = _names(model.scene, model.verdicts, rows[i])
-        _text(canvas, name, boxes[i][0], boxes[i][1] - round(1.3 * size), COLORS[KINDS[kinds[i]]], size)
+    order = sorted(range(len(rows)), key=lambda i: (kinds[i] < CLASS, -model.scene.dt_score[rows[i]]))
+    _text(canvas, [(_names(model.scene, model.verdicts, rows[i]), boxes[i], COLORS[KINDS[kinds[i]]],
+                    13 if kinds[i] >= CLASS else 11) for i in order])  # fmt: skip
     return canvas
 
 

@@ -19,6 +19,7 @@ from eval import evaluate_proposals
 from report import write_report
 from report_data import anchor_fit, data_facts
 from report_files import problem_of_split
+from report_pictures import tag_places
 from report_read import image_path, problem_of, scene_from_coco
 from tools import report as tool
 from tools import score
@@ -301,6 +302,31 @@ def test_pictures_are_of_the_worst_images_and_of_every_kind_of_mistake(balloons)
     page = (tmp_path / "report/index.html").read_text()
     assert page.count("<img loading=lazy") == len(worst) + len(mistakes)
     assert not re.search(r"""(src|href)=["']?(https?:)?//""", page)
+
+
+def test_names_of_mistakes_lie_beside_each_other_and_inside_the_picture():
+    rng = np.random.default_rng(0)
+    boxes = [(*corner, 0, 0) for corner in rng.integers(-20, 420, (14, 2)).tolist()] + [(100, 100, 0, 0)] * 6
+    sizes = [(int(w), 17) for w in rng.integers(60, 130, len(boxes))]
+    places = tag_places(boxes, sizes, (400, 420))
+    assert places[0] == (max(0, min(boxes[0][0], 420 - sizes[0][0])), max(0, min(boxes[0][1] - 18, 400 - 17)))
+    rectangles = [(x, y, x + w, y + h) for (x, y), (w, h) in zip(places, sizes)]
+    assert all(x1 >= 0 and y1 >= 0 and x2 <= 420 and y2 <= 400 for x1, y1, x2, y2 in rectangles)
+    for i, a in enumerate(rectangles):
+        for b in rectangles[:i]:
+            assert a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]
+    # Where there is no room, the tags lie upon each other, but inside.
+    places = tag_places([(5, 5, 0, 0)] * 60, [(90, 17)] * 60, (60, 100))
+    assert len(places) == 60 and all(0 <= x <= 10 and 0 <= y <= 43 for x, y in places)
+
+
+def test_pictures_do_not_wait_for_the_disk(balloons, monkeypatch):
+    tmp_path, content, results = balloons
+    gt, found = files(tmp_path, content, results)
+    calls = []
+    monkeypatch.setattr("os.fsync", calls.append)
+    content = run(tmp_path, "--gt", gt, "--detections", found, "--images", tmp_path / "images")
+    assert len(content["pictures"]["mistakes"][0]) > 20 and 1 <= len(calls) < 10
 
 
 def test_a_report_without_images_says_so_and_draws_nothing(tmp_path):
