@@ -1,4 +1,4 @@
-"""Augmentation: the part of an image that training sees and at which size, its colours, objects pasted from another.
+"""Augmentation: random crops and sizes, colours, and objects pasted from other images.
 
 Large-scale jitter and copy-paste follow Ghiasi et al. 2021 (Simple Copy-Paste, arXiv 2012.07177), the colours Liu et
 al. 2016 (SSD, as in its released code). All randomness comes from the generator that is passed in. Pixels, boxes,
@@ -20,7 +20,7 @@ __all__ = [
     "resized_shape",
 ]  # fmt: skip
 
-CROP_TRIES = 10  # positions of a crop that are tried until it shows an object
+CROP_TRIES = 10  # attempts at a random crop that shows an object
 
 
 class View(NamedTuple):
@@ -35,7 +35,7 @@ class View(NamedTuple):
 
 
 class Scene(NamedTuple):
-    """Objects in the frame of the pixels that are shown."""
+    """Objects in the coordinates of the view."""
 
     boxes: np.ndarray  # float64 [n, 4] x1 y1 x2 y2, inside the frame
     labels: np.ndarray  # int32 [n]
@@ -46,7 +46,7 @@ class Scene(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """Pixels of a pasted object: where its mask is True, the other image's pixels cover the canvas."""
+    """A pasted object: where its mask is True, the other image's pixels replace those of the canvas."""
 
     y: int  # of the mask's corner on the canvas
     x: int
@@ -55,7 +55,8 @@ class Layer(NamedTuple):
 
 # ------------------------------------------------------------------------------------------------ views
 def resized_shape(height: int, width: int, short_edge: int, max_size: int) -> tuple[int, int]:
-    """Size at which the short edge is `short_edge`, or the long one `max_size` if that is smaller; at least 1 pixel."""
+    """(height, width), each at least 1, with a short edge of `short_edge`, or a long edge of `max_size` if that is
+    smaller."""
     scale = min(short_edge / min(height, width), max_size / max(height, width))
     return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
 
@@ -73,8 +74,9 @@ def draw_view(
     to a random scale (PREPROC.SCALE_JITTER) of which PREPROC.CROP_SIZE is shown.
 
     Args:
-        boxes: [n, 4] objects; a crop that shows enough of one is looked for. After some tries it may show none.
-        limit: height and width that the view must not exceed; a random part of the resized image fits into it.
+        boxes: [n, 4] objects. Random crops are tried until one shows enough of an object; after some attempts any is
+        taken.
+        limit: largest height and width of the view; of a larger resized image a random part is taken.
     """
     preproc = cfg.PREPROC
     sides = list(shape)
@@ -90,8 +92,8 @@ def draw_view(
         scales = [new / side for new, side in zip(size, sides)]
     for axis in (0, 1) if limit else ():
         if size[axis] > limit[axis]:
-            # The part is cut from whole pixels of the image before it is stretched, which differs from cutting the
-            # stretched image by less than half a pixel of the original, and costs only the pixels that are shown.
+            # The image is cropped at whole pixels before it is resized, so that only visible pixels are computed.
+            # Compared with cropping afterwards, the position differs by less than half a pixel of the original.
             sides[axis] = max(1, int(limit[axis] / scales[axis] + 0.5))
             size[axis] = limit[axis]
     y, x = 0, 0
@@ -123,9 +125,9 @@ def place_objects(
 ) -> Scene:
     """The objects of an image of this height and width as the view shows them.
 
-    In a view of a part of the image a box becomes that of the object's visible part (of its outline, where it has one,
-    whatever `outlines`, which says if the scene has them), and objects are left out of whose box less than
-    `min_visible` is left. Keypoints outside are no longer labelled.
+    Where the view crops the image, a box shrinks to the visible part of the object's outline, or of the box if there is
+    no outline. Objects with less than `min_visible` of their box in view are left out. Keypoints outside become
+    unlabelled. `outlines` says whether the scene contains outlines.
     """
     height, width = view.size
     origin = np.array([view.x, view.y])
@@ -166,12 +168,12 @@ def place_objects(
 
 
 def _intersection(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Common parts [n, 4] of boxes [n, 4]; x2 < x1 or y2 < y1 where there is none."""
+    """Intersections [n, 4] of boxes [n, 4]; x2 < x1 or y2 < y1 where two boxes do not meet."""
     return np.concatenate([np.maximum(a[:, :2], b[:, :2]), np.minimum(a[:, 2:], b[:, 2:])], 1)
 
 
 def _select(scene: Scene, kept: np.ndarray) -> Scene:
-    """The scene of the objects for which `kept` [n] is True."""
+    """The scene with only the objects for which `kept` [n] is True."""
     of_kept = kept[scene.owners]
     number = np.cumsum(kept) - 1
     points = scene.keypoints
@@ -196,7 +198,7 @@ def jitter_colours(image: np.ndarray, strength: float, rng: np.random.Generator)
     if not (saturation or hue):
         return _map_levels(image, brighter * (1 + contrast))
     image = _map_levels(image, brighter * (1 + contrast if contrast_first else 1))
-    # "Full" HSV has hues of 256 to a turn.
+    # FULL: hues 0 to 255 instead of OpenCV's usual 0 to 179.
     tables = [np.floor(levels + hue + 0.5) % 256, levels * (1 + saturation), levels]
     image = _map_levels(cv2.cvtColor(image, cv2.COLOR_BGR2HSV_FULL), np.stack(tables, 1)[None])
     image = cv2.cvtColor(image, cv2.COLOR_HSV2BGR_FULL)
@@ -220,12 +222,12 @@ def paste_objects(
 ) -> tuple[Scene, tuple[int, int], tuple[int, int], list[Layer]]:
     """Pastes a random subset of the other scene's outlined objects, one at least, over the scene.
 
-    What they hide of the objects below is cut from their outlines and boxes, keypoints below are marked as occluded
-    (visibility 1), and objects of whose pixels less than `min_visible` is left are removed.
+    The parts of other objects that they hide are cut from the outlines and boxes of these, hidden keypoints become
+    occluded (visibility 1), and objects with less than `min_visible` of their pixels left are removed.
 
     Returns:
-        The new scene, the size (height, width) of the canvas, which grows to the right and down where pasted objects
-        reach beyond `size`, where (y, x) the other image's corner lies on it, and the pixels to be copied.
+        The new scene; the canvas size (height, width), enlarged at the right and bottom if pasted objects reach beyond
+        `size`; the position (y, x) of the other image's corner on the canvas; and the pixels to copy.
     """
     y, x = (int(rng.integers(0, max(0, own - new), endpoint=True)) for own, new in zip(size, other_size))
     candidates = np.flatnonzero(np.bincount(other.owners, minlength=len(other.labels)) > 0)
@@ -265,13 +267,13 @@ def _window(extent: np.ndarray) -> tuple[int, int, int, int]:
 
 
 def _fill(edges: np.ndarray, window: tuple[int, int, int, int], factor: int = 1) -> np.ndarray:
-    """Bool [h * factor, w * factor]: an object's pixels in a window, `factor` to a side of the image's."""
+    """Bool [h * factor, w * factor]: an object's mask in a window, with factor x factor subpixels per pixel."""
     left, top, right, bottom = window
     return polygons.rasterize(edges, window, ((bottom - top) * factor, (right - left) * factor))
 
 
 def _smoothed(rings: list[np.ndarray], mask: np.ndarray) -> list[np.ndarray]:
-    """The outline of a mask without its staircases, unless a part of it is so thin that it would be lost with them."""
+    """The outline of a mask, smoothed to remove pixel steps, unless that would lose a thin part of it."""
     smooth = [polygons.smooth_ring(ring) for ring in rings]
     height, width = mask.shape
     drawn = polygons.rasterize(polygons.rings_to_edges(smooth), [0, 0, width, height], mask.shape)
@@ -280,7 +282,8 @@ def _smoothed(rings: list[np.ndarray], mask: np.ndarray) -> list[np.ndarray]:
 
 
 def _occlude(scene: Scene, size: tuple[int, int], covered: np.ndarray, min_visible: float) -> Scene:
-    """The scene without what `covered` (bool, of the canvas) hides of its objects. Crowd regions stay as they are."""
+    """The scene after the parts of objects under `covered` (bool [canvas height, width]) are removed. Crowd regions
+    stay unchanged."""
     count = len(scene.labels)
     extents = polygons.boxes_inside(scene.edges, scene.owners, count, *size)
     outlined = np.bincount(scene.owners, minlength=count) > 0
@@ -293,7 +296,7 @@ def _occlude(scene: Scene, size: tuple[int, int], covered: np.ndarray, min_visib
         hidden = covered[top:bottom, left:right]
         if not hidden.any():
             continue
-        # Small objects are looked at in parts of pixels, since their outlines are trained in such.
+        # Small objects are drawn with subpixels, because training uses outlines with subpixel precision.
         factor = math.ceil(64 / max(right - left, bottom - top))
         outline = edges[i] if outlined[i] else polygons.rings_to_edges([extents[i][[[0, 1], [2, 1], [2, 3], [0, 3]]]])
         mask = _fill(outline, window, factor)

@@ -1,8 +1,8 @@
 """Layers and the ResNet family (He et al. 2015; ResNeXt, Xie et al. 2016), NHWC, with the variable names of
 tensorpack's public checkpoints.
 
-A layer computes in the type of its input; variables are float32, or float64 where the input is. So mixed precision is
-a cast of the image and of the RoI features, nothing else.
+A layer computes in the dtype of its input. Variables are float32, or float64 for float64 inputs. For mixed precision it
+is therefore enough to cast the image and the RoI features.
 """
 
 import re
@@ -44,17 +44,17 @@ def normal_init(stddev):
 
 
 def he_fan_out(shape, fan_in, fan_out):
-    """N(0, 2 / fan_out): He et al. 2015, what ResNets and mask heads use."""
+    """N(0, 2 / fan_out) (He et al. 2015), for ResNets and mask heads."""
     return ("normal", np.sqrt(2.0 / fan_out))
 
 
 def xavier_uniform_fan_in(shape, fan_in, fan_out):
-    """U(-sqrt(3 / fan_in), sqrt(3 / fan_in)): Caffe2's XavierFill, what FPN and the box head use."""
+    """U(-sqrt(3 / fan_in), sqrt(3 / fan_in)) (Caffe2's XavierFill), for the FPN and the box head."""
     return ("uniform", np.sqrt(3.0 / fan_in))
 
 
 def name_seed(name):
-    """Two numbers from the graph's seed and the full name of a variable of the current scope, without its replica."""
+    """Two seeds from the graph's seed and the variable's full name, without the scope of its replica."""
     graph_seed = tf.get_default_graph().seed or 0
     full_name = re.sub(r"^tower\d+/", "", f"{tf.get_variable_scope().name}/{name}")
     return [graph_seed & 0x7FFFFFFF, zlib.crc32(full_name.encode()) & 0x7FFFFFFF]
@@ -117,7 +117,7 @@ def group_norm(x, trainable=True):
 
 
 def detector_group_norm(cfg: Config):
-    """The `norm` of `conv2d` for group norms outside the backbone."""
+    """The `norm` argument of `conv2d` for group norms outside the backbone."""
     return "GNLast" if cfg.FPN.GN_AFTER_RELU else "GN"
 
 
@@ -126,11 +126,11 @@ def conv2d(
     name, x, channels, kernel, stride=1, *, groups=1, norm=None, bias=True, relu=False, init=he_fan_out,
     tf_padding=True, epsilon=1e-5, trainable=True, affine_trainable=True,
 ):  # fmt: skip
-    """Convolution [+ norm] [+ ReLU] of x [N,H,W,Ci] -> [N,H',W',channels], in x's type.
+    """Convolution [+ norm] [+ ReLU] of x [N,H,W,Ci] -> [N,H',W',channels], in x's dtype.
 
-    norm: None, "FreezeBN" (folded into kernel and bias, so that TensorFlow fuses conv + bias + ReLU), "SyncBN" or
-    "GN", without a bias variable; "GNLast" is bias, ReLU, group norm. tf_padding=False pads k//2 on every side (Caffe,
-    PyTorch) where TensorFlow's SAME would pad stride-2 convolutions at the bottom and right only.
+    norm: None, "FreezeBN" (folded into kernel and bias, so that TensorFlow fuses conv + bias + ReLU), "SyncBN" or "GN",
+    all without a bias variable; or "GNLast": bias, ReLU, then group norm. tf_padding=False pads k//2 on every side
+    (Caffe, PyTorch) where TensorFlow's SAME would pad stride-2 convolutions at the bottom and right only.
     """
     in_channels = int(x.shape[-1])
     with tf.variable_scope(name):
@@ -163,8 +163,8 @@ def grouped_conv(x, weight, stride, padding, groups):
     """Convolution of x [N,H,W,Ci] with a kernel [k,k,Ci/groups,Co], with a gradient on every device."""
     if groups == 1 or gpu_count() > 0 or (onednn_enabled() and x.dtype in (tf.float32, tf.bfloat16)):
         return tf.nn.conv2d(x, weight, strides=stride, padding=padding)  # the group count follows from the shapes
-    # TensorFlow's own CPU kernels have no gradient for grouped convolutions. Narrow groups are joined, their kernels
-    # on the diagonal, until a part has 32 channels: fewer, fuller convolutions.
+    # TensorFlow's CPU kernels have no gradient for grouped convolutions, so groups are computed one by one. Narrow
+    # groups are first joined into parts of 32 channels with block-diagonal kernels: fewer, larger convolutions.
     k, _, width, channels = weight.shape.as_list()
     joined = max(1, min(groups, 32 // width))
     while groups % joined:
@@ -181,8 +181,8 @@ def grouped_conv(x, weight, stride, padding, groups):
 def deconv2d(name, x, channels, kernel=2, stride=2, *, relu=False, bias=True, init=he_fan_out, trainable=True):
     """Transposed convolution x [N,H,W,Ci] -> [N,H·stride,W·stride,channels]; W is [k,k,channels,Ci].
 
-    A kernel as large as its stride has outputs that do not overlap: then it is one matrix product and a reshuffle,
-    which CPUs run several times as fast as the general kernel.
+    If the kernel is as large as the stride, outputs do not overlap. Then one matrix product and a transpose suffice,
+    which on CPUs is several times faster than the general kernel.
     """
     in_channels = int(x.shape[-1])
     with tf.variable_scope(name):
@@ -210,7 +210,7 @@ def deconv2d(name, x, channels, kernel=2, stride=2, *, relu=False, bias=True, in
 
 
 def fully_connected(name, x, channels, *, relu=False, init=xavier_uniform_fan_in, trainable=True):
-    """x [N,Ci] -> [N,channels] in x's type."""
+    """x [N,Ci] -> [N,channels] in x's dtype."""
     in_channels = int(x.shape[-1])
     with tf.variable_scope(name):
         weight = _weight("W", [in_channels, channels], init, in_channels, channels, trainable, wide_type(x))
@@ -221,7 +221,8 @@ def fully_connected(name, x, channels, *, relu=False, init=xavier_uniform_fan_in
 
 # ------------------------------------------------------------------------------------------------------------ ResNet
 def preprocess_image(image, image_shape, cfg: Config):
-    """uint8 BGR image [N,H,W,3], valid sizes [N,2] -> normalised [N,H,W,3] in the compute type, padding exactly 0."""
+    """uint8 BGR image [N,H,W,3], valid sizes [N,2] -> normalised [N,H,W,3] in the compute dtype; padding is exactly
+    0."""
     preproc = cfg.PREPROC
     return normalize_image(image, image_shape, preproc.PIXEL_MEAN, preproc.PIXEL_STD, tf.as_dtype(cfg.TRAIN.PRECISION))
 
@@ -265,7 +266,7 @@ def _basic_block(x, channels, stage, stride, cfg: Config, norm):
 def _bottleneck(x, channels, stage, stride, cfg: Config, norm):
     """1x1, 3x3 and 1x1 convolutions (fig. 5 right) before the sum."""
     backbone = cfg.BACKBONE
-    # The width of a plain ResNet's bottleneck follows the stem; ResNeXt states it as groups x width per group.
+    # A plain ResNet's bottleneck width follows from the stem; for ResNeXt it is groups x width per group.
     inner = backbone.NUM_GROUPS * backbone.WIDTH_PER_GROUP * 2**stage
     if backbone.NUM_GROUPS == 1 and backbone.WIDTH_PER_GROUP == 64:
         inner = backbone.STEM_CHANNELS * 2**stage
@@ -305,7 +306,7 @@ def resnet_stages(image, cfg: Config, num_stages):
     x = conv2d("conv0", image, backbone.STEM_CHANNELS, 7, 2, relu=True, **_conv_norm(cfg, trainable))
     if backbone.TF_PAD_MODE:
         x = tf.nn.max_pool2d(x, 3, 2, "SAME")
-    else:  # after a ReLU, zeros are as good as the -inf that max pooling would pad with
+    else:  # after a ReLU, padding with 0 gives the same maximum as padding with -inf
         x = tf.nn.max_pool2d(tf.pad(x, [[0, 0], [1, 1], [1, 1], [0, 0]]), 3, 2, "VALID")
     features = []
     for stage in range(num_stages):

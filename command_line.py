@@ -1,4 +1,4 @@
-"""The options of train.py: what they mean, which exclude each other, and what was probably meant by a mistyped one."""
+"""The options of train.py: their help texts, checks of their combination, and suggestions for mistyped ones."""
 
 import argparse
 import difflib
@@ -96,7 +96,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         "--colors",
         choices=["class", "instance"],
         default="class",
-        help="--predict: what a colour stands for; objects of a class that meet differ in lightness",
+        help="--predict: what colours stand for; with classes, neighbouring objects differ in lightness",
     )
     parser.add_argument(
         "--truth", type=path_argument, metavar="JSON", help="--predict: draw these annotations beside the detections"
@@ -130,7 +130,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _hint(word: str, options: Sequence[str]) -> str:
-    """What is wrong with a word of the command line that belongs to no option."""
+    """An error message for a command line argument that belongs to no option."""
     if not word.startswith("-"):
         is_setting = re.match(r"[A-Z][A-Z0-9_.]*=", word)
         return f"settings follow --config: --config {word}" if is_setting else f"no option takes the value {word}"
@@ -139,7 +139,7 @@ def _hint(word: str, options: Sequence[str]) -> str:
 
 
 def warn_without_effect(args: argparse.Namespace) -> None:
-    """Says which options that were given play no part in what is asked for."""
+    """Warns about given options that have no effect on the requested action."""
     runs = "--predict" if args.predict else "--evaluate" if args.evaluate else ""
     new = not runs and not args.resume
     plays = {

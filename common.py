@@ -1,4 +1,4 @@
-"""What every part of PackRCNN shares: the user-facing error, atomic writes, logging, and facts about the machine."""
+"""Used by all of PackRCNN: errors for users, atomic writes, logging, and facts about the machine."""
 
 import argparse
 import contextlib
@@ -28,7 +28,8 @@ __all__ = [
 
 
 class UserError(Exception):
-    """Something the user can fix: one line that names the file, image id, key or flag, and the fix. Exit code 2."""
+    """An error that the user can fix. The message is one line that names the file, image id, key or flag, and the fix.
+    Exit code 2."""
 
 
 class _Formatter(logging.Formatter):
@@ -44,8 +45,8 @@ class _Formatter(logging.Formatter):
 
 
 class _Handler(logging.Handler):
-    """Writes to the standard error of the moment, which tests and progress bars replace; one that was closed or whose
-    reader has gone does not stop the work."""
+    """Writes to the current sys.stderr, which tests and progress bars replace. A closed stream or a broken pipe is
+    ignored."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if sys.stderr is not None:
@@ -68,9 +69,9 @@ logger = _make_logger()
 
 
 def _open_closed_streams() -> None:
-    """Opens /dev/null for standard streams that the program was started without.
+    """Opens /dev/null in place of standard streams that were closed at start.
 
-    The next files would get their numbers otherwise, and TensorFlow's messages would be written into them.
+    Otherwise the next opened files would get file descriptors 0 to 2, and TensorFlow would write messages into them.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
@@ -116,9 +117,9 @@ def _umask() -> int:
 
 
 def check_output_folder(folder: str | os.PathLike, flag: str) -> None:
-    """UserError, naming the flag, if files cannot be written into the folder, which need not exist yet.
+    """Raises UserError, naming the flag, if files cannot be written into the folder, which need not exist yet.
 
-    Asked before expensive work: a file is written and removed in the folder, or in the nearest one that exists.
+    Called before expensive work. Writes and removes a test file in the folder, or in its nearest existing parent.
     """
     place = Path(folder)
     while True:
@@ -140,7 +141,7 @@ def check_output_folder(folder: str | os.PathLike, flag: str) -> None:
 
 
 def check_output_file(path: str | os.PathLike, flag: str) -> None:
-    """UserError, naming the flag, if the file cannot be written; see `check_output_folder`."""
+    """Raises UserError, naming the flag, if the file cannot be written; see `check_output_folder`."""
     if Path(path).is_dir():
         raise UserError(f"{flag} {path} is a folder; give the name of a file in it")
     check_output_folder(Path(path).parent, f"{flag} {path}: folder")
@@ -152,7 +153,7 @@ def write_json(path: str | os.PathLike, content: Any, indent: int | None = None)
 
 
 def without_nan(content: Any) -> Any:
-    """`content` with None (null in JSON, which knows no NaN) for every float that is not finite."""
+    """`content` with None in place of NaN and infinite floats, which JSON cannot represent."""
     if isinstance(content, dict):
         return {key: without_nan(value) for key, value in content.items()}
     if isinstance(content, (list, tuple)):
@@ -196,8 +197,8 @@ _NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")  # a folder for each GPU, where 
 
 
 def visible_gpus() -> int:
-    """How many NVIDIA GPUs of this machine CUDA_VISIBLE_DEVICES leaves to this process, without TensorFlow, which may
-    be unable to use them: `utils.tf_v1.gpu_count` is what it has."""
+    """The number of this machine's NVIDIA GPUs that CUDA_VISIBLE_DEVICES allows, found without TensorFlow. TensorFlow
+    may be unable to use them; `utils.tf_v1.gpu_count` gives the number that it can use."""
     installed = len(list(_NVIDIA_GPUS.iterdir())) if _NVIDIA_GPUS.is_dir() else 0
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
@@ -232,13 +233,13 @@ def git_revision() -> str:
 
 
 def describe_error(error: BaseException) -> str:
-    """One line: the error's type, its message, and the last place outside of installed packages that it came through,
-    as in "TypeError: … (own_head.py:12)"."""
+    """One line: the error's type, its message, and the innermost source line outside installed packages, e.g.
+    "TypeError: … (own_head.py:12)"."""
     message = str(error).strip().split("\n")[0][:200]
     text = f"{type(error).__name__}: {message}" if message else type(error).__name__
     frames = list(traceback.extract_tb(error.__traceback__))
     frames = [f for f in frames if "site-packages" not in f.filename] or frames
-    if isinstance(error, SyntaxError) or not frames:  # whose message names the place already
+    if isinstance(error, SyntaxError) or not frames:  # its message already names the place
         return text
     return f"{text} ({Path(frames[-1].filename).name}:{frames[-1].lineno})"
 
@@ -251,12 +252,12 @@ def import_function(name: str, setting: str) -> Callable:
         found = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as e:
         raise UserError(
-            f"{where}: {e}; give module:function, the module being importable from the folder the program starts in"
+            f"{where}: {e}; give module:function; the module must be importable from the working directory"
         ) from None
-    except Exception as e:  # whatever the module's own code raises
+    except Exception as e:  # a module may raise any exception
         raise UserError(f"{where}: importing {module} raised {describe_error(e)}") from None
     if not callable(found):
-        raise UserError(f"{where}: {function} of {module} is no function but of type {type(found).__name__}")
+        raise UserError(f"{where}: {function} of {module} is not a function, its type is {type(found).__name__}")
     return found
 
 

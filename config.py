@@ -1,8 +1,8 @@
-"""Every setting of PackRCNN: its default, the values it takes and what it does; then how settings depend on each other.
+"""All settings of PackRCNN: defaults, allowed values and meaning; then how settings depend on each other.
 
 To add a setting, add one line to SETTINGS and run `python tools/settings_doc.py`. The checks, `--print-config` and
-docs/SETTINGS.md come from that line. The words that describe values (`whole`, `number`, `one_of`, …) are in
-config_check.py. Where one setting depends on another, RELATIONS says how.
+docs/SETTINGS.md come from that line. The functions that describe values (`whole`, `number`, `one_of`, …) are in
+config_check.py. RELATIONS states how settings depend on each other.
 
 A `Config` holds the values as attributes (`cfg.RPN.BATCH_PER_IM`). Functions get the `cfg` they need as an argument;
 there is no instance of the module.
@@ -155,11 +155,11 @@ SETTINGS: dict[str, Setting] = {
     ),
     "PREPROC.PIXEL_MEAN": Setting(
         [123.675, 116.28, 103.53], list_of(number(-1000, 1000), 3, says=f"{_RGB}, each from -1000 to 1000"),
-        "Subtracted from the R, G and B of an image, on the scale 0 to 255. The default is ImageNet's mean.",
+        "Subtracted from an image's R, G and B values, which are 0 to 255. The default is ImageNet's mean.",
     ),
     "PREPROC.PIXEL_STD": Setting(
         [58.395, 57.12, 57.375], list_of(number(0.001, 1000), 3, says=f"{_RGB}, each from 0.001 to 1000"),
-        "Divides R, G and B after that, on the scale 0 to 255.",
+        "Standard deviations by which R, G and B are divided after that.",
     ),
     # -------------------------------------------------------------------------------------------------------- backbone
     "BACKBONE.NAME": Setting(
@@ -236,9 +236,9 @@ SETTINGS: dict[str, Setting] = {
         "linear", one_of("linear", "none"),
         "linear: the rate is proportional to the total batch, the number of steps to its inverse. none: as written.",
     ),
-    "TRAIN.BATCH_SIZE_PER_GPU": Setting(1, whole(1, 1024), "Images that a replica computes at once."),
+    "TRAIN.BATCH_SIZE_PER_GPU": Setting(1, whole(1, 1024), "Images in the batch of each replica."),
     "TRAIN.CPU_REPLICAS": Setting(
-        1, whole(1, 64), "Replicas on the CPU of a machine without GPUs, to try data parallelism."
+        1, whole(1, 64), "Number of replicas on the CPU of a machine without GPUs, to try out data parallelism."
     ),
     "TRAIN.ACCUMULATION": Setting(1, whole(1, 65536), "Micro-batches whose gradients are averaged into one update."),
     "TRAIN.TOTAL_BATCH": Setting(
@@ -259,11 +259,13 @@ SETTINGS: dict[str, Setting] = {
     "TRAIN.SEED": Setting(
         42, optional(whole(0, 2**31 - 1)), "Seed of initial weights, order and augmentation. None: a new one each run."
     ),
-    "TRAIN.GRADIENT_CLIP": Setting(None, optional(number(0.0001, 10**6)), "Global norm that gradients are clipped to."),
+    "TRAIN.GRADIENT_CLIP": Setting(
+        None, optional(number(0.0001, 10**6)), "Gradients of a larger global norm are scaled down to it."
+    ),
     "TRAIN.EMA_DECAY": Setting(
         0.0, number(0, below=1),
         "Decay per update of averaged weights, e.g. 0.9998, which evaluation and prediction use (TEST.USE_EMA). In the "
-        "first updates it is (1 + t) / (10 + t). 0: none.",
+        "first updates t the decay is (1 + t) / (10 + t). 0: no averaging.",
     ),
     "TRAIN.MAX_STEPS": Setting(
         None, optional(steps), "Ends the run after this many updates, whatever the schedule says."
@@ -279,9 +281,9 @@ SETTINGS: dict[str, Setting] = {
     "TRAIN.CHECKPOINT_PERIOD": Setting(
         1, steps, "Writes a checkpoint after every so many times TRAIN.STEPS_PER_EPOCH updates, and at the end."
     ),
-    "TRAIN.KEEP_CHECKPOINTS": Setting(10, _COUNT, "Newest checkpoints that are kept."),
+    "TRAIN.KEEP_CHECKPOINTS": Setting(10, _COUNT, "Number of newest checkpoints that are kept."),
     "TRAIN.FREEZE_PATTERN": Setting(
-        None, optional(pattern), "Variables whose names match it are not trained."
+        None, optional(pattern), "Regular expression; variables whose names match it are not trained."
     ),
     # --------------------------------------------------------------------------------------- region proposals, anchors
     "RPN.ANCHOR_STRIDE": Setting(16, exactly(16), "C4: stride of the anchors in pixels."),
@@ -295,8 +297,8 @@ SETTINGS: dict[str, Setting] = {
     ),
     "RPN.CELL_ANCHORS": Setting(
         [], anchors,
-        "The anchors around a cell's corner, level by level (C4 has one level), instead of those of sizes and ratios: "
-        "other systems round and shift theirs.",
+        "Anchors relative to a cell's corner, a list per level (C4 has one level). Replaces sizes and ratios: "
+        "some systems round or shift their anchors.",
     ),
     "RPN.STRIDE_FROM_SIZE": Setting(
         False, flag,
@@ -306,7 +308,7 @@ SETTINGS: dict[str, Setting] = {
     "RPN.POSITIVE_ANCHOR_THRESH": Setting(0.7, _OVERLAP, "IoU from which an anchor is foreground."),
     "RPN.NEGATIVE_ANCHOR_THRESH": Setting(0.3, _OVERLAP, "IoU below which an anchor is background."),
     "RPN.FG_RATIO": Setting(0.5, number(above=0, high=1), "Share of a batch that is foreground at most."),
-    "RPN.BATCH_PER_IM": Setting(256, _COUNT, "Anchors of an image that are trained."),
+    "RPN.BATCH_PER_IM": Setting(256, _COUNT, "Anchors per image that are sampled for training."),
     "RPN.MIN_SIZE": Setting(0.0, number(0, 16384), "Proposals with a side of this many pixels or less are dropped."),
     "RPN.PROPOSAL_NMS_THRESH": Setting(0.7, _OVERLAP, "IoU above which the worse of two proposals is dropped."),
     "RPN.CROWD_OVERLAP_THRESH": Setting(
@@ -325,30 +327,30 @@ SETTINGS: dict[str, Setting] = {
     "RPN.TRAIN_PRE_NMS_TOPK": Setting(
         12000, _COUNT, "C4 and FPN.PROPOSAL_MODE=Joint: best anchors of an image that enter NMS in training."
     ),
-    "RPN.TRAIN_POST_NMS_TOPK": Setting(2000, _COUNT, "And those that are kept after it."),
+    "RPN.TRAIN_POST_NMS_TOPK": Setting(2000, _COUNT, "Proposals of an image kept after that NMS in training."),
     "RPN.TEST_PRE_NMS_TOPK": Setting(6000, _COUNT, "As RPN.TRAIN_PRE_NMS_TOPK, in evaluation and prediction."),
     "RPN.TEST_POST_NMS_TOPK": Setting(1000, _COUNT, "As RPN.TRAIN_POST_NMS_TOPK, in evaluation and prediction."),
     "RPN.TRAIN_PER_LEVEL_NMS_TOPK": Setting(
         2000, _COUNT, "FPN.PROPOSAL_MODE=Level: best anchors of each level that enter NMS in training."
     ),
-    "RPN.TRAIN_FPN_NMS_TOPK": Setting(2000, _COUNT, "And those kept after it, of all levels of an image."),
+    "RPN.TRAIN_FPN_NMS_TOPK": Setting(2000, _COUNT, "Proposals of an image kept from all levels in training."),
     "RPN.TEST_PER_LEVEL_NMS_TOPK": Setting(
         1000, _COUNT, "As RPN.TRAIN_PER_LEVEL_NMS_TOPK, in evaluation and prediction."
     ),
     "RPN.TEST_FPN_NMS_TOPK": Setting(1000, _COUNT, "As RPN.TRAIN_FPN_NMS_TOPK, in evaluation and prediction."),
     # ------------------------------------------------------------------------------------------------------------ RoIs
-    "FRCNN.BATCH_PER_IM": Setting(512, _COUNT, "RoIs of an image that are trained."),
+    "FRCNN.BATCH_PER_IM": Setting(512, _COUNT, "RoIs per image that are sampled for training."),
     "FRCNN.FG_THRESH": Setting(
         0.5, number(above=0, high=1), "IoU from which a RoI is foreground. A cascade has CASCADE.IOUS instead."
     ),
     "FRCNN.BG_THRESH_LO": Setting(
         0.0, _OVERLAP,
-        "IoU from which a RoI is background. RoIs of neither class are not trained. Fast R-CNN had 0.1 to 0.5, which "
-        "prefers the hard ones (Girshick 2015).",
+        "Lowest IoU of a background RoI. RoIs that are neither foreground nor background are not trained. Fast R-CNN "
+        "used 0.1 to 0.5, which prefers hard negatives (Girshick 2015).",
     ),
     "FRCNN.BG_THRESH_HI": Setting(
         None, optional(number(above=0, high=1)),
-        "IoU below which a RoI is background. None: the threshold of the foreground.",
+        "IoU below which a RoI is background. None: the foreground's threshold.",
     ),
     "FRCNN.FG_RATIO": Setting(0.25, number(above=0, high=1), "Share of a batch that is foreground at most."),
     "FRCNN.BBOX_REG_WEIGHTS": Setting(
@@ -357,7 +359,7 @@ SETTINGS: dict[str, Setting] = {
     "FRCNN.BBOX_LOSS": Setting("smooth_l1", _BOX_LOSS, "As RPN.BBOX_LOSS; for all stages of a cascade."),
     "FRCNN.BBOX_LOSS_WEIGHT": Setting(1.0, _WEIGHT, "Weight of the box loss."),
     "FRCNN.SMOOTH_L1_BETA": Setting(1.0, number(0, 100), "Where the smooth L1 loss becomes linear; 0 is the L1 loss."),
-    "FRCNN.CLASS_AGNOSTIC": Setting(False, flag, "One box for all classes instead of one for each."),
+    "FRCNN.CLASS_AGNOSTIC": Setting(False, flag, "Predict one box for all classes instead of one for each."),
     "FRCNN.ROI_OP": Setting(
         "align", one_of("align", "pool", "crop_and_resize"),
         "align: RoIAlign. pool: Fast R-CNN's quantised bins and maxima. crop_and_resize: TensorFlow's samples on a "
@@ -437,9 +439,9 @@ SETTINGS: dict[str, Setting] = {
         "As FRCNN.BBOX_REG_WEIGHTS, for each stage.",
     ),
     # -------------------------------------------------------------------------------------------------------- testing
-    "TEST.BATCH_SIZE": Setting(1, whole(1, 1024), "Images that are predicted at once."),
+    "TEST.BATCH_SIZE": Setting(1, whole(1, 1024), "Images per batch in evaluation and prediction."),
     "TEST.USE_EMA": Setting(
-        True, flag, "Uses the averaged weights (TRAIN.EMA_DECAY) of a model that has them; --load to train does too."
+        True, flag, "Uses the averaged weights (TRAIN.EMA_DECAY) if the model has them, also to train from --load."
     ),
     "TEST.NMS": Setting(
         "hard", one_of("hard", "soft_linear", "soft_gaussian"),
@@ -449,27 +451,27 @@ SETTINGS: dict[str, Setting] = {
     ),
     "TEST.NMS_CLASS_AGNOSTIC": Setting(False, flag, "True: boxes of different classes suppress each other too."),
     "TEST.FRCNN_NMS_THRESH": Setting(0.5, _OVERLAP, "IoU above which boxes of a class suppress each other."),
-    "TEST.SOFT_NMS_SIGMA": Setting(0.5, number(0.001, 1000), "Width of soft_gaussian: larger lowers scores less."),
-    "TEST.RESULT_SCORE_THRESH": Setting(0.05, _SCORE, "Boxes with higher scores enter NMS."),
+    "TEST.SOFT_NMS_SIGMA": Setting(0.5, number(0.001, 1000), "Width of soft_gaussian; larger lowers scores less."),
+    "TEST.RESULT_SCORE_THRESH": Setting(0.05, _SCORE, "Only boxes with scores above this enter NMS."),
     "TEST.SOFT_NMS_MIN_SCORE": Setting(
         0.001, _SCORE,
-        "Boxes whose lowered score is below it are dropped (or below TEST.RESULT_SCORE_THRESH, if that is lower).",
+        "Soft NMS drops boxes with a lowered score below this, or below TEST.RESULT_SCORE_THRESH if that is lower.",
     ),
     "TEST.RESULT_SCORE_THRESH_VIS": Setting(0.5, _SHARE, "Objects with at least this score are drawn in pictures."),
-    "TEST.RESULTS_PER_IM": Setting(100, _COUNT, "Objects reported for an image at most."),
+    "TEST.RESULTS_PER_IM": Setting(100, _COUNT, "Largest number of objects reported for an image."),
     "TEST.AUG_SHORT_EDGES": Setting(
         [], list_of(pixels, least=0, says="a list of numbers of pixels from 16 to 16384; [] for none"),
         "Test-time augmentation of --predict and --evaluate, e.g. [400,600,800,1000,1200]: each image is seen with "
         "these short edges instead of PREPROC.TEST_SHORT_EDGE_SIZE, and the results are merged. Evaluations during "
-        "training do without. The features of all views of a batch are kept in host memory.",
+        "training do not use it. The features of all views of a batch are kept in host memory.",
     ),
-    "TEST.AUG_MAX_SIZE": Setting(4000, pixels, "Long edge of a view at most."),
-    "TEST.AUG_FLIP": Setting(True, flag, "With TEST.AUG_SHORT_EDGES: each view mirrored too."),
+    "TEST.AUG_MAX_SIZE": Setting(4000, pixels, "Largest long edge of a view."),
+    "TEST.AUG_FLIP": Setting(True, flag, "With TEST.AUG_SHORT_EDGES: each view is also used mirrored."),
 }  # fmt: skip
 
 # ------------------------------------------------------------------------------- how settings depend on each other
-# (setting, whether the values go together, what the setting needs). The message adds the values of settings that the
-# sentence names. A setting that plays no part in what is done is never refused for another's sake.
+# (setting, test that its value is allowed, what it needs). The message adds the values of settings that the sentence
+# names. A setting that is not used by what the program does is never refused.
 Relation = tuple[str, Callable[["Config"], bool], str]
 
 
@@ -498,7 +500,7 @@ def _bottleneck_width(cfg: "Config") -> int:
 
 def _of_resnets(key: str) -> Relation:
     default = SETTINGS[key].default
-    sentence = f"is for ResNets, and a keras network brings its own; leave it at {default}"
+    sentence = f"applies to ResNets only, not to keras networks; leave it at {default}"
     return key, lambda c: not _is_keras(c) or c.get(key) == default, sentence
 
 
@@ -527,7 +529,7 @@ RELATIONS: list[Relation] = [
     ("FPN.FRCNN_HEAD_FUNC", lambda c: ":" not in c.FPN.FRCNN_HEAD_FUNC or c.MODE_FPN, "needs MODE_FPN=True"),
     ("FPN.MRCNN_HEAD_FUNC", lambda c: ":" not in c.FPN.MRCNN_HEAD_FUNC or c.MODE_FPN, "needs MODE_FPN=True"),
     # ------------------------------------------------------------------------------------------------- backbone
-    ("BACKBONE.NAME", lambda c: c.BACKBONE.NAME == "resnet" or c.MODE_FPN, "has no C4 model; set MODE_FPN=True"),
+    ("BACKBONE.NAME", lambda c: c.BACKBONE.NAME == "resnet" or c.MODE_FPN, "needs MODE_FPN=True"),
     (
         "BACKBONE.FEATURE_LAYERS",
         lambda c: not c.BACKBONE.FEATURE_LAYERS or not _is_own_function(c),
@@ -631,7 +633,7 @@ RELATIONS: list[Relation] = [
     ),
 ]  # fmt: skip
 
-# Those that matter when training.
+# Relations that are checked only for training.
 TRAINING_RELATIONS: list[Relation] = [
     (
         "PREPROC.MAX_SIZE",
@@ -646,12 +648,12 @@ TRAINING_RELATIONS: list[Relation] = [
     (
         "BACKBONE.FREEZE_AT",
         lambda c: not _is_own_function(c) or c.BACKBONE.FREEZE_AT == 0,
-        "must be 0 with a function of your own, which freezes with trainable=False or by TRAIN.FREEZE_PATTERN",
+        "must be 0 with a function of your own; to freeze variables use trainable=False in it or TRAIN.FREEZE_PATTERN",
     ),
     (
         "TRAIN.ACCUMULATION",
         lambda c: c.TRAIN.TOTAL_BATCH is None or c.TRAIN.ACCUMULATION == 1,
-        "must be 1 with TRAIN.TOTAL_BATCH, from which it follows",
+        "must be 1 with TRAIN.TOTAL_BATCH, which determines the accumulation",
     ),
     (
         "RPN.POSITIVE_ANCHOR_THRESH",
@@ -685,12 +687,12 @@ TRAINING_RELATIONS: list[Relation] = [
     ),
 ]
 
-# Those that matter in evaluation and prediction.
+# Relations that are checked only for evaluation and prediction.
 PREDICTION_RELATIONS: list[Relation] = [
     (_TEST_EDGE[0], lambda c: bool(c.TEST.AUG_SHORT_EDGES) or _TEST_EDGE[1](c), _TEST_EDGE[2]),
 ]
 
-# What is allowed but probably a mistake.
+# Values that are allowed but probably a mistake: these give warnings.
 DOUBTS: list[Relation] = [
     (
         "PREPROC.PIXEL_STD",
@@ -708,7 +710,7 @@ TRAINING_DOUBTS: list[Relation] = [
     (
         "TRAIN.WARMUP_INIT_LR",
         lambda c: c.TRAIN.WARMUP == 0 or c.TRAIN.WARMUP_INIT_LR <= c.TRAIN.BASE_LR,
-        "is above TRAIN.BASE_LR, so that the rate may fall during the warm-up",
+        "is above TRAIN.BASE_LR, so the learning rate may fall during the warm-up",
     ),
 ]
 
@@ -772,7 +774,7 @@ class Config:
         return node
 
     def set(self, dotted_key: str, value: Any, origin: str = "--config") -> None:
-        """Sets one leaf, if the key exists and takes the value; otherwise UserError, which names `origin`."""
+        """Sets one leaf. Raises UserError, naming `origin`, for an unknown key or a value that is not allowed."""
         key = ALIASES.get(dotted_key, dotted_key)
         if key not in SETTINGS:
             raise UserError(f"{origin}: {unknown_key(dotted_key, list(SETTINGS))}")
@@ -788,7 +790,9 @@ class Config:
                 raise UserError(f"{origin}: {shown(arg)} is not of the form KEY=VAL (e.g. MODE_FPN=True)")
             self.set(key.strip(), parse_literal(given), origin)
             if key.strip() == "DATA.CLASS_NAMES" and self.DATA.CLASS_NAMES[:1] == ["BG"]:
-                raise UserError(f"{origin}: leave 'BG' out of DATA.CLASS_NAMES; the background is no class here")
+                raise UserError(
+                    f"{origin}: leave 'BG' out of DATA.CLASS_NAMES; the background is not listed as a class"
+                )
         return self
 
     def update_from_dict(self, flat: dict[str, Any], origin: str) -> "Config":
@@ -805,8 +809,8 @@ def default_config() -> Config:
 def finalize_config(cfg: Config, training: bool = True) -> Config:
     """A checked and frozen copy, with every value in its canonical form. UserError where a setting is wrong.
 
-    In it DATA.TRAIN, DATA.VAL, PREPROC.SHORT_EDGE_SIZE and TRAIN.LR_SCHEDULE are lists; with MODE_RPN_ONLY the branches
-    of the second stage are off. Without `training` it is for evaluation and prediction.
+    In the copy, DATA.TRAIN, DATA.VAL, PREPROC.SHORT_EDGE_SIZE and TRAIN.LR_SCHEDULE are lists; with MODE_RPN_ONLY the
+    branches of the second stage are off. training=False: the settings are for evaluation and prediction.
     """
     cfg = cfg.copy()
     for key, value in cfg.to_dict().items():
@@ -824,7 +828,7 @@ def doubts(cfg: Config, training: bool = True) -> list[str]:
 
 
 def _broken(relations: list[Relation], cfg: Config) -> list[str]:
-    """Sentences on the relations that do not hold."""
+    """A message for each relation that does not hold."""
     return [
         f"setting {key}={shown(cfg.get(key))} {_with_values(sentence, cfg)}"
         for key, holds, sentence in relations
@@ -849,7 +853,7 @@ def explain(cfg: Config) -> str:
 
 
 def _with_values(sentence: str, cfg: Config) -> str:
-    """The sentence, with the value of each setting that it names without one."""
+    """The sentence, with the value added to each setting that it names without one."""
 
     def add(match: re.Match) -> str:
         key = match[0]

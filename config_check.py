@@ -1,7 +1,7 @@
-"""What a setting is: a default, the values it takes and an explanation. config.py lists all of them with these words.
+"""The form of a setting: a default, the allowed values and an explanation. config.py lists all settings in this form.
 
-`Setting(default, allowed, about)`. `allowed` says in words which values a key takes, and reads one: it returns the
-value in the form that the program works with, or raises ValueError. The functions here make them: `whole(1)`,
+`Setting(default, allowed, about)`: `allowed` describes in words which values a key takes, and reads a value: it returns
+it in the form that the program uses, or raises ValueError. The functions here make such objects: `whole(1)`,
 `number(0, 1)`, `one_of("a", "b")`, `optional(whole(1))`, `list_of(number(above=0), count=4)`, …
 """
 
@@ -26,11 +26,11 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True)
 class Allowed:
-    """The values that a setting takes. `says` completes the sentence "must be …"."""
+    """The values that a setting may have. `says` completes the sentence "must be …"."""
 
     says: str
     read: Callable[[Any], Any]  # value -> the value in canonical form; ValueError if it is not allowed
-    choices: tuple = ()  # where there are only these
+    choices: tuple = ()  # the only values, if the setting has a fixed set
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,7 @@ flag = Allowed("True or False", _read_flag, (True, False))
 
 
 def text(says: str = "text") -> Allowed:
-    """A string that is not empty; `says` tells what it names."""
+    """A string that is not empty; `says` describes it."""
 
     def read(value: Any) -> str:
         if isinstance(value, str) and value.strip() and "\0" not in value:
@@ -121,7 +121,7 @@ def one_of(*choices: Any) -> Allowed:
 
 
 def either(first: Allowed, second: Allowed, says: str = "") -> Allowed:
-    """What one of the two takes; values of the first come first."""
+    """Values allowed by either of the two; the first is tried first."""
 
     def read(value: Any) -> Any:
         try:
@@ -133,12 +133,12 @@ def either(first: Allowed, second: Allowed, says: str = "") -> Allowed:
 
 
 def optional(allowed: Allowed) -> Allowed:
-    """None, or what `allowed` takes."""
+    """None, or a value that `allowed` accepts."""
     return either(one_of(None), allowed, f"{allowed.says}, or None")
 
 
 def function_or(allowed: Allowed, says: str = "") -> Allowed:
-    """What `allowed` takes, or `module:function`, which names a function of the user's own."""
+    """A value that `allowed` accepts, or `module:function`, which names a function of the user."""
 
     def read(value: Any) -> str:
         module, _, function = value.partition(":") if isinstance(value, str) else ("", "", "")
@@ -150,7 +150,7 @@ def function_or(allowed: Allowed, says: str = "") -> Allowed:
 
 
 def list_of(allowed: Allowed, count: int | None = None, least: int = 1, says: str = "") -> Allowed:
-    """A list of `count` values, or of `least` or more, each of them as `allowed` says."""
+    """A list of `count` values, or of at least `least`, each accepted by `allowed`."""
 
     def read(value: Any) -> list:
         if not isinstance(value, list) or (len(value) != count if count is not None else len(value) < least):
@@ -180,7 +180,7 @@ def _read_datasets(value: Any) -> dict[str, list[str]]:
         raise ValueError
     for entry in value.values():
         texts = isinstance(entry, list) and all(isinstance(e, str) for e in entry)
-        # A list that starts with a word, not a file, names another format.
+        # A list that starts with a word instead of a file name is a data set in another format.
         options = texts and all("=" in e for e in entry[2:])
         if not (texts and len(entry) >= 2 and (options or not entry[0].endswith(".json"))):
             raise ValueError
@@ -251,7 +251,7 @@ def _read_backbone(value: Any) -> str:
 
 
 def exactly(only: Any) -> Allowed:
-    """What the network determines: written down for those who read it, and no other value."""
+    """A value that the network determines: it is recorded in files, and no other value is allowed."""
 
     def read(value: Any) -> Any:
         if value != only:
@@ -296,7 +296,7 @@ _BAD = (ValueError, TypeError, OverflowError)
 
 
 def parse_literal(given: str) -> Any:
-    """The Python literal that a text is, otherwise the text itself. Nothing is executed."""
+    """The text read as a Python literal, or the text itself if it is not one. Nothing is executed."""
     try:
         return ast.literal_eval(given)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
@@ -304,7 +304,7 @@ def parse_literal(given: str) -> Any:
 
 
 def read_value(key: str, setting: Setting, value: Any, origin: str) -> Any:
-    """The value in canonical form; UserError that says what the key takes and what was probably meant."""
+    """The value in canonical form. A UserError says what the key takes and what was probably meant."""
     value = _plain(value)
     try:
         return setting.allowed.read(value)
@@ -315,16 +315,17 @@ def read_value(key: str, setting: Setting, value: Any, origin: str) -> Any:
 
 
 def shown(value: Any) -> str:
-    """A value for a message of one line."""
+    """A value as text for a message of one line."""
     try:
         text = repr(value)
-    except ValueError:  # Python writes no number of more than 4300 digits
+    except ValueError:  # Python does not print numbers of more than 4300 digits
         return "(a very large number)"
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _meant(allowed: Allowed, value: Any) -> str:
-    """A hint at the allowed value that was probably meant: without quotes, as a list, spelled rightly."""
+    """A hint at the allowed value that was probably meant, e.g. with quotes removed, as a list, or spelled
+    correctly."""
     guesses: list[Any] = [[value]]
     if isinstance(value, str):
         other_spellings = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
@@ -340,7 +341,7 @@ def _meant(allowed: Allowed, value: Any) -> str:
 
 
 def nearest(word: str, known: Iterable[str], cutoff: float = 0.5, count: int = 1) -> list[str]:
-    """The known words, `count` at most, that look most like `word`, case and underscores aside; [] where none does."""
+    """At most `count` known words that look most like `word`, ignoring case and underscores; [] if none is similar."""
     plain = {k.lower().replace("_", ""): k for k in known}
     return [plain[k] for k in difflib.get_close_matches(word.lower().replace("_", ""), plain, count, cutoff)]
 

@@ -1,4 +1,4 @@
-"""Which setting was meant by a key that does not exist: other spellings, the words of other systems, typing errors."""
+"""Finds the setting that an unknown key probably means: other spellings, names used by other systems, typing errors."""
 
 import re
 
@@ -28,7 +28,7 @@ TENSORPACK = {
 
 _LENGTH = "TRAIN.LR_SCHEDULE, whose last number is the length in iterations, or TRAIN.MAX_STEPS or TRAIN.EPOCHS"
 _SIZES = "PREPROC.SHORT_EDGE_SIZE (training), PREPROC.TEST_SHORT_EDGE_SIZE and PREPROC.MAX_SIZE"
-# What is to be set -> last words of keys that other systems have for it.
+# Setting to use -> last words of the keys that other systems have for it.
 _OTHER_WORDS = {
     "TRAIN.BASE_LR": "LR LEARNING_RATE LEARNINGRATE INITIAL_LR INIT_LR LR0 LRATE",
     "TRAIN.BATCH_SIZE_PER_GPU (images of a replica), TRAIN.TOTAL_BATCH (images of an update) or TEST.BATCH_SIZE":
@@ -73,7 +73,7 @@ _OTHER_WORDS = {
 
 
 def unknown_key(key: str, known: list[str]) -> str:
-    """What to say of a key that is not among the known ones."""
+    """The error message for an unknown key."""
     key = shown(key)[1:-1]
     written = re.sub(r"[\s-]+", "_", key.strip().upper())
     members = [k for k in known if k.startswith(f"{written}.")]
@@ -87,7 +87,7 @@ def unknown_key(key: str, known: list[str]) -> str:
 
 
 def _meant(key: str, known: list[str]) -> str:
-    """The settings probably meant: of the same letters, of the same last word or its meaning, of similar letters."""
+    """The settings probably meant: with the same letters, the same last word or a synonym of it, or similar letters."""
     meanings = {word: meaning for meaning, words in _OTHER_WORDS.items() for word in words.split()}
     names: dict[str, list[str]] = {}
     for k in known:

@@ -1,8 +1,8 @@
 """Images on their way into the graph: reading, augmenting and batching.
 
-Only uint8 images and compact annotations leave this file; everything that is computed from them is computed in the
-graph. The content of a training step depends on (TRAIN.SEED, step, total batch) alone: not on the number of workers,
-not on how the batch is spread over devices and processes, not on whether the run was interrupted.
+Batches contain uint8 images and compact annotations; everything else is computed from them in the graph. The content of
+a training step depends only on (TRAIN.SEED, step, total batch), not on the number of workers, devices or processes, or
+on whether the run was interrupted.
 """
 
 import os
@@ -50,14 +50,15 @@ __all__ = [
 
 
 def read_image(path: str | os.PathLike) -> np.ndarray:
-    """uint8 BGR [H, W, 3] as a viewer shows it: turned as its EXIF data say; grey and transparent ones converted."""
+    """uint8 BGR [H, W, 3] as an image viewer shows it: rotated by its EXIF data, with grey and transparent images
+    converted."""
     return decode_image(path, cv2.IMREAD_COLOR)
 
 
 def read_split_image(split: DatasetSplit, i: int) -> np.ndarray:
-    """uint8 BGR [H, W, 3] with the pixels that the annotations saw.
+    """uint8 BGR [H, W, 3] in the orientation of the annotations.
 
-    Annotations belong to the pixels as stored or as turned by EXIF; the size in the json tells which.
+    Annotations may refer to the image as stored or as rotated by its EXIF data; the size in the json tells which.
     """
     file, size = split.image_file(i), split.image_size(i)
     what = f"image {file} (id {split.image_id(i)!r})"
@@ -74,7 +75,7 @@ def read_split_image(split: DatasetSplit, i: int) -> np.ndarray:
 
 
 def list_images(paths: Sequence[str | os.PathLike]) -> list[str]:
-    """Image files named directly or found in the directories named (not below), in sorted order for each."""
+    """The given image files, and those in the given directories (without subdirectories), sorted for each directory."""
     files = []
     for path in map(Path, paths):
         if path.is_dir():
@@ -90,7 +91,7 @@ def list_images(paths: Sequence[str | os.PathLike]) -> list[str]:
         else:
             raise UserError(f"image {path} does not exist")
     if len(files) == 1:
-        read_image(files[0])  # to say at once that there is nothing to do
+        read_image(files[0])  # checked now, so that the error comes before expensive work
     return files
 
 
@@ -103,7 +104,7 @@ def training_keys(cfg: Config) -> list[str]:
 
 
 def padded_size(sizes: Sequence[tuple[int, int]], cfg: Config) -> tuple[int, int]:
-    """Height and width that hold all sizes; with FPN multiples of the stride at which its coarsest features meet."""
+    """Height and width that contain all sizes; with FPN, multiples of its coarsest stride."""
     stride = cfg.FPN.ANCHOR_STRIDES[3] if cfg.MODE_FPN else 1
     height, width = (-(-max(s[axis] for s in sizes) // stride) * stride for axis in (0, 1))
     return height, width
@@ -129,9 +130,9 @@ def make_batch(
     """A training batch of these images of the split, in the order of `training_keys`.
 
     Args:
-        seeds: for each image what its random decisions depend on.
-        new_image: gives uint8 memory of a shape, to be overwritten.
-        partners: images of which objects are pasted with PREPROC.COPY_PASTE.
+        seeds: for each image, the numbers that determine its random choices.
+        new_image: allocates a uint8 array of a given shape; its content is overwritten.
+        partners: images from which objects may be pasted (PREPROC.COPY_PASTE).
 
     image uint8 [N, H, W, 3] BGR zero-padded at the bottom and right, image_shape int32 [N, 2], image_seed int32 [N]
     for the random choices that the graph makes for an image, gt_boxes float32 [N, G, 4], gt_labels int32 [N, G] with 0
@@ -167,15 +168,15 @@ class _Picture(NamedTuple):
     pixels: np.ndarray  # uint8 [h, w, 3] of the file that are shown
     view: View
     scene: Scene
-    seed: int  # for the random choices of the graph
+    seed: int  # for random choices in the graph
     canvas: tuple[int, int]  # height and width in the batch, at least those of the view
-    pasted: tuple[Any, tuple[int, int], list[Layer]] | None  # another picture, where it lies, and what it covers
+    pasted: tuple[Any, tuple[int, int], list[Layer]] | None  # pasted image, its position, and the pixels to copy
 
 
 def _draw_picture(
     split: DatasetSplit, i: int, rng: np.random.Generator, cfg: Config, limit: tuple[int, int] | None = None
 ) -> _Picture:
-    """Image i of the split in a random view (see `draw_view` for the limit) and with random colours."""
+    """Image i of the split in a random view with random colours; for `limit` see `draw_view`."""
     image, objects = read_split_image(split, i), split.objects(i)
     shape = image.shape[:2]
     short_edge = _short_edge(cfg, rng)
@@ -193,7 +194,8 @@ def _draw_picture(
 def paste_partner(
     seed: Sequence[int], partners: Sequence[int], cfg: Config
 ) -> tuple[int | None, np.random.Generator | None]:
-    """The image of which objects are pasted into that of a seed, if any, and the generator for all else about it."""
+    """The image from which objects are pasted into the image of this seed (None: no pasting), and the generator for all
+    other choices."""
     if not cfg.PREPROC.COPY_PASTE:
         return None, None
     rng = np.random.default_rng([*seed, 1])
@@ -201,7 +203,7 @@ def paste_partner(
 
 
 def _paste(picture: _Picture, split: DatasetSplit, partner: int, rng: np.random.Generator, cfg: Config) -> _Picture:
-    """The picture with objects of image `partner`, which is drawn as a training image of its own would be."""
+    """The picture with objects pasted from image `partner`, which is augmented like any training image."""
     limit = None if cfg.PREPROC.SCALE_JITTER else picture.view.size
     other = _draw_picture(split, partner, rng, cfg, limit)
     scene, canvas, corner, layers = paste_objects(
@@ -211,7 +213,7 @@ def _paste(picture: _Picture, split: DatasetSplit, partner: int, rng: np.random.
 
 
 def _paint(target: np.ndarray, picture: _Picture, cfg: Config) -> None:
-    """Writes the picture's pixels into `target` [h, w, 3], which has the size of its canvas."""
+    """Writes the picture into `target` [h, w, 3], which has the size of its canvas."""
     height, width = picture.view.size
     resize_into(target[:height, :width], picture.pixels, picture.view.flip)
     if picture.pasted is None:
@@ -230,7 +232,7 @@ def _paint(target: np.ndarray, picture: _Picture, cfg: Config) -> None:
 
 
 def _pack_objects(scene: Scene, cfg: Config) -> dict[str, np.ndarray]:
-    """The part of a batch that holds an image's annotations."""
+    """The entries of a batch for one image's annotations."""
     packed = {"gt_boxes": scene.boxes.astype(np.float32), "gt_labels": scene.labels, "gt_is_crowd": scene.is_crowd}
     if cfg.MODE_MASK:
         packed["gt_edges"] = polygons.pack_edges(scene.edges, scene.owners, len(scene.labels))
@@ -249,7 +251,7 @@ def _stack_padded(arrays: Sequence[np.ndarray]) -> np.ndarray:
 
 
 class BatchMaker:
-    """Makes any batch of one process's sequence: the same in a worker and in the training process."""
+    """Makes any batch of one process's sequence. A worker and the training process make equal batches."""
 
     def __init__(self, split: DatasetSplit, cfg: Config, shard: tuple[int, int], batches_per_step: int):
         if cfg.TRAIN.SEED is None:
@@ -281,7 +283,7 @@ class BatchMaker:
         return make_batch(self.split, *self.members(batch), self.cfg, new_image, self.partners)
 
     def ids(self, batch: int) -> list[int | str]:
-        """Ids of the images of a batch, those that objects are pasted from included."""
+        """Ids of the images of a batch, including those from which objects are pasted."""
         images, seeds = self.members(batch)
         pasted = [paste_partner(seed, self.partners, self.cfg)[0] for seed in seeds]
         return [self.split.image_id(i) for i in [*images, *(p for p in pasted if p is not None)]]
@@ -290,7 +292,7 @@ class BatchMaker:
 def batch_image_ids(
     split: DatasetSplit, cfg: Config, first_batch: int, batches_per_step: int, shard: tuple[int, int] = (0, 1)
 ) -> list[int | str]:
-    """Ids of the images in the step that begins with `first_batch`, as far as this process reads them."""
+    """Ids of the images that this process reads for the step that begins with `first_batch`."""
     maker = BatchMaker(split, cfg, shard, batches_per_step)
     return [i for batch in range(first_batch, first_batch + batches_per_step) for i in maker.ids(batch)]
 
@@ -313,13 +315,13 @@ def inference_batches(
 ) -> Iterator[dict[str, Any]]:
     """Batches of TEST.BATCH_SIZE images, each image of this shard exactly once, read ahead by threads.
 
-    They are resized to TEST_SHORT_EDGE_SIZE, or as large as their files for test-time augmentation.
+    Images are resized to TEST_SHORT_EDGE_SIZE, or keep the size of their files for test-time augmentation.
 
     Args:
         images: a split, whose images are batched by orientation, or files.
         shard: (rank, size): every size-th image from the rank-th on.
-        unreadable: called with the index of an image that cannot be read, and the reason; it is in no batch then.
-            None: the reason is raised.
+        unreadable: called with the index of each image that cannot be read and the reason; the image is left out. None:
+            an unreadable image is an error.
 
     Yields image uint8 [N, H, W, 3] BGR zero-padded, image_shape int32 [N, 2] valid heights and widths, indices (N ints
     into `images`), original_shapes (N pairs of height, width).

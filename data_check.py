@@ -1,4 +1,4 @@
-"""A look at image files before they cost a training run: at all (tools/check_data.py), or a sample when it starts."""
+"""Checks image files before a training run fails on them: all files (tools/check_data.py), or a sample at its start."""
 
 import hashlib
 import os
@@ -24,7 +24,7 @@ class Finding(NamedTuple):
 
 
 class ImageFacts(NamedTuple):
-    """What was seen of one image file; `problem` is a key of CHECKS or empty."""
+    """What was found in one image file; `problem` is a key of CHECKS or empty."""
 
     problem: str
     detail: str
@@ -63,7 +63,7 @@ def look_at_image(path: str, declared: tuple[int, int]) -> ImageFacts:
     if detail:
         problem = "image uses few of its bits"
     if (height, width) != declared and (
-        # Annotations may be made in the frame that a viewer shows.
+        # Annotations may refer to the image as rotated by EXIF.
         decode_bytes(content, cv2.IMREAD_COLOR, path).shape[:2] != declared
     ):
         problem = "image size differs"
@@ -72,7 +72,7 @@ def look_at_image(path: str, declared: tuple[int, int]) -> ImageFacts:
 
 
 def _unused_bits(content: np.ndarray, image: np.ndarray, path: str) -> str:
-    """What is wrong with an image of 16 bits whose values are of 10, 12 or 14: read as 8 bits it is nearly black."""
+    """A message for a 16-bit image whose values use only 10, 12 or 14 bits: converted to 8 bits it is nearly black."""
     if not 0 < image.max() < 64:
         return ""
     deep = cv2.imdecode(content, cv2.IMREAD_UNCHANGED)
@@ -86,16 +86,17 @@ def _unused_bits(content: np.ndarray, image: np.ndarray, path: str) -> str:
 
 
 def _cut_off(content: bytes) -> bool:
-    """A JPEG without its end marker, or a PNG without its last chunk: decoders refuse it or fill the rest with grey."""
+    """Whether a JPEG has no end marker or a PNG no last chunk: decoders refuse such files or fill the rest with
+    grey."""
     if content.startswith(b"\xff\xd8"):
         return b"\xff\xd9" not in content[-1024:] and b"\xff\xd9" not in content[-(len(content) // 4) :]
     return content.startswith(b"\x89PNG") and b"IEND" not in content[-64:]
 
 
 def quick_check(split: Any, number: int = 48, seed: int = 0) -> list[Finding]:
-    """Opens a random sample of a DatasetSplit's images: a fraction of a second before a run that may take days.
+    """Opens a random sample of a DatasetSplit's images, which takes a fraction of a second.
 
-    Its annotations were checked when it was loaded. Findings are also logged as warnings.
+    Annotations were already checked when the set was loaded. Findings are also logged as warnings.
     """
     chosen = random.Random(seed).sample(range(len(split)), min(number, len(split)))
 
@@ -111,6 +112,6 @@ def quick_check(split: Any, number: int = 48, seed: int = 0) -> list[Finding]:
     ]
     for f in findings:
         logger.warning(
-            f"{f.data}: image id {f.image_id!r}: {f.check}: {f.detail}; tools/check_data.py looks at all of it"
+            f"{f.data}: image id {f.image_id!r}: {f.check}: {f.detail}; tools/check_data.py checks all images"
         )
     return findings

@@ -12,12 +12,12 @@ __all__ = ["StepPlan", "class_aware_images", "repeat_factors", "training_images"
 
 
 class StepPlan:
-    """Which images make up each training step, for ever, from a seed.
+    """The endless sequence of training steps that follows from a seed: which images make up each step.
 
     Each epoch is a permutation of all images, dealt into steps of `batch` images of one orientation (landscape or
-    portrait), which wastes little on padding. What is left of both orientations at its end makes mixed steps, and the
-    last few images go first into the first step of the next epoch: every image is used exactly once an epoch.
-    Any step is found without going through those before it.
+    portrait), which needs little padding. Images of both orientations left over at its end make mixed steps, and the
+    last few images go into the first step of the next epoch, so every image is used exactly once per epoch.
+    Any step can be computed without computing those before it.
     """
 
     def __init__(self, portrait: np.ndarray, batch: int, seed: int):
@@ -25,7 +25,7 @@ class StepPlan:
         self.batch = batch
         self._portrait = portrait
         self._seed = seed
-        # A round is one epoch, or as many as fill a step when there are fewer images than that.
+        # A round is one epoch, or several if one epoch does not fill a step.
         self._repeats = max(1, math.ceil(batch / len(portrait)))
         self._round = self._repeats * len(portrait)
         self._cached: dict[int, np.ndarray] = {}
@@ -38,7 +38,7 @@ class StepPlan:
         return self._cached[number][step - number * self._round // self.batch]
 
     def _deal(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The first images of a round, which complete the step it begins with; its full steps; what is left over."""
+        """The first images of a round, which complete the step before; its full steps; the images left over."""
         rng = np.random.default_rng([self._seed, 0, number])
         order = np.concatenate([rng.permutation(len(self._portrait)) for _ in range(self._repeats)])
         first = -number * self._round % self.batch
@@ -51,7 +51,7 @@ class StepPlan:
         return order[:first], rest[np.concatenate([grouped, mixed])], rest[left_over]
 
     def _split_full(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """As many full steps as the places give [steps, batch], and the places left over."""
+        """All full steps [steps, batch] that can be made from these places, and the places left over."""
         full = len(places) // self.batch * self.batch
         return places[:full].reshape(-1, self.batch), places[full:]
 
@@ -64,7 +64,7 @@ class StepPlan:
 
 
 def training_images(split: DatasetSplit, cfg: Config) -> np.ndarray:
-    """Indices of the images of an epoch; with DATA.SAMPLING some come up several times."""
+    """Indices of the images of an epoch; with DATA.SAMPLING some occur several times."""
     images = split.nonempty_images() if cfg.DATA.FILTER_EMPTY else np.arange(len(split))
     if len(images) == 0:
         raise UserError(f"{split.name} has no image to train on")
@@ -73,16 +73,16 @@ def training_images(split: DatasetSplit, cfg: Config) -> np.ndarray:
     if cfg.DATA.SAMPLING == "class_aware":
         return class_aware_images(split, len(images), cfg.TRAIN.SEED)
     factors = repeat_factors(split, cfg.DATA.REPEAT_THRESHOLD)[images]
-    # The fraction of a factor is a probability, drawn once for the run.
+    # The fractional part of a factor is the probability of one more copy, drawn once per run.
     extra = np.random.default_rng([cfg.TRAIN.SEED, 2]).random(len(images)) < factors % 1
     return np.repeat(images, factors.astype(np.int64) + extra)
 
 
 def repeat_factors(split: DatasetSplit, threshold: float) -> np.ndarray:
-    """float32 [len]: how often each image should come up per epoch (Gupta et al., LVIS, CVPR 2019, section 4).
+    """float32 [len]: how often each image should occur per epoch (Gupta et al., LVIS, CVPR 2019, section 4).
 
-    A class shown by a fraction f of the images has the factor max(1, sqrt(threshold / f)), an image the largest factor
-    of its classes, 1 if it has none. LVIS uses threshold = 0.001.
+    A class shown by a fraction f of the images has the factor max(1, sqrt(threshold / f)). An image has the largest
+    factor of its classes, or 1 without objects. LVIS uses threshold = 0.001.
     """
     c = split.columns
     _, images_with = split.class_counts()

@@ -1,9 +1,9 @@
 """The processes that make training batches.
 
-A worker is a fresh Python interpreter, not a fork: the training process has TensorFlow's threads (and NCCL's, MPI's,
-gRPC's), and a child forked from it can wait for ever for a lock that one of them held; multiprocessing's own spawn and
-forkserver would import the main script, hence TensorFlow, into every worker. The annotations are mapped read-only from
-one anonymous file, so a worker costs what Python, NumPy and OpenCV cost; images come back through shared memory.
+A worker is a new Python interpreter, not a fork: the training process has threads (TensorFlow, NCCL, MPI, gRPC), and a
+forked child may wait for ever for a lock that one of them held. multiprocessing's spawn and forkserver would import the
+main script, and thus TensorFlow, into every worker. Workers map the annotations read-only from one anonymous file, so
+each needs only the memory of Python, NumPy and OpenCV. Images are returned in shared memory.
 """
 
 import contextlib
@@ -44,22 +44,22 @@ def training_dataflow(
     Args:
         start_batch: number of the first batch, counted from the beginning of the run.
         shard: (rank, number of processes) that train together; all must be given the same split and settings.
-        batches_per_step: batches of this process that make one update (its devices times accumulation). The images of
-            an update are those of one big batch, wherever its parts are computed: process r takes every size-th.
+        batches_per_step: batches of this process per update (its devices times accumulation). The images of an update
+            do not depend on where they are computed: process r takes every size-th image of the total batch.
     """
     flow = TrainingFlow(split, cfg, start_batch, shard, batches_per_step)
     tensorpack = sys.modules.get("tensorpack.dataflow")
-    if tensorpack is not None:  # importing it imports TensorFlow, so only where that has happened anyway
+    if tensorpack is not None:  # imports TensorFlow, so it is imported late
         tensorpack.DataFlow.register(TrainingFlow)
     return flow
 
 
 class TrainingFlow:
-    """A tensorpack DataFlow (by its methods) of training batches, made by DATA.NUM_WORKERS processes in turn.
+    """Training batches made by DATA.NUM_WORKERS processes in turn; has the methods of a tensorpack DataFlow.
 
-    Worker w makes batches w, w + W, …; an error in a worker is raised here with its message, and a worker that dies is
-    an error too. One that delivers nothing for DATA.WORKER_TIMEOUT seconds is replaced; if the next one does not get
-    further, that is an error. Iterating again starts over at the first batch.
+    Worker w makes batches w, w + W, …. An error in a worker is raised here with its message, and so is a worker's
+    death. A worker that delivers nothing for DATA.WORKER_TIMEOUT seconds is replaced once; if its replacement does not
+    deliver that batch either, an error is raised. Iterating again starts over at the first batch.
     """
 
     def __init__(
@@ -69,11 +69,11 @@ class TrainingFlow:
         self._start = start_batch
         self._workers: list[_Worker] = []
         self._fresh = False
-        self._shared: int | None = None  # descriptor of what workers start from
+        self._shared: int | None = None  # file descriptor of the data that workers start from
         self.images_per_epoch = len(self._maker.images)
 
     def __len__(self) -> int:
-        """Batches an epoch, rounded up."""
+        """Batches per epoch, rounded up."""
         return math.ceil(self.images_per_epoch / (self._maker.plan.batch / self._maker.batches_per_step))
 
     def reset_state(self) -> None:
@@ -121,7 +121,7 @@ class TrainingFlow:
         except _NoAnswer as e:
             if workers is not self._workers:  # stopped meanwhile
                 raise RuntimeError("the data workers were stopped") from None
-            logger.warning(f"{e}: it is replaced")
+            logger.warning(f"{e}; starting another one")
         workers[number].stop()
         workers[number] = self._start_worker(number, batch)
         try:

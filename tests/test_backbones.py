@@ -302,7 +302,7 @@ def test_given_layers_are_used():
         (["BACKBONE.NAME=keras:MobileNetV2", "MODE_FPN=False"], "BACKBONE.NAME=.*set MODE_FPN=True"),
         (["BACKBONE.NAME=keras:MobileNetV2", "BACKBONE.NORM=GN"], "BACKBONE.NORM='GN'.*FreezeBN .* or SyncBN"),
         (["BACKBONE.NAME=keras:MobileNetV2", "BACKBONE.NORM=SyncBN", "TRAIN.PRECISION=float64"], "float32 or less"),
-        (["BACKBONE.NAME=keras:MobileNetV2", "BACKBONE.BLOCK=basic"], "BACKBONE.BLOCK='basic' is for ResNets"),
+        (["BACKBONE.NAME=keras:MobileNetV2", "BACKBONE.BLOCK=basic"], "BACKBONE.BLOCK='basic' applies to ResNets"),
         (["BACKBONE.NAME=keras:MobileNetV2", "PREPROC.PIXEL_MEAN=[1,2,3]"], "PIXEL_MEAN=.*brings its own"),
         (["BACKBONE.NAME=resnet50"], "must be resnet, keras:NETWORK or module:function"),
         (["BACKBONE.NAME=demo.own_backbone:stages", "BACKBONE.FREEZE_AT=2"], "BACKBONE.FREEZE_AT=2 must be 0"),

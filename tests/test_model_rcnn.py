@@ -341,7 +341,7 @@ HERE = "tests.test_model_rcnn"
         (["FPN.FRCNN_HEAD_FUNC=demo.absent:head"], "demo.absent:head: No module named 'demo.absent'"),
         (["FPN.FRCNN_HEAD_FUNC=demo.own_head:"], "must be one of"),
         (["FPN.FRCNN_HEAD_FUNC=demo.own_head:box_head", "MODE_FPN=False"], "needs MODE_FPN=True"),
-        ([f"FPN.FRCNN_HEAD_FUNC={HERE}:NOT_CALLABLE"], "is no function but of type int"),
+        ([f"FPN.FRCNN_HEAD_FUNC={HERE}:NOT_CALLABLE"], "is not a function, its type is int"),
         ([f"FPN.FRCNN_HEAD_FUNC={HERE}:whole_map"], r"float tensor \[R,D\] .*\[R,7,7,16\].* float32 \[2, 7, 7, 16\]"),
         ([f"FPN.FRCNN_HEAD_FUNC={HERE}:one_row"], r"for 2 RoIs it returned float32 \[1, 16\]"),
         ([f"FPN.FRCNN_HEAD_FUNC={HERE}:whole_numbers"], r"returned int64 \[2, 16\]"),
