@@ -101,7 +101,8 @@ def write_images(
         labels = [split.class_names[label - 1] for label in annotations["labels"].tolist()]
         counts = ", ".join(f"{labels.count(n)} {n}" for n in sorted(set(labels))) or "no object"
         name = os.path.basename(split.image_file(i))
-        entries.append(_write(out, f"{split.image_id(i)}", picture, f"id {split.image_id(i)} · {name}: {counts}"))
+        # The number keeps ids apart that differ only in what no file name has, or in their end.
+        entries.append(_write(out, f"{i}-{split.image_id(i)}", picture, f"id {split.image_id(i)} · {name}: {counts}"))
     what = [f"{len(chosen):,} of {len(split):,} images fit; number {start + 1} to {start + len(shown)} are shown."]
     _write_page(out, f"{split.name}: {split.annotation_file}", what, entries)
     return len(chosen)

@@ -1,7 +1,10 @@
 """What the tests of data sets in several formats share."""
 
+import json
+import shutil
 from pathlib import Path
 
+import cv2
 import numpy as np
 from pycocotools import mask as mask_utils
 
@@ -13,6 +16,17 @@ DATA = Path(__file__).parent / "data"
 
 def settings(basedir: Path, *more: str):
     return finalize_config(default_config().update_args([f"DATA.BASEDIR={basedir}", "MODE_MASK=False", *more]))
+
+
+def copy_sets(base: Path) -> Path:
+    """A copy of the small sets of all formats, with images for LVIS."""
+    for name in ("coco_mini", "lvis_mini", "voc_mini", "cityscapes_mini", "golden_oid", "csv_mini"):
+        shutil.copytree(DATA / name, base / name)
+    (base / "lvis_mini/val2017").mkdir()
+    for image in json.loads((DATA / "lvis_mini/lvis_v1_mini.json").read_text())["images"]:
+        file = base / "lvis_mini/val2017" / image["coco_url"].rsplit("/", 1)[1]
+        cv2.imwrite(str(file), np.zeros((image["height"], image["width"], 3), np.uint8))
+    return base
 
 
 def annotations_as_results(split, score=lambda i: 0.9, masks: bool = False) -> list[dict]:

@@ -2,11 +2,13 @@
 
 import re
 from pathlib import Path
+from urllib.parse import unquote
 
 import cv2
 import numpy as np
 import pytest
 from browser import Browser, needs_browser
+from format_sets import copy_sets
 from tiny import COCO_MINI
 
 import browse
@@ -60,7 +62,7 @@ def test_a_page_shows_the_chosen_images_with_their_objects(split, tmp_path):
     assert f"{count} of {len(split)} images fit; number 2 to 3 are shown." in page
     chosen = browse.choose_images(split, browse.Filter(classes=["person"]))[1:3]
     names = re.findall(r'<img loading=lazy src="([^"]+)"', page)
-    assert names == [f"images/{split.image_id(i)}.jpg" for i in chosen]
+    assert names == [f"images/{i}-{split.image_id(i)}.jpg" for i in chosen]
     for name, i in zip(names, chosen):
         picture = cv2.imread(str(tmp_path / name)).astype(int)
         photo = cv2.resize(cv2.imread(split.image_file(i)), picture.shape[1::-1]).astype(int)
@@ -111,6 +113,56 @@ def test_the_tool_writes_the_batches_that_training_reads(tmp_path, split):
     assert code == 0
     texts = re.findall(r"<figcaption>(.*?)</figcaption>", (tmp_path / "index.html").read_text())
     assert [t.split(":")[0] for t in texts] == ["batch 0, image 0", "batch 1, image 0"]
+
+
+@pytest.fixture(scope="module")
+def every_format(tmp_path_factory):
+    return copy_sets(tmp_path_factory.mktemp("sets"))
+
+
+@pytest.mark.parametrize(
+    "spec, images, filtered",
+    [
+        (["voc", "voc_mini", "trainval"], 2, {"--crowd": 1, "--size small": 2}),
+        (["lvis", "lvis_mini/lvis_v1_mini.json", "lvis_mini"], 14, {"--size small": 14}),
+        (["cityscapes", "cityscapes_mini", "val"], 3, {"--crowd": 1, "--empty": 1, "--class car": 1}),
+        (
+            ["openimages", "golden_oid", "validation"],
+            40,
+            {"--crowd": 23, "--empty": 2, "--image-id 4d8c8d40b351bd54": 1},
+        ),
+        (["csv", "csv_mini/boxes.csv", "csv_mini/images"], 3, {"--empty": 1, "--crowd": 1}),
+    ],
+)
+def test_every_format_has_its_page_and_its_filters(every_format, tmp_path, spec, images, filtered):
+    config = [f"DATA.BASEDIR={every_format}", f"DATA.DATASETS={{'set': {spec}}}", "DATA.TRAIN=set"]
+
+    def shown(*args):
+        out = tmp_path / f"page{len(list(tmp_path.iterdir()))}"
+        assert tool.main(["--config", *config, "--out", str(out), *args]) == 0
+        page = (out / "index.html").read_text()
+        pictures = [unquote(p) for p in re.findall(r'src="([^"]+)"', page)]
+        assert all(cv2.imread(str(out / p)) is not None for p in pictures)
+        return len(pictures)
+
+    assert shown() == images
+    for flags, count in filtered.items():
+        assert shown(*flags.split()) == count
+    config.append("MODE_MASK=False")
+    assert shown("--batches", "1") == 1
+
+
+def test_images_of_similar_names_have_pictures_of_their_own(tmp_path):
+    names = ["a/1.png", "a_1.png", "a 1.png", *(f"{'long' * 30}{k}.png" for k in range(2))]
+    (tmp_path / "a").mkdir()
+    for value, name in enumerate(names):
+        cv2.imwrite(str(tmp_path / name), np.full((40, 60, 3), 50 * value, np.uint8))
+    (tmp_path / "boxes.csv").write_text("image,x1,y1,x2,y2,label\n" + "".join(f"{n},1,1,9,9,cat\n" for n in names))
+    config = [f"DATA.BASEDIR={tmp_path}", "DATA.DATASETS={'set': ['csv', 'boxes.csv', '.']}"]
+    assert tool.main(["--config", *config, "--data", "set", "--out", str(tmp_path / "page")]) == 0
+    pictures = re.findall(r'src="([^"]+)"', (tmp_path / "page/index.html").read_text())
+    values = [int(np.median(cv2.imread(str(tmp_path / "page" / p)))) for p in pictures]
+    assert values == pytest.approx([50 * k for k in range(5)], abs=3)
 
 
 @pytest.mark.parametrize(

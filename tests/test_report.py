@@ -2,13 +2,12 @@
 
 import json
 import re
-import shutil
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
-from format_sets import annotations_as_results, settings
+from format_sets import annotations_as_results, copy_sets, settings
 from synthetic import coco_case
 
 import report
@@ -129,15 +128,7 @@ SPLITS = {
 
 @pytest.fixture(scope="module")
 def every_format(tmp_path_factory):
-    """A copy of the small sets of all formats, with images for LVIS."""
-    base = tmp_path_factory.mktemp("sets")
-    for name in ("coco_mini", "lvis_mini", "voc_mini", "cityscapes_mini", "golden_oid", "csv_mini"):
-        shutil.copytree(DATA / name, base / name)
-    (base / "lvis_mini/val2017").mkdir()
-    for image in json.loads((DATA / "lvis_mini/lvis_v1_mini.json").read_text())["images"]:
-        file = base / "lvis_mini/val2017" / image["coco_url"].rsplit("/", 1)[1]
-        cv2.imwrite(str(file), np.zeros((image["height"], image["width"], 3), np.uint8))
-    return base
+    return copy_sets(tmp_path_factory.mktemp("sets"))
 
 
 def split_of(base, kind):
