@@ -1,10 +1,10 @@
 """What 1 and 2 training processes take on this machine, and what follows from it for up to 512 GPUs.
 
   python benchmarks/scaling.py measure     real train.py runs on this idle machine, minutes -> benchmarks/scaling.json
+      --rates 2000 1000 500                as root: also between two network namespaces, joined by a cable of each rate
   python benchmarks/scaling.py tables      from that file: measured, and predicted by benchmarks/scaling_model.py
 
-A rank is pinned to one core, so that 2 ranks have twice the processor of 1. As root, 2 ranks also train in two network
-namespaces that are joined by a cable of given rates.
+A rank is pinned to one core, so that 2 ranks have twice the processor of 1.
 """
 
 import import_path
@@ -31,6 +31,7 @@ from dataset import load_training_split
 ROOT = Path(__file__).resolve().parent.parent
 
 MEASURED = ROOT / "benchmarks" / "scaling.json"
+OWN = [sys.executable, str(Path(__file__).resolve())]
 # R50-FPN Mask R-CNN as the recipe trains it (FREEZE_AT=2), on small images. The learning rate is almost 0, since frozen
 # norms without weights do not train; that changes no shape and no byte.
 MODEL = ["MODE_FPN=True"]
@@ -105,22 +106,12 @@ def reduce_rank(out: Path, repeats: int) -> None:
 def gradient_schedule(settings: Sequence[str], height: int, width: int, repeats: int) -> dict[str, Any]:
     """When in a step each gradient exists: {names, sizes, ready, tail} in bytes and seconds since the begin of the
     step; tail is from the last gradient to the end of the update. Medians of `repeats` steps."""
-    from benchmarks.train_speed import synthetic_batch
-    from model_rcnn import build_training
-    from trainers import DetectionOptimizer
+    from benchmarks.train_speed import synthetic_batch, training_step
     from utils.tf_v1 import tf
 
-    cfg = finalize_config(default_config().update_args([*settings, "TRAIN.EVAL_PERIOD=0", "DATA.NUM_CATEGORY=80"]))
-    batch = synthetic_batch(1, height, width)
     with tf.Graph().as_default(), tf.Session() as session:
-        tf.set_random_seed(1)
-        inputs = {k: tf.placeholder_with_default(v, [1, *[None] * (v.ndim - 1)], name=k) for k, v in batch.items()}
-        inputs["image"].set_shape([1, None, None, 3])
-        losses, _ = build_training(inputs, cfg)
-        optimizer = DetectionOptimizer(1e-8, 0.9, 1e-4, None, False)
-        pairs = [p for p in optimizer.compute_gradients(tf.add_n(list(losses.values()))) if p[0] is not None]
+        pairs, update, _ = training_step([*settings, "TRAIN.EVAL_PERIOD=0"], synthetic_batch(1, height, width))
         producers = [g.op.name for g, _ in pairs]
-        update = optimizer.apply_gradients(pairs)
         session.run(tf.global_variables_initializer())
         # Fetched, so that TensorFlow's optimisation leaves the operations that make the gradients.
         fetches = [[g for g, _ in pairs], update]
@@ -161,33 +152,24 @@ def cable() -> Iterator[list[str]]:
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
 
-def own_command(*words: Any) -> list[str]:
-    return [sys.executable, str(Path(__file__).resolve()), *map(str, words)]
-
-
-def two_ranks(hosts: Sequence[str], megabits: int | None, command: list[str]) -> list[list[str]]:
+def two_ranks(hosts: Sequence[str], megabits: int | None, command: list) -> list[list]:
     """The commands that start two ranks of `command`: on this machine, or one on each of two hosts at a rate."""
+    node = [sys.executable, ROOT / "scripts" / "horovod_node.py"]
     if not megabits:
-        found = Path(sys.executable).parent / "horovodrun"
-        if not found.exists():
-            raise UserError("horovodrun is missing in this environment; run `make horovod`")
-        return [[str(found), "--gloo", "-np", "2", "-H", "localhost:2", *command]]
+        return [[*node, "--slots", "2", "--", *command]]
     for name in hosts:
         words = f"qdisc replace dev eth0 root tbf rate {megabits}mbit burst 1mb latency 50ms"
         subprocess.run(["tc", "-n", name, *words.split()], check=True)
-    node = [sys.executable, str(ROOT / "scripts" / "horovod_node.py"), "--master", ADDRESSES[0], "--nodes", "2"]
-    starts = [["ip", "netns", "exec", host, *node, "--node-rank", str(i), "--"] for i, host in enumerate(hosts)]
-    return [[*words, *command] for words in starts]
+    node += ["--master", ADDRESSES[0], "--nodes", "2"]
+    return [["ip", "netns", "exec", h, *node, "--node-rank", i, "--", *command] for i, h in enumerate(hosts)]
 
 
-def run_together(commands: Sequence[list[str]], log: Path, seconds: float = 900) -> None:
+def run_together(commands: Sequence[list], log: Path, seconds: float = 900) -> None:
     """Runs the commands at the same time, to their end; ends all of them when one fails or takes too long."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("HOROVOD_")} | {"CUDA_VISIBLE_DEVICES": "-1"}
     with open(log, "ab") as f:
-        jobs = [
-            subprocess.Popen(c, stdin=subprocess.DEVNULL, stdout=f, stderr=subprocess.STDOUT, env=environment)
-            for c in commands
-        ]
+        streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": f, "stderr": f, "env": environment}
+        jobs = [subprocess.Popen([*map(str, command)], **streams) for command in commands]
     try:
         for job in jobs:
             if job.wait(seconds):
@@ -215,87 +197,71 @@ def steps_of(record: Path) -> list[float]:
     return np.diff(np.array(record.read_text().split(), float)[SETTLING:]).round(4).tolist()
 
 
-def measure(args: argparse.Namespace) -> None:
-    if len(os.sched_getaffinity(0)) < 2:
-        raise UserError("the measurement needs two cores")
-    if not (args.data / "annotations").is_dir():
-        raise UserError(f"--data {args.data} is not in COCO's layout: annotations/ is missing from it")
-    rates = args.rates if os.geteuid() == 0 and shutil.which("tc") else []
-    if args.rates and not rates:
-        logger.warning("no rates are measured: network namespaces need root and iproute2")
-    with contextlib.ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        hosts = stack.enter_context(cable()) if rates else []
-        found = _measure(args, folder, hosts, {f"2 ranks, {r} Mbit/s" if r else "2 ranks": r for r in (None, *rates)})
-    write_json(args.out, found)
-    logger.info(f"measurements in {args.out}")
-
-
-def _measure(args: argparse.Namespace, folder: Path, hosts: Sequence[str], networks: dict[str, int | None]) -> dict:
+def measure(args: argparse.Namespace, folder: Path, hosts: Sequence[str]) -> dict[str, Any]:
+    """What benchmarks/scaling.json holds; two ranks train here, and on the two hosts at each rate if there are any."""
+    networks = {"2 ranks": None} | {f"2 ranks, {r} Mbit/s": r for r in args.rates if hosts}
+    areas = padded_areas(args.data)
     log, schedules, reductions, arms = folder / "log.txt", {}, {}, {}
     for name, *words in (("256", *SMALL, 256, 352, 5), ("800", 800, 1088, 2)):
         logger.info(f"when gradients are ready, short edge {name}")
-        run_together([own_command("schedule", folder / name, *MODEL, *words)], log)
+        run_together([[*OWN, "schedule", folder / name, *MODEL, *words]], log)
         schedules[name] = read_json(folder / name, "schedule")
     for name, rate in networks.items():
         logger.info(f"all-reduce: {name}")
-        run_together(two_ranks(hosts, rate, own_command("reduce", folder / "reduced", 3 if rate else 6)), log)
+        run_together(two_ranks(hosts, rate, [*OWN, "reduce", folder / "reduced", 3 if rate else 6]), log)
         reductions[name] = read_json(folder / "reduced", "all-reduce times")
-    settings = [*MODEL, *SMALL, *QUIET, "TRAIN.LR_SCALING=none", f"TRAIN.MAX_STEPS={args.steps + SETTLING + 1}"]
-    settings.append(f"DATA.BASEDIR={args.data.resolve()}")
+    settings = [*MODEL, *SMALL, *QUIET, "TRAIN.LR_SCALING=none", f"DATA.BASEDIR={args.data.resolve()}"]
+    settings.append(f"TRAIN.MAX_STEPS={args.steps + SETTLING + 1}")
     # Back and forth, so that a machine that slows down gradually treats all alike.
     names = ["1 process", "2 separate processes", *networks]
     for number, name in enumerate([*names, *names[::-1]]):
         logger.info(f"training: {name}")
         rate, ranks = networks.get(name), 1 if name == "1 process" else 2
-        commands = [
-            own_command("train", folder / str(number), core, "--logdir", folder / f"run-{number}-{core}", "--config")
-            + [*settings, f"TRAINER={'horovod' if name in networks else 'replicated'}"]
-            for core in range(ranks)
-        ]
+        own, trainer = [*OWN, "train", folder / str(number)], "horovod" if name in networks else "replicated"
+        more = ["--config", *settings, f"TRAINER={trainer}"]
+        commands = [[*own, core, "--logdir", folder / f"run-{number}-{core}", *more] for core in range(ranks)]
         run_together(two_ranks(hosts, rate, commands[0]) if name in networks else commands, log)
         arm = arms.setdefault(name, {"ranks": ranks, "megabits": rate, "seconds": [[] for _ in range(ranks)]})
         for rank in range(ranks):
             arm["seconds"][rank] += steps_of(folder / f"{number}-{rank}")
     return {
-        "settings": [*MODEL, *SMALL], "data": args.data.name, "areas": padded_areas(args.data).round(4).tolist(),
+        "settings": [*MODEL, *SMALL], "data": args.data.name, "areas": areas.round(4).tolist(),
         "schedules": schedules, "reductions": reductions, "arms": arms,
     }  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------------- command
-def child(kind: str, out: Path, words: list[str]) -> int:
-    """What `measure` starts, in processes of their own."""
-    if kind == "train":
-        core = pin(int(words[0]))
-        return train_rank(out.with_name(f"{out.name}-{core}"), words[1:])
-    pin()
-    if kind == "reduce":
-        reduce_rank(out, int(words[0]))
-    else:
-        write_json(out, gradient_schedule(words[:-3], *map(int, words[-3:])))
-    return 0
-
-
 def main(argv: list[str]) -> int:
-    if argv[:1] in (["train"], ["reduce"], ["schedule"]):
-        return child(argv[0], Path(argv[1]), argv[2:])
+    kind, words = argv[:1], argv[2:]
+    if kind in (["train"], ["reduce"], ["schedule"]):  # what `measure` starts, in processes of their own
+        core, out = pin(int(words[0]) if kind == ["train"] else 0), Path(argv[1])
+        if kind == ["train"]:
+            return train_rank(out.with_name(f"{out.name}-{core}"), words[1:])
+        if kind == ["reduce"]:
+            reduce_rank(out, int(words[0]))
+        else:
+            write_json(out, gradient_schedule(words[:-3], *map(int, words[-3:])))
+        return 0
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="measure | tables")
     measuring = commands.add_parser("measure", help="train.py with 1 and 2 ranks here")
     measuring.add_argument("--data", type=Path, default=ROOT / "tests" / "data" / "coco_mini", metavar="DIR")
-    measuring.add_argument(
-        "--steps", type=int, default=8, help="of each of two runs of each kind (default %(default)s)"
-    )
-    measuring.add_argument("--rates", type=int, nargs="*", default=[2000, 1000, 500], metavar="MBIT")
+    measuring.add_argument("--steps", type=int, default=8, help="of each of two runs of each kind")
+    measuring.add_argument("--rates", type=int, nargs="+", default=[], metavar="MBIT", help="of networks, as root")
     measuring.add_argument("--out", type=Path, default=MEASURED)
     commands.add_parser("tables", help="print the tables").add_argument("--measured", type=Path, default=MEASURED)
     args = parser.parse_args(argv)
-    if args.command == "measure":
-        measure(args)
-    else:
+    if args.command == "tables":
         for name, table in tables(read_json(args.measured, "measurements")).items():
             print(f"{name}\n{table}\n")
+        return 0
+    if len(os.sched_getaffinity(0)) < 2:
+        raise UserError("the measurement needs two cores")
+    if args.rates and not (os.geteuid() == 0 and shutil.which("tc")):
+        raise UserError("--rates needs root and iproute2, for network namespaces")
+    with tempfile.TemporaryDirectory() as folder, cable() if args.rates else contextlib.nullcontext([]) as hosts:
+        write_json(args.out, measure(args, Path(folder), hosts))
+    logger.info(f"measurements in {args.out}")
     return 0
 
 

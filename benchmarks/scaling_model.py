@@ -7,15 +7,15 @@ slowest of R ranks. Seconds and bytes throughout. A rank is one GPU, or one proc
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from tabulate import tabulate
 
 __all__ = [
-    "Cluster", "Cost", "Link", "arm_step", "coordination_seconds", "expected_slowest", "fit_link", "gpu_step",
-    "predicted_arm", "reduced_step", "ring_bytes", "ring_seconds", "spread_of_batches", "tables",
+    "Cluster", "Link", "arm_step", "expected_slowest", "fit_link", "gpu_step", "predicted_arm", "reduced_step",
+    "ring_bytes", "ring_seconds", "spread_of_batches", "tables",
 ]  # fmt: skip
 
 # Horovod 0.28.1, operations.cc: bytes fused into one all-reduce, and the shortest time from one to the next.
@@ -38,13 +38,6 @@ class Cluster(NamedTuple):
     outer: Link
 
 
-class Cost(NamedTuple):
-    """Of one all-reduce: its seconds, and for how many of them it takes the processor from the computation."""
-
-    seconds: float
-    busy: float
-
-
 # ---------------------------------------------------------------------------------------------------------- the model
 def ring_bytes(size: float, ranks: int) -> float:
     """Bytes that each rank sends (and receives) in a ring all-reduce of `size` bytes: 2 (R-1)/R n, the least that is
@@ -58,20 +51,12 @@ def ring_seconds(size: float, ranks: int, cluster: Cluster) -> float:
     A chunk on its way around crosses between machines once per machine and goes through inner links otherwise, which
     sets the latency; each round moves n / R bytes through every link at the same time, so the slowest sets the pace.
     """
-    if ranks == 1:
-        return 0.0
     nodes = math.ceil(ranks / cluster.per_node)
     rounds = 2 * (ranks - 1)
     outer_rounds = min(2 * nodes, rounds) if nodes > 1 else 0
     latency = (rounds - outer_rounds) * cluster.inner.latency + outer_rounds * cluster.outer.latency
     used = [cluster.inner] * (cluster.per_node > 1) + [cluster.outer] * (nodes > 1)
-    return latency + ring_bytes(size, ranks) / min(link.bandwidth for link in used)
-
-
-def coordination_seconds(ranks: int, message_latency: float) -> float:
-    """Horovod's agreement on what is ready everywhere, before each fused all-reduce: with the gloo controller a ring
-    all-reduce of a few words, 2 (R-1) messages one after the other."""
-    return 2 * (ranks - 1) * message_latency
+    return latency + ring_bytes(size, ranks) / min((link.bandwidth for link in used), default=math.inf)
 
 
 def fit_link(sizes: Sequence[float], seconds: Sequence[float]) -> Link:
@@ -90,7 +75,7 @@ def reduced_step(
     ready: Sequence[float],
     sizes: Sequence[float],
     tail: float,
-    reduce: Callable[[float], Cost],
+    reduce: Callable[[float], tuple[float, float]],
     coordination: float = 0.0,
     fusion: float = FUSION_BYTES,
     cycle: float = CYCLE_SECONDS,
@@ -100,8 +85,9 @@ def reduced_step(
 
     As Horovod's thread: every `cycle` seconds, or as soon as it is done with the last ones, it takes the gradients that
     are ready, up to `fusion` bytes, agrees on them with the other ranks, which takes `coordination` seconds, and
-    reduces them together. The computation goes on meanwhile, at the pace that reduce(bytes).busy leaves it. Where in a
-    cycle a step begins is anybody's guess: the mean of eight places.
+    reduces them together. reduce(bytes) tells how many seconds that takes, and for how many of them it takes the
+    processor from the computation, which goes on meanwhile. Where in a cycle a step begins is unknown: the mean of
+    eight places.
     """
     order = np.argsort(ready, kind="stable")
     ready, sizes = np.asarray(ready, float)[order], np.asarray(sizes, float)[order]
@@ -124,10 +110,10 @@ def _reduced_at(phase, ready, sizes, reduce, coordination, fusion, period):
         while last < len(ready) and ready[last] <= done + 1e-9 and (last == first or total + sizes[last] <= fusion):
             total += sizes[last]
             last += 1
-        cost = reduce(total)
-        rest = max(0.0, period - coordination - cost.seconds) if last < len(ready) else 0.0
-        now += coordination + cost.seconds + rest
-        done = min(work, done + coordination + cost.seconds - cost.busy + rest)
+        seconds, busy = reduce(total)
+        rest = max(0.0, period - coordination - seconds) if last < len(ready) else 0.0
+        now += coordination + seconds + rest
+        done = min(work, done + coordination + seconds - busy + rest)
         first = last
     return now + work - done
 
@@ -172,12 +158,12 @@ def predicted_arm(found: dict, name: str) -> float:
     compute = expected_slowest(np.concatenate([_uninterrupted(s) for s in separate["seconds"]]), ranks)
     wall, cpu = (fit_link(reduction["sizes"], reduction[k]) for k in ("seconds", "cpu"))
 
-    def cost(size: float) -> Cost:
+    def reduce(size: float) -> tuple[float, float]:
         seconds = wall.latency + size / wall.bandwidth
-        return Cost(seconds, min(seconds, cpu.latency + size / cpu.bandwidth))
+        return seconds, min(seconds, cpu.latency + size / cpu.bandwidth)
 
     ready, tail = _stretched(schedule, compute / (1 - reduction["idle"]))
-    return reduced_step(ready, schedule["sizes"], tail, cost)
+    return reduced_step(ready, schedule["sizes"], tail, reduce)
 
 
 # ------------------------------------------------------------------------------------------------- many GPUs, predicted
@@ -188,22 +174,13 @@ WIRE_SHARE = 0.8  # of a network's nominal bandwidth that all-reduces reach
 MESSAGE_LATENCY = 25e-6  # from process to process over TCP, for Horovod's coordination
 BUSY = 0.1  # share of an all-reduce's time that it takes from the computation (its kernels use the same GPU)
 GIGABITS = (25, 100, 400)
-
-
-class Gpu(NamedTuple):
-    """A published time per step, of 8 GPUs of one machine with `images` each."""
-
-    name: str
-    images: int
-    step: float
-
-
-# 50 images/s: github.com/tensorpack/benchmarks/tree/master/MaskRCNN (TRAINER=horovod).
-SINGLE = Gpu("V100, float32, 1 image", 1, 8 / 50)
 # Training times of 12 and 24 epochs: github.com/aws-samples/mask-rcnn-tensorflow; their differences know no start-up.
 # 117,266 images; machines of 8 V100 with 100 Gbit/s.
 AWS_STEPS = {n: hours * 3600 / (12 * 117266 / (4 * n)) for n, hours in ((8, 4.69), (16, 2.49), (32, 1.39))}
-FOUR = Gpu("V100, float16, 4 images", 4, AWS_STEPS[8])
+# Images per GPU, and published seconds per step of 8 GPUs in one machine. 50 images/s with one image each:
+# github.com/tensorpack/benchmarks/tree/master/MaskRCNN (TRAINER=horovod).
+SINGLE, FOUR = (1, 8 / 50), (4, AWS_STEPS[8])
+GPUS = {"V100, float32, 1 image": SINGLE, "V100, float16, 4 images": FOUR}
 
 
 def gpu_cluster(gigabits: float) -> Cluster:
@@ -214,89 +191,65 @@ def gpu_step(found: dict, compute: float, images: int, ranks: int, cluster: Clus
     """Seconds per step, and those of them in which the computation of the slowest rank runs; `compute` is the mean
     computation of a rank, whose images differ in area."""
     slowest = compute * expected_slowest(spread_of_batches(found["areas"], images), ranks)
-    if ranks == 1:
-        return slowest, slowest
     ready, tail = _stretched(found["schedules"]["800"], slowest)
 
-    def cost(size: float) -> Cost:
+    def reduce(size: float) -> tuple[float, float]:
         seconds = ring_seconds(size, ranks, cluster)
-        return Cost(seconds, BUSY * seconds)
+        return seconds, BUSY * seconds
 
-    coordination = coordination_seconds(ranks, MESSAGE_LATENCY)
-    return reduced_step(ready, found["schedules"]["800"]["sizes"], tail, cost, coordination), slowest
+    # Agreement on what is ready everywhere: gloo's ring all-reduce of a few words, message after message.
+    coordination = 2 * (ranks - 1) * MESSAGE_LATENCY
+    return reduced_step(ready, found["schedules"]["800"]["sizes"], tail, reduce, coordination), slowest
 
 
-def calibrated(found: dict, gpu: Gpu) -> float:
-    """The mean computation of a rank with which the model gives the published step."""
-    low, high = 0.0, gpu.step
-    cluster = gpu_cluster(GIGABITS[0])  # of one machine: its network is not used
-    for _ in range(50):
-        middle = (low + high) / 2
-        if gpu_step(found, middle, gpu.images, 8, cluster)[0] < gpu.step:
-            low = middle
-        else:
-            high = middle
-    return low
+def calibrated(found: dict, images: int, published: float) -> float:
+    """The mean computation of a rank with which the model gives the published step of 8 GPUs of one machine."""
+    compute = published
+    for _ in range(20):  # a step grows almost in proportion to its computation
+        compute *= published / gpu_step(found, compute, images, 8, gpu_cluster(100))[0]
+    return compute
 
 
 # ---------------------------------------------------------------------------------------------------------- the tables
 def tables(found: dict) -> dict[str, str]:
     """{name in the document: table} from the measurements in benchmarks/scaling.json."""
+    headers = {
+        "measured": "|s/step|images/s|efficiency|all-reduce latency ms|MB/s per rank|predicted s/step|difference",
+        "published": "GPUs|published step ms|predicted step ms|difference",
+        "predictions": "|GPUs|between machines|step ms|slowest rank ms|communication ms|images/s|efficiency",
+    }
+    rows = {"measured": _measured_rows, "published": _published_rows, "predictions": _predicted_rows}
     return {
-        "measured": _measured_table(found),
-        "validation": _validation_table(found),
-        "published": _published_table(found),
-        "predictions": _prediction_table(found),
+        name: tabulate(list(rows[name](found)), header.split("|"), tablefmt="pipe", disable_numparse=True)
+        for name, header in headers.items()
     }
 
 
-def _markdown(rows: Sequence[Sequence], headers: str) -> str:
-    return tabulate(rows, headers=headers.split("|"), tablefmt="pipe", disable_numparse=True)
+def _measured_rows(found: dict) -> Iterator[list[str]]:
+    one = arm_step(found["arms"]["1 process"])
+    for name, arm in found["arms"].items():
+        step, row = arm_step(arm), ["", "", "", ""]
+        if name in found["reductions"]:
+            reduction, predicted = found["reductions"][name], predicted_arm(found, name)
+            wall = fit_link(reduction["sizes"], reduction["seconds"])
+            rate = ring_bytes(1, reduction["ranks"]) * wall.bandwidth
+            row = [f"{wall.latency * 1e3:.1f}", f"{rate / 1e6:.0f}", f"{predicted:.2f}", f"{predicted / step - 1:+.0%}"]
+        yield [name, f"{step:.2f}", f"{arm['ranks'] / step:.2f}", f"{one / step:.2f}", *row]
 
 
-def _measured_table(found: dict) -> str:
-    arms = found["arms"]
-    one = arm_step(arms["1 process"])
-    rows = []
-    for name, arm in arms.items():
-        step = arm_step(arm)
-        rows.append([name, f"{step:.2f}", f"{arm['ranks'] / step:.2f}", f"{one / step:.2f}"])
-    return _markdown(rows, "|s/step|images/s|efficiency")
-
-
-def _validation_table(found: dict) -> str:
-    rows = []
-    for name, reduction in found["reductions"].items():
-        wall = fit_link(reduction["sizes"], reduction["seconds"])
-        bandwidth = ring_bytes(1, reduction["ranks"]) * wall.bandwidth
-        measured, predicted = arm_step(found["arms"][name]), predicted_arm(found, name)
-        rows.append(
-            [name, f"{wall.latency * 1e3:.1f}", f"{bandwidth / 1e6:.0f}", f"{measured:.2f}", f"{predicted:.2f}",
-             f"{predicted / measured - 1:+.0%}"]
-        )  # fmt: skip
-    return _markdown(rows, "|all-reduce: latency ms|MB/s sent per rank|measured s/step|predicted s/step|difference")
-
-
-def _published_table(found: dict) -> str:
-    compute = calibrated(found, FOUR)
-    rows = []
+def _published_rows(found: dict) -> Iterator[list[str]]:
+    compute = calibrated(found, *FOUR)
     for ranks, published in AWS_STEPS.items():
         step, _ = gpu_step(found, compute, 4, ranks, gpu_cluster(100))
         note = "calibrated" if ranks == 8 else f"{step / published - 1:+.0%}"
-        rows.append([str(ranks), f"{published * 1e3:.0f}", f"{step * 1e3:.0f}", note])
-    return _markdown(rows, "GPUs|published step ms|predicted step ms|difference")
+        yield [str(ranks), f"{published * 1e3:.0f}", f"{step * 1e3:.0f}", note]
 
 
-def _prediction_table(found: dict) -> str:
-    rows = []
-    for gpu in (SINGLE, FOUR):
-        compute = calibrated(found, gpu)
-        for ranks in (8, 64, 512):
-            for gigabits in GIGABITS if ranks > 8 else GIGABITS[:1]:
-                step, slowest = gpu_step(found, compute, gpu.images, ranks, gpu_cluster(gigabits))
-                rows.append(
-                    [gpu.name, str(ranks), f"{gigabits} Gbit/s" if ranks > 8 else "NVLink", f"{step * 1e3:.0f}",
-                     f"{(slowest - compute) * 1e3:.0f}", f"{(step - slowest) * 1e3:.0f}",
-                     f"{ranks * gpu.images / step:,.0f}", f"{compute / step:.0%}"]
-                )  # fmt: skip
-    return _markdown(rows, "|GPUs|between machines|step ms|slowest rank ms|communication ms|images/s|efficiency")
+def _predicted_rows(found: dict) -> Iterator[list[str]]:
+    for name, (images, published) in GPUS.items():
+        compute = calibrated(found, images, published)
+        for ranks, gigabits in [(8, 100), *((ranks, g) for ranks in (64, 512) for g in GIGABITS)]:
+            step, slowest = gpu_step(found, compute, images, ranks, gpu_cluster(gigabits))
+            row = [step * 1e3, (slowest - compute) * 1e3, (step - slowest) * 1e3, ranks * images / step]
+            network = "NVLink" if ranks == 8 else f"{gigabits} Gbit/s"
+            yield [name, str(ranks), network, *(f"{value:,.0f}" for value in row), f"{compute / step:.0%}"]

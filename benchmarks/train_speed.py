@@ -53,29 +53,31 @@ def synthetic_batch(images: int, height: int, width: int, objects: int = 10, edg
     }
 
 
+def training_step(settings: list[str], batch: dict) -> tuple[list[tuple], object, dict]:
+    """Builds the training step on one constant batch in the present graph -> gradients and their variables, the
+    operation that applies them, the model's statistics."""
+    cfg = finalize_config(default_config().update_args(["DATA.NUM_CATEGORY=80", *settings]))
+    tf.set_random_seed(1)
+    images = len(batch["image"])
+    inputs = {k: tf.placeholder_with_default(v, [images, *[None] * (v.ndim - 1)], name=k) for k, v in batch.items()}
+    inputs["image"].set_shape([images, None, None, 3])
+    losses, stats = build_training(inputs, cfg)
+    # The decision regions of an untrained model are chaotic; a small rate keeps its shapes stable.
+    optimizer = DetectionOptimizer(1e-5, 0.9, 1e-4, None, False)
+    pairs = optimizer.compute_gradients(tf.add_n(list(losses.values())))
+    pairs = [(g, v) for g, v in pairs if g is not None]
+    return pairs, optimizer.apply_gradients(pairs), stats
+
+
 class Step:
     """The full training step of R50-FPN Mask R-CNN on one constant batch, in a session of its own."""
 
     def __init__(self, size: int, images: int, extra: list[str]):
         (height, width), settings = CASES[size]
-        cfg = finalize_config(
-            default_config().update_args(["MODE_FPN=True", "DATA.NUM_CATEGORY=80", *settings, *extra])
-        )
-        batch = synthetic_batch(images, height, width)
         self.graph = tf.Graph()
         with self.graph.as_default():
-            tf.set_random_seed(1)
-            inputs = {
-                k: tf.placeholder_with_default(v, [images, *[None] * (v.ndim - 1)], name=k) for k, v in batch.items()
-            }
-            for key, value in inputs.items():
-                if key == "image":
-                    value.set_shape([images, None, None, 3])
-            losses, self.stats = build_training(inputs, cfg)
-            # The decision regions of an untrained model are chaotic; a small rate keeps its shapes stable.
-            optimizer = DetectionOptimizer(1e-5, 0.9, 1e-4, None, False)
-            pairs = optimizer.compute_gradients(tf.add_n(list(losses.values())))
-            self.op = optimizer.apply_gradients([(g, v) for g, v in pairs if g is not None])
+            batch = synthetic_batch(images, height, width)
+            _, self.op, self.stats = training_step(["MODE_FPN=True", *settings, *extra], batch)
             self.session = tf.Session()
             self.session.run(tf.global_variables_initializer())
 

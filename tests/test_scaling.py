@@ -12,11 +12,9 @@ from tiny import COCO_MINI, TINY_MODEL
 from benchmarks import scaling, scaling_model
 from benchmarks.scaling_model import (
     Cluster,
-    Cost,
     Link,
     arm_step,
     calibrated,
-    coordination_seconds,
     expected_slowest,
     fit_link,
     gpu_cluster,
@@ -42,11 +40,11 @@ READY = [1.0, 2.0, 3.0, 4.0]
 
 
 def free(size):
-    return Cost(0.0, 0.0)
+    return 0.0, 0.0
 
 
 def waiting(bandwidth, busy=0.0):
-    return lambda size: Cost(size / bandwidth, busy * size / bandwidth)
+    return lambda size: (size / bandwidth, busy * size / bandwidth)
 
 
 # ---------------------------------------------------------------------------------------------- cost of an all-reduce
@@ -71,11 +69,6 @@ def test_with_infinite_bandwidth_only_the_latency_of_2_r_minus_2_rounds_is_left(
 @given(st.integers(1, 600), st.floats(1, 1e9))
 def test_more_ranks_never_reduce_faster(ranks, size):
     assert ring_seconds(size, ranks + 1, EIGHTS) >= ring_seconds(size, ranks, EIGHTS) * (1 - 1e-12)
-
-
-def test_agreeing_on_what_is_ready_passes_every_rank_twice():
-    assert coordination_seconds(1, 1e-5) == 0
-    assert coordination_seconds(512, 1e-5) == pytest.approx(1022e-5)
 
 
 @given(st.floats(1e-5, 1e-2), st.floats(1e6, 1e11))
@@ -104,7 +97,7 @@ def test_a_slow_network_reduces_for_longer_than_the_computation():
     # 4 MB from 1 s to 5 s; by then all others are ready, and go together: 6 s more.
     assert reduced_step(READY, LAYERS, 0.0, waiting(1e6), cycle=0) == pytest.approx(11.0)
     # At most 3 MB at a time, each with 1 s of latency: 4, then 3, then 2 + 1.
-    late = lambda size: Cost(1.0 + size / 1e6, 0.0)  # noqa: E731
+    late = lambda size: (1.0 + size / 1e6, 0.0)  # noqa: E731
     assert reduced_step(READY, LAYERS, 0.0, late, fusion=3e6, cycle=0) == pytest.approx(1 + 5 + 4 + 4)
 
 
@@ -182,9 +175,20 @@ def test_a_step_that_something_else_interrupted_is_left_out():
 
 
 def test_a_published_step_is_reproduced_by_the_computation_calibrated_with_it():
-    compute = calibrated(MEASURED, scaling_model.SINGLE)
-    step, slowest = gpu_step(MEASURED, compute, 1, 8, gpu_cluster(100))
-    assert step == pytest.approx(scaling_model.SINGLE.step, rel=0.01) and compute < slowest < step
+    for images, published in scaling_model.GPUS.values():
+        compute = calibrated(MEASURED, images, published)
+        step, slowest = gpu_step(MEASURED, compute, images, 8, gpu_cluster(100))
+        assert step == pytest.approx(published, rel=1e-3) and compute < slowest < step
+
+
+def test_agreeing_on_what_is_ready_passes_every_rank_twice(monkeypatch):
+    fast = gpu_cluster(1e9)
+    monkeypatch.setattr(scaling_model, "BUSY", 0.0)
+    steps = []
+    for latency in (1e-3, 2e-3):  # 1,022 messages for each fused all-reduce
+        monkeypatch.setattr(scaling_model, "MESSAGE_LATENCY", latency)
+        steps.append(gpu_step(MEASURED, 0.01, 1, 512, fast)[0])
+    assert steps[0] > 1.022 and steps[1] > 2.044
 
 
 def test_more_gpus_train_faster_and_less_efficiently():
