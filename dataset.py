@@ -1,4 +1,4 @@
-"""Data sets by their names in the settings: loading them for training and validation.
+"""Loads the data sets that the settings name, for training and validation.
 
 A set is registered by a list: ['annotations.json', 'image folder'] in COCO's format, else the first entry names the
 format, e.g. DATA.DATASETS="{'oid_train': ['openimages', 'open_images', 'train']}", with options as 'key=value' at the
@@ -12,9 +12,9 @@ end:
 | ['lvis', json, image folder] | LVIS v1 json | |
 | ['cityscapes', dir, split] | gtFine/<split>/*/*_gtFine_(instanceIds.png or polygons.json), leftImg8bit/<split> | |
 | ['csv', file, image folder] | one row per box, see `dataset_csv.read_csv_content` | classes, normalised |
-| ['module:function', …] | whatever the function reads, see `load_format` | its keyword arguments |
+| ['module:function', …] | any, read by your own function, see `load_format` | its keyword arguments |
 
-What the options mean stands in the function of each format: `load_openimages`, `read_voc_content`, ….
+The function of each format documents its options: `load_openimages`, `read_voc_content`, ….
 """
 
 import ast
@@ -55,14 +55,15 @@ def load_split(cfg: Config, name: str, class_names: Sequence[str] = (), training
     Args:
         class_names: the classes in the order of their labels, matched to the file's categories by name; those of the
             file in the order of their ids if empty.
-        training: with MODE_MASK, objects without an outline are left out, since they cannot be trained on.
+        training: with MODE_MASK, objects without an outline are left out, because the mask branch cannot be trained on
+        them.
     """
     spec = cfg.DATA.DATASETS.get(name)
     if spec is None or spec[0].endswith(".json"):
         _, words, options = _parse_spec(spec or [name], name)
         if len(words) > 1:
             raise UserError(
-                f"DATA.DATASETS: {name}: after the image folder come options as 'key=value', not {words[1]}"
+                f"DATA.DATASETS: {name}: after the image folder only options 'key=value' may follow, not {words[1]}"
             )
         return _call(dataset_coco.load, f"DATA.DATASETS: {name}", name, cfg, class_names, training, **options)
     return load_format(spec, cfg, name, class_names, training)
@@ -97,7 +98,7 @@ def load_format(
 
 
 def _call(load: Callable[..., DatasetSplit], where: str, *args: Any, **options: Any) -> DatasetSplit:
-    """load(*args, **options), with one line for options that it does not take."""
+    """load(*args, **options); a UserError of one line names an option that the function does not take."""
     try:
         inspect.signature(load).bind(*args, **options)
     except TypeError as e:
@@ -109,7 +110,7 @@ def _call(load: Callable[..., DatasetSplit], where: str, *args: Any, **options: 
 
 
 def _call_own(load: Callable[..., DatasetSplit], where: str, *args: Any, **options: Any) -> DatasetSplit:
-    """As `_call`, for a function of the user's own, whose errors are told with their place in it."""
+    """As `_call`, for a user's function; its errors are reported with their source line."""
     try:
         split = _call(load, where, *args, **options)
     except UserError:
@@ -136,7 +137,7 @@ def _parse_spec(spec: Sequence[str], name: str) -> tuple[str, list[str], dict[st
 
 
 def load_training_split(cfg: Config) -> DatasetSplit:
-    """All sets of DATA.TRAIN as one. DATA.CLASS_NAMES, if set, chooses and orders the classes."""
+    """All sets of DATA.TRAIN as one split. DATA.CLASS_NAMES, if set, selects and orders the classes."""
     if not cfg.DATA.TRAIN:
         raise UserError("DATA.TRAIN names no data set to train on, e.g. --config DATA.TRAIN=coco_train2017")
     wanted = list(cfg.DATA.CLASS_NAMES)
@@ -160,7 +161,7 @@ def load_training_split(cfg: Config) -> DatasetSplit:
 
 
 def _check_same_classes(cfg: Config, split: DatasetSplit, strict: bool) -> None:
-    """Every class of the run must be in the set and, if strict, no other."""
+    """Raises UserError unless the set has every class of the run and, if strict, no other."""
     missing = [n for n, c in zip(split.class_names, split.category_ids) if c is None]
     if missing:
         raise UserError(
@@ -179,7 +180,7 @@ def _check_same_classes(cfg: Config, split: DatasetSplit, strict: bool) -> None:
 def load_validation_splits(cfg: Config) -> list[DatasetSplit]:
     """The sets of DATA.VAL, labels in the order of DATA.CLASS_NAMES if set, matched by name.
 
-    With MODE_RPN_ONLY each has the classes of its own annotations: proposals are of all of them.
+    With MODE_RPN_ONLY each set keeps the classes of its own annotations, since proposals are class-agnostic.
     """
     splits = []
     for name in cfg.DATA.VAL:
@@ -192,7 +193,7 @@ def load_validation_splits(cfg: Config) -> list[DatasetSplit]:
 
 
 def class_count_table(split: DatasetSplit) -> str:
-    """Objects of each class and images that show it, in label order, as many columns as keep it under 30 rows."""
+    """A table of the objects and images of each class in label order, with enough columns to stay under 30 rows."""
     objects, images = split.class_counts()
     rows = [[n, int(o), int(i)] for n, o, i in zip(split.class_names, objects, images)]
     total = ["all", int(objects.sum()), len(split.nonempty_images())]

@@ -1,4 +1,4 @@
-"""From annotations in COCO's form to the columns of a `DatasetSplit`: the way that every format takes."""
+"""Builds the columns of a `DatasetSplit` from annotations in COCO's form. Every format is loaded through here."""
 
 import json
 import os
@@ -50,8 +50,7 @@ COCO_KEYPOINTS = [
     "right_ankle",
 ]  # fmt: skip
 
-# Why an annotation that could be read is left out (index = code in the columns), in the order in which the reasons are
-# looked for.
+# Reasons to leave out an annotation that could be read (index = code in the columns), in the order of the checks.
 _KEPT, _IMAGE, _CATEGORY, _NO_PLACE, _EMPTY, _NO_OUTLINE = range(6)
 _REASONS = [
     "", REASONS["unknown image"], "category is unknown or not trained", REASONS["place"],
@@ -71,8 +70,8 @@ class AnnotationCollector:
         self.image_of_entry = array("i")  # number of the image id of each image entry
         self.image_numbers: dict = {}  # any image id -> number, in order of appearance
         self.category_numbers: dict = {}
-        # Whether images say which classes were looked for there; the image and category numbers of these, flat, and of
-        # classes with objects that are not annotated.
+        # Whether images list the classes that annotators looked for; the flat (image, category) numbers of these, and
+        # of classes with some objects not annotated.
         self.is_federated = False
         self.verified, self.incomplete = array("i"), array("i")
         # {key of coco_format.REASONS: how many} annotations, and parts of outlines, that cannot be used.
@@ -153,7 +152,7 @@ def order_categories(origin: str, categories: Any) -> tuple[list, list[str]]:
 
 
 def match_classes(origin: str, ids: list, names: list[str], class_names: Sequence[str]) -> list:
-    """The category id of each of the wanted classes, None for those that this file does not have."""
+    """The category id of each wanted class; None for classes missing from this file."""
     by_name = dict(zip(names, ids))
     matched = [by_name.get(n) for n in class_names]
     if not any(n in by_name for n in class_names):
@@ -210,7 +209,7 @@ def _trace_masks(
 
 
 def _gather_ragged(values: np.ndarray, starts: np.ndarray, sizes: np.ndarray, backwards: np.ndarray) -> np.ndarray:
-    """Concatenates values[start : start + size], reversed where asked; in blocks, which bounds the index's memory."""
+    """Concatenates values[start : start + size], reversed where `backwards` is True; works in blocks to limit memory."""
     result = np.empty((int(sizes.sum()), *values.shape[1:]), values.dtype)
     done = 0
     for block in range(0, len(sizes), 1 << 16):
@@ -225,8 +224,8 @@ def _gather_ragged(values: np.ndarray, starts: np.ndarray, sizes: np.ndarray, ba
 def _bound_rings(
     vertices: np.ndarray, ring_sizes: np.ndarray, ring_owners: np.ndarray, rows: np.ndarray, sizes: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Rings that reach several times the image's size beyond it are clipped to the image: float32 could not compute
-    with a point at 1e30, nor anything draw a line to it. The others stay as they are."""
+    """Clips rings that reach several times the image's size beyond it to the image, because points as far as 1e30
+    overflow float32 and cannot be drawn. Other rings stay unchanged."""
     if not len(vertices) or not len(sizes) or np.abs(vertices).max() <= 4 * sizes.min():
         return vertices, ring_sizes, ring_owners
     known = rows[ring_owners] >= 0
@@ -246,7 +245,8 @@ def _bound_rings(
 def _check_coordinates(
     raw: AnnotationCollector, boxes: np.ndarray, used: np.ndarray, sizes: np.ndarray, rows: np.ndarray
 ) -> None:
-    """Refuses boxes (x1 y1 x2 y2) in 0..1, and warns of x1 y1 x2 y2 where x y width height should be."""
+    """Raises UserError for boxes normalised to 0..1; warns if boxes look like x1 y1 x2 y2 instead of x y width
+    height."""
     given = boxes[used].copy()
     given[:, 2:] -= given[:, :2]
     if not len(given):
@@ -261,7 +261,8 @@ def _check_coordinates(
 def build_columns(
     raw: AnnotationCollector, label_of_category: dict, mask_required: bool, num_keypoints: int
 ) -> tuple[dict[str, Any], Counter]:
-    """Sorts the annotations by image, checks them, orients and clips: the columns, and {reason: left out}."""
+    """Sorts annotations by image, checks them, orients and clips outlines -> the columns, and {reason: number left
+    out}."""
     entries, image_rows = _unique_images(raw)
     texts = [raw.image_entries[e] for e in entries]
     sizes = np.array([t[1:] for t in texts], np.int32).reshape(-1, 2)
@@ -292,7 +293,7 @@ def build_columns(
     has_box = np.asarray(raw.has_box, np.int8).astype(bool)
     has_outline = np.zeros(count, bool)
     has_outline[ring_owners] = True
-    wants = np.flatnonzero(~has_box[ring_owners])  # rings that must give their annotation a box
+    wants = np.flatnonzero(~has_box[ring_owners])  # rings whose annotation has no box and gets one from them
     if len(wants):
         points = _gather_ragged(vertices, ring_starts[wants], ring_sizes[wants], np.zeros(len(wants), bool))
         owners = np.repeat(ring_owners[wants], ring_sizes[wants])
@@ -361,8 +362,9 @@ def verified_columns(
     num_images: int,
     num_classes: int,
 ) -> dict[str, np.ndarray]:
-    """The columns first_verified int64 [num_images + 1] and verified int32: an image's labels that are `known`, but not
-    `incomplete`. Both are pairs of images and labels; pairs of no image (-1) or no class (0) are ignored."""
+    """The columns first_verified int64 [num_images + 1] and verified int32: for each image the labels in `known` but
+    not in `incomplete`. Both arguments are arrays of images and labels; pairs without an image (-1) or class (0) are
+    ignored."""
     size = np.int64(num_classes + 1)
 
     def codes(pairs: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
@@ -377,7 +379,8 @@ def verified_columns(
 
 
 def _keypoint_column(raw: AnnotationCollector, place: np.ndarray, count: int, num_keypoints: int) -> np.ndarray:
-    """float32 [count, K, 3]; the json's integer pixels become their centres, points of visibility 0 are all zero."""
+    """float32 [count, K, 3]. The json's integer pixel numbers become pixel centres; points of visibility 0 become
+    zeros."""
     column = np.zeros((count, num_keypoints, 3), np.float32)
     for number, points in raw.keypoints:
         if place[number] < 0:
@@ -398,7 +401,7 @@ def _keypoint_column(raw: AnnotationCollector, place: np.ndarray, count: int, nu
 def mirrored_keypoints(
     categories: list[dict], num_keypoints: int, pairs: Sequence[Sequence[str | int]] = ()
 ) -> np.ndarray:
-    """int64 [K], which keypoint each becomes in the mirrored image.
+    """int64 [K]: the number that each keypoint gets in a mirrored image.
 
     pairs: the left and right ones by name or number from 0 (KRCNN.FLIP_PAIRS); without any they are found by their
     names: left_eye and right_eye, LeftEye, l_eye, eye_L, "left eye" and the like.
@@ -459,7 +462,7 @@ def _check_keypoint_settings(cfg: Config, split: DatasetSplit, training: bool) -
 
 
 def count_keypoints(cfg: Config, origin: str, categories: list[dict], raw: AnnotationCollector) -> int:
-    """How many keypoints an object has; 0 without MODE_KEYPOINT."""
+    """The number of keypoints per object; 0 without MODE_KEYPOINT."""
     if not cfg.MODE_KEYPOINT:
         return 0
     listed = [c["keypoints"] for c in categories if c.get("keypoints")]
@@ -481,7 +484,7 @@ def count_keypoints(cfg: Config, origin: str, categories: list[dict], raw: Annot
 
 
 def _missing_images(folder: str, files: list[str]) -> np.ndarray:
-    """bool [n]: which files are not there; each directory is listed once instead of asking for each file."""
+    """bool [n]: which files are missing. Each directory is listed once, which is faster than checking each file."""
     listed: dict[str, set[str]] = {}
     missing = np.zeros(len(files), bool)
     for i, file in enumerate(files):
@@ -497,7 +500,7 @@ def _missing_images(folder: str, files: list[str]) -> np.ndarray:
 
 
 def leave_out_missing_images(cfg: Config, split: DatasetSplit, folder: str) -> None:
-    """Leaves out the images that are missing on disk if that is allowed, else names one."""
+    """Leaves out images that are missing on disk if the settings allow it; otherwise raises UserError."""
     files = unpack_texts(split.columns["file"])
     missing = np.flatnonzero(_missing_images(folder, files))
     if len(missing) == 0:
@@ -512,7 +515,7 @@ def leave_out_missing_images(cfg: Config, split: DatasetSplit, folder: str) -> N
 
 
 def report_split(split: DatasetSplit, seconds: float, examples: dict[str, str] | None = None) -> None:
-    """Logs what was read and, by reason, what of it was left out."""
+    """Logs the size of the split and, by reason, the number of annotations left out."""
     logger.info(
         f"{split.name}: {len(split)} images, {len(split.columns['labels'])} objects of {len(split.class_names)} "
         f"classes ({seconds:.1f} s)"
@@ -571,7 +574,7 @@ def make_split(
     training: bool,
     started: float,
 ) -> DatasetSplit:
-    """The split of everything that was collected; images that are missing on disk are an error, or left out."""
+    """The split made from the collected entries; images that are missing on disk are an error, or left out."""
     ids, names = order_categories(raw.origin, categories)
     category_ids = match_classes(raw.origin, ids, names, class_names) if class_names else ids
     label_of_category = {c: label for label, c in enumerate(category_ids, 1) if c is not None}

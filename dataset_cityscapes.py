@@ -38,9 +38,9 @@ def load(
 def read_cityscapes_content(directory: str | Path, split: str) -> dict[str, Any]:
     """Cityscapes' instances in COCO's form; image ids are <city>_<sequence>_<frame>, masks as run lengths.
 
-    They are those of the instance images (gtFine_instanceIds.png) where these are, else the polygons painted in the
-    file's order, so that a later object hides what lies behind it. Groups are crowd regions of their class. Objects
-    without a visible pixel do not exist. "void" of an image is the mask of what the benchmark does not score.
+    Masks come from the instance images (gtFine_instanceIds.png) where these exist; otherwise polygons are painted in
+    the file's order, so that later objects cover earlier ones. Groups become crowd regions of their class. Objects
+    without a visible pixel are left out. An image's "void" is the mask of regions that the benchmark does not score.
     """
     directory = Path(directory)
     ends = ("_gtFine_instanceIds.png", "_gtFine_polygons.json")
@@ -88,7 +88,8 @@ def _read_cityscapes_image(path: str) -> tuple[dict, list[dict]]:
 
 
 def _paint_cityscapes(path: str) -> np.ndarray:
-    """int32 [H, W] of the polygons: label number * 1000 + number of the instance, or the label of groups and stuff."""
+    """int32 [H, W] painted from polygons: label number * 1000 + instance number; groups and stuff have the label number
+    only."""
     content = read_json(path, "Cityscapes annotation")
     try:
         height, width = int(content["imgHeight"]), int(content["imgWidth"])
@@ -106,7 +107,7 @@ def _paint_cityscapes(path: str) -> np.ndarray:
     ids = np.zeros((height, width), np.int32)
     numbers: Counter = Counter()
     for label, polygon in objects:
-        if label == "license plate" or len(polygon) < 3:  # plates lie on cars and are no object of their own
+        if label == "license plate" or len(polygon) < 3:  # licence plates are parts of cars, not objects
             continue
         kind = label if label in LABEL_IDS else label.removesuffix("group")
         value = LABEL_IDS.get(kind)

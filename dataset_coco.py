@@ -1,4 +1,4 @@
-"""Data sets in COCO's format (https://cocodataset.org/#format-data): where they are, and reading their json."""
+"""Finds and reads data sets in COCO's format (https://cocodataset.org/#format-data)."""
 
 import difflib
 import functools
@@ -75,7 +75,7 @@ def find_files_of(cfg: Config, name: str) -> tuple[str, str]:
         kind = "person_keypoints" if cfg.MODE_KEYPOINT else "instances"
         annotation_file, folder = base / "annotations" / f"{kind}_{short}.json", base / COCO_FOLDERS[short]
         where = f"data set {name}"
-        # The layout of annotations/train.json and train/ is found by DATA.BASEDIR alone.
+        # annotations/train.json beside train/ is found without an entry in DATA.DATASETS.
         part = {"train2017": "train", "val2017": "val"}.get(short)
         plain = base / "annotations" / f"{part}.json", base / str(part)
         if part and not annotation_file.is_file() and plain[0].is_file():

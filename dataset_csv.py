@@ -48,8 +48,10 @@ def read_csv_content(
 
     The header names the columns: an image (image, file, filename, path, …), a label (label, class, …), and x1 y1 x2 y2
     (or xmin, left, …) in continuous pixels; iscrowd marks ignored regions. Without a header, the columns are image,
-    x1, y1, x2, y2, label. A row with an image alone is an image without objects. `classes` is a file of class names,
-    one a line, in the order of their ids; without it they are the labels that occur, sorted. `normalised`: coordinates
+    x1, y1, x2, y2, label. A row that names only an image is an image without objects. `classes` is a file of class
+    names,
+    one a line, in the order of their ids; without it the classes are the labels that occur, sorted. `normalised`:
+    coordinates
     are fractions of the image's width and height.
     """
     text = read_text(path, "csv of boxes")
@@ -97,7 +99,7 @@ def read_csv_content(
     ids = {n: i for i, n in enumerate(names, 1)}
     there = [n for n in boxes if os.path.exists(os.path.join(folder, n))]
     sizes = dict(zip(there, header_sizes([os.path.join(folder, n) for n in there]).tolist()))
-    # An image that is missing is counted by the caller, for whom its size does not matter.
+    # Missing images are counted by the caller, which does not use their size.
     images = [{"id": n, "file_name": n, "height": h, "width": w} for n in boxes for h, w in [sizes.get(n, (1, 1))]]
     annotations = [
         {"id": 0, "image_id": n, "category_id": ids[label], "bbox": box, "area": box[2] * box[3], "iscrowd": int(crowd)}

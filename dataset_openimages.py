@@ -30,7 +30,7 @@ __all__ = ["OpenImagesSplit", "load", "load_openimages"]
 
 _SIDES = ("XMin", "YMin", "XMax", "YMax")
 
-# Rises when the meaning of the cached columns changes.
+# Increase it when the meaning of the cached columns changes.
 _CACHE_VERSION = 3
 
 _OPEN_IMAGES_COLUMNS = (
@@ -40,7 +40,7 @@ _OPEN_IMAGES_COLUMNS = (
 
 
 class _Entries(Sequence):
-    """Entries of a COCO-like list, made one at a time: millions of them at once would fill the memory."""
+    """A COCO-like list whose entries are made when accessed: millions of entries would not fit into memory."""
 
     def __init__(self, number: int, make: Callable[[int], dict[str, Any]]):
         self._number, self._make = number, make
@@ -71,7 +71,7 @@ class OpenImagesSplit(DatasetSplit):
     def content(self) -> dict[str, Any]:
         """The published files in COCO's form, unchecked: boxes in pixels, group-of as iscrowd, unknown classes None.
 
-        "images" and "annotations" are sequences that make their entries when asked. File names are relative to
+        "images" and "annotations" are sequences that make their entries when accessed. File names are relative to
         `image_root`; images that are not on disk are taken to be 1000 x 1000.
         """
         files = find_files(self.directory, self.split)
@@ -118,7 +118,7 @@ class OpenImagesSplit(DatasetSplit):
         }  # fmt: skip
 
     def image_root(self) -> str:
-        """The folder that holds all images, in folders of its own if there are several."""
+        """The folder that contains all images, possibly in subfolders."""
         return self.folders[0] if len(self.folders) == 1 else os.path.commonpath(self.folders)
 
     def _result_rows(self, results: Iterable[dict]) -> Iterable[dict]:
@@ -154,8 +154,8 @@ class OpenImagesSplit(DatasetSplit):
         """The official metrics: oid-v2/mAP and, with a hierarchy, oid-challenge/mAP, with masks oid-challenge-segm/mAP;
         each with AP_per_class/<class name>. Images missing on disk are not scored.
 
-        For the challenges a detection counts for the ancestors of its class too, unless the set was loaded with
-        expand=True: a model of such boxes finds the ancestors by itself.
+        For the challenges each detection is copied to the ancestors of its class, unless the set was loaded with
+        expand=True: a model trained on such boxes predicts ancestors itself.
         """
         results = [r for r in results if r["category_id"] is not None]
         masked = (
@@ -247,7 +247,7 @@ def load_openimages(
         expand: add a box for each ancestor class of the hierarchy, as in the challenges' ground truth; to train on
             with FRCNN.FEDERATED_LOSS, which lets an object have several labels.
         masks: trace the segmentation masks into outlines.
-        need_masks: leave out the boxes without a mask that are no crowd region.
+        need_masks: leave out boxes without a mask, except crowd regions.
         keep_missing: go on without images that are missing on disk, instead of an error.
         check_images: False: do not look for the images; their sizes then come from <split>-image-sizes.csv.
 
@@ -261,7 +261,7 @@ def load_openimages(
         raise UserError(f"Open Images {directory}: group_of={group_of!r} must be ignore, object or drop")
     files = find_files(directory, split)
     if list(class_names) == read_classes(files.classes)[1]:
-        class_names = ()  # a model of all classes shares the cache of its training
+        class_names = ()  # all classes, in the usual order: use the same cache as for training
     size_file = directory / f"{split}-image-sizes.csv"
     folders = _image_folders(directory, split, image_folder) if check_images else [directory / split]
     sources = [p for p in (*files, size_file if size_file.is_file() else None) if p is not None]
@@ -366,11 +366,11 @@ def _read_cache(directory: Path, entry: str, stamps: dict) -> tuple[dict | None,
         try:
             meta = json.loads((folder / "meta.json").read_text())
             if meta["stamps"] == stamps:
-                # Plain views: slicing a numpy.memmap costs several times as much, and pickling one would copy it too.
+                # Plain arrays: slicing a numpy.memmap is several times slower, and pickling one would copy it.
                 names = _OPEN_IMAGES_COLUMNS
                 return {n: np.asarray(np.load(folder / f"{n}.npy", mmap_mode="r")) for n in names}, meta
         except (OSError, EOFError, ValueError, KeyError):
-            continue  # missing or damaged: made again
+            continue  # missing or damaged: the caller makes it again
     return None, {}
 
 
@@ -380,7 +380,8 @@ def _write_cache(directory: Path, entry: str, stamps: dict, columns: dict, meta:
         temporary = old = parent
         try:
             parent.mkdir(parents=True, exist_ok=True)
-            # Process numbers are not unique among machines, containers and a process that was killed.
+            # Process numbers are not unique: other machines or containers, or an earlier killed process, may have the
+            # same.
             temporary = Path(tempfile.mkdtemp(dir=parent, prefix=f".{entry}."))
             os.chmod(temporary, 0o755)
             old = temporary.with_name(f"{temporary.name}.old")
@@ -405,7 +406,7 @@ def _write_cache(directory: Path, entry: str, stamps: dict, columns: dict, meta:
 
 
 def _pack(words: np.ndarray, before: bytes, after: bytes) -> tuple[np.ndarray, np.ndarray]:
-    """Bytes and offsets, as in dataset's columns of strings, of `before` + word + `after` for an array of bytes."""
+    """The strings `before` + word + `after` of an array of bytes, as one uint8 array and its offsets."""
     words = np.char.add(np.char.add(np.bytes_(before), words), np.bytes_(after)) if len(words) else words.astype("S1")
     table = words.view(np.uint8).reshape(len(words), -1)
     used = table != 0
@@ -413,7 +414,8 @@ def _pack(words: np.ndarray, before: bytes, after: bytes) -> tuple[np.ndarray, n
 
 
 def _read_open_images(files, class_ids: Sequence[str], kind: type) -> tuple[np.ndarray, dict, dict]:
-    """The sorted image ids, and the columns of the boxes and of the image labels, ImageID being the place in them."""
+    """The sorted image ids, and the columns of the boxes and of the image labels, with ImageID as index into the
+    ids."""
     known = {"ImageID": None, "LabelName": class_ids}
     boxes = read_columns(files.boxes, "box annotations", dict.fromkeys(_SIDES, kind) | {"IsGroupOf": np.int8}, known)
     ids = boxes.pop("ImageID values")
@@ -429,7 +431,7 @@ def _read_open_images(files, class_ids: Sequence[str], kind: type) -> tuple[np.n
 
 
 def _build_open_images(files, size_file: Path, folders: list[Path], options: dict) -> tuple[dict, dict]:
-    """The columns of a split from its csv files, and what else is known of it."""
+    """The columns of a split from its csv files, and the cache's further facts about it."""
     all_ids, all_names = read_classes(files.classes)
     class_names = options["classes"] or all_names
     if len(set(all_names)) < len(all_names):
@@ -459,7 +461,7 @@ def _build_open_images(files, size_file: Path, folders: list[Path], options: dic
         ancestors = read_ancestors(files.hierarchy, all_ids)
         rows, above = _related_classes(class_index, ancestors)
         source, class_index = np.concatenate([source, rows]), np.concatenate([class_index, above])
-        # A class that is there implies its ancestors, one that is not there excludes its descendants.
+        # A class that is present implies its ancestors; a class that is absent excludes its descendants.
         labels = _expand_image_labels(labels, ancestors)
     label = label_of[class_index]
     scale = sizes[:, [1, 0, 1, 0]].astype(np.float32)
@@ -490,7 +492,7 @@ def _build_open_images(files, size_file: Path, folders: list[Path], options: dic
     if len(order) and (np.diff(order) < 0).any():
         order = np.argsort(order, kind="stable")
         source, label = source[order], label[order]
-    number_of = np.cumsum(present) - 1  # the row of each listed image among those that are there
+    number_of = np.cumsum(present) - 1  # the row of each listed image among the images on disk
     there = np.flatnonzero(present)
     first_ring, first_vertex, vertices = _outline_columns(outlines, source)
     columns = {
@@ -521,14 +523,15 @@ def _build_open_images(files, size_file: Path, folders: list[Path], options: dic
 
 
 def _related_classes(classes: np.ndarray, related: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """All pairs (row of `classes`, class that `related` [C, C] has for its class); a class of -1 has none."""
+    """All pairs (row of `classes`, class related to that row's class by `related` [C, C]); a class of -1 has no
+    pairs."""
     rows = np.flatnonzero(classes >= 0)
     found = range_indices(to_offsets(related.sum(1)), classes[rows])
     return np.repeat(rows, related.sum(1)[classes[rows]]), np.nonzero(related)[1][found].astype(np.int32)
 
 
 def _expand_image_labels(labels: dict[str, np.ndarray], ancestors: np.ndarray) -> dict[str, np.ndarray]:
-    """The image labels and those they imply."""
+    """The image labels, together with the labels that they imply through the hierarchy."""
     positive = labels["Confidence"] > 0.5
     rows, classes = zip(*(
         (which[row], implied)
@@ -544,7 +547,8 @@ def _expand_image_labels(labels: dict[str, np.ndarray], ancestors: np.ndarray) -
 def _open_images_on_disk(
     ids: np.ndarray, size_file: Path, folders: list[Path], check: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For each image id: bool, whether it is there; int16, in which folder; int32 [n, 2], height and width."""
+    """For each image id: whether the file exists (bool), its folder's index (int16), height and width (int32 [n,
+    2])."""
     present, folder = np.full(len(ids), not check), np.zeros(len(ids), np.int16)
     sizes = np.ones((len(ids), 2), np.int32)
     if check:
@@ -571,7 +575,7 @@ def _open_images_on_disk(
 
 
 def _open_images_masks(files, ids, class_ids, split, image, class_index, boxes, sizes, present):
-    """Outlines of the boxes with a mask: rows [K] ascending, and for each a list of rings in the image's pixels."""
+    """Outlines of the boxes with a mask: their rows [K], ascending, and for each a list of rings in pixels."""
     rows = read_columns(
         files.masks, "segmentation masks", dict.fromkeys(("BoxXMin", "BoxYMin", "BoxXMax", "BoxYMax"), np.float32),
         {"ImageID": [i.decode() for i in ids], "LabelName": class_ids}, ["MaskPath"],
@@ -594,15 +598,15 @@ def _open_images_masks(files, ids, class_ids, split, image, class_index, boxes, 
         return [_simplified(ring) * stretch for ring in polygons.mask_to_rings(bitmap)]
 
     if len(names) > 10000:
-        logger.info(f"{files.masks}: tracing {len(names)} masks, which is done once")
+        logger.info(f"{files.masks}: tracing {len(names)} masks; the result is cached")
     rings = in_threads(trace, range(len(names)), os.cpu_count() or 1, "outlines of masks")
     order = np.argsort(box_rows, kind="stable")
     return box_rows[order], [rings[k] for k in order]
 
 
 def _simplified(ring: np.ndarray) -> np.ndarray:
-    """A ring along pixel borders without the steps of its slanted sides: a sixth of the vertices, at most a pixel (or
-    a hundredth of its extent) from the original. Two million masks with every pixel's corner take 12 GB."""
+    """Simplifies a ring along pixel borders to about a sixth of its vertices, at most a pixel (or a hundredth of its
+    extent) from the original. Two million masks with all their pixel corners would take 12 GB."""
     tolerance = min(1.0, 0.01 * float(np.ptp(ring, axis=0).max()))
     simple = cv2.approxPolyDP(ring[:, None], tolerance, True)[:, 0]
     return simple if len(simple) >= 3 else ring

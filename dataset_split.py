@@ -1,7 +1,7 @@
-"""What a data set is to the rest of the program.
+"""The in-memory form of a data set.
 
-A `DatasetSplit` holds a whole annotation file as a few NumPy columns, so that 118,000 images take
-some hundred megabytes once, in memory that all data workers share, instead of gigabytes of Python objects in each.
+A `DatasetSplit` holds a whole annotation file as a few NumPy columns. 118,000 images take a few hundred megabytes,
+shared by all data workers, instead of gigabytes of Python objects in each.
 """
 
 import json
@@ -34,9 +34,9 @@ __all__ = [
 
 _BLOCK = 4096  # images
 
-EVERY_CLASS = -1  # as a verified label of an image
+EVERY_CLASS = -1  # an image's verified label
 
-MIN_SIDE = 0.01  # pixels; boxes with a shorter side inside the image are left out: too small for float32 offsets
+MIN_SIDE = 0.01  # pixels; boxes with a shorter side inside the image are left out: too small for float32 deltas
 
 
 class Objects(NamedTuple):
@@ -55,7 +55,7 @@ class Objects(NamedTuple):
 
 
 class DatasetSplit:
-    """One set of images with annotations, as columns. Made by `load_split`; see `Objects` for an image's content.
+    """One set of images with annotations, as columns. Made by `load_split`; `Objects` holds one image's annotations.
 
     Attributes:
         name: as in the settings.
@@ -148,13 +148,12 @@ class DatasetSplit:
         }  # fmt: skip
 
     def is_federated(self) -> bool:
-        """Whether the set says of each image which classes people looked for there (Open Images, LVIS)."""
+        """Whether the set lists for each image the classes that annotators looked for (Open Images, LVIS)."""
         return self.columns["first_verified"] is not None
 
     def verified_classes(self, i: int) -> np.ndarray:
-        """bool [C + 1]: the background, and the classes of which image i shows no object beside the annotated ones.
-
-        Of the others nobody knows. A set that is not federated is annotated for all its classes.
+        """bool [C + 1]: True for the background and for the classes of which all objects in image i are annotated. For
+        other classes it is unknown whether the image shows them. All True for a set that is not federated.
         """
         c = self.columns
         verified = np.full(len(self.class_names) + 1, c["first_verified"] is None)
@@ -182,7 +181,8 @@ class DatasetSplit:
         c = self.columns
         size = len(self.class_names) + 1
         objects, images = np.zeros(size, np.int64), np.zeros(size, np.int64)
-        # Blocks of images, so that a table of images and classes fits into the cache; sorting pairs takes far longer.
+        # Blocks of images, so that a table of images and classes fits into the CPU cache; this is far faster than
+        # sorting pairs.
         for start in range(0, len(self), _BLOCK):
             first = c["first_object"][start : start + _BLOCK + 1]
             solid = ~c["crowd"][first[0] : first[-1]]
@@ -202,7 +202,7 @@ class DatasetSplit:
         return self.category_ids.index(category_id) + 1 if category_id in self.category_ids else None
 
     def content(self) -> dict[str, Any]:
-        """The ground truth as it stands in its files, in COCO's form."""
+        """The ground truth as read from its files, in COCO's form."""
         return self.read_content() if self.read_content else read_document(self.annotation_file)
 
     def evaluate(
@@ -232,7 +232,7 @@ class DatasetSplit:
         return {name: value for name, value in metrics.items() if "/num_" not in name}
 
     def move_columns(self, moved: "DatasetSplit") -> None:
-        """Takes the columns of an equal split, e.g. a copy in shared memory, so that its own memory can go."""
+        """Replaces the columns by those of an equal split, e.g. in shared memory, so that its own memory is freed."""
         self.columns = moved.columns
 
 
@@ -278,12 +278,12 @@ def concatenate_splits(splits: Sequence[DatasetSplit]) -> DatasetSplit:
         "+".join(s.name for s in splits), first.annotation_file, folders, first.class_names, first.category_ids,
         columns, dict(dropped), sum(s.num_annotations for s in splits), first.keypoint_flip,
     )  # fmt: skip
-    joined.protocols = ()  # they are scored one by one, each in its own way
+    joined.protocols = ()  # each set is scored separately by its own protocol
     return joined
 
 
 def select_images(columns: dict[str, Any], images: np.ndarray) -> dict[str, Any]:
-    """The columns of these images alone, in this order."""
+    """A split of only these images, in this order."""
     c = columns
     objects = range_indices(c["first_object"], images)
     rings = range_indices(c["first_ring"], objects)
@@ -344,6 +344,6 @@ def to_offsets(counts: np.ndarray) -> np.ndarray:
 
 
 def range_indices(offsets: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Indices of everything that belongs to the rows: the ranges offsets[r] .. offsets[r + 1], one after the other."""
+    """The ranges offsets[r] .. offsets[r + 1] of all given rows, concatenated."""
     sizes = offsets[rows + 1] - offsets[rows]
     return np.arange(int(sizes.sum())) + np.repeat(offsets[rows] - (np.cumsum(sizes) - sizes), sizes)

@@ -49,14 +49,14 @@ def read_voc_content(
     """A VOC folder in COCO's form: image ids are the xml files' stems, category ids count from 1.
 
     Args:
-        directory: holds Annotations/, JPEGImages/ and ImageSets/Main/; or one of VOCdevkit's parents of that.
+        directory: holds Annotations/, JPEGImages/ and ImageSets/Main/; or a parent directory of it, such as VOCdevkit/.
         split: a list of ImageSets/Main, or of another folder of ImageSets by its name, such as "Segmentation/train";
             "" for every annotation.
         difficult: what to do with difficult objects: "ignore" (as regions that are neither right nor wrong), "object".
         masks: give the objects of images with a SegmentationObject/<stem>.png their masks.
 
-    VOC's pixels are 1-based and inclusive, so a box spans [xmin - 1, xmax). Classes are VOC's twenty if these suffice,
-    else all names that occur in Annotations/, sorted.
+    VOC's pixels are 1-based and inclusive, so a box spans [xmin - 1, xmax). Classes are VOC's
+    twenty if no other occurs, else all names that occur in Annotations/, sorted.
     """
     directory = _voc_directory(Path(directory))
     if difficult not in ("ignore", "object"):
@@ -80,7 +80,7 @@ def read_voc_content(
             height, width = (int(read_number(root.findtext(f"size/{k}") or 0)) for k in ("height", "width"))
             if (height < 1 or width < 1) and (folder / file_name).is_file():
                 height, width = image_header_size(folder / file_name)
-            height, width = max(1, height), max(1, width)  # of a missing image, which the caller counts
+            height, width = max(1, height), max(1, width)  # missing images are counted by the caller
             images.append({"id": stem, "file_name": file_name, "height": height, "width": width})
             drawn = directory / "SegmentationObject" / f"{stem}.png"
             numbers = _read_voc_numbers(drawn, height, width) if masks and drawn.is_file() else None
@@ -139,8 +139,8 @@ def _images_by_stem(folder: Path) -> dict[str, str]:
 
 
 def _file_of(given: str, stem: str, folder: Path, files: dict[str, str]) -> str:
-    """The image of an xml file: what its <filename> says, with the folders of another machine left out, with a suffix;
-    else the image that has the name of the xml file."""
+    """The image of an xml file: its <filename> or the last part of that, with a suffix added if it has none; else the
+    image with the xml file's name."""
     given = given.strip()
     plain = given.replace("\\", "/").rpartition("/")[2]
     for name in (given, plain):
@@ -152,8 +152,8 @@ def _file_of(given: str, stem: str, folder: Path, files: dict[str, str]) -> str:
 def _read_voc_numbers(path: Path, height: int, width: int) -> np.ndarray:
     """uint8 [H, W] of a segmentation image: 0 background, 255 border, else the object's place in the xml file.
 
-    The image has VOC's palette, in which the bits of a number are dealt to red, green, blue, red, … from the highest
-    bit of the colour on; or one channel, with the number itself.
+    The image has VOC's palette, in which a number's bits go to red, green, blue, red, … in turn, filling each colour
+    from its highest bit; or one channel, with the number itself.
     """
     image = decode_image(path, cv2.IMREAD_UNCHANGED, f"VOC segmentation {path}")
     if image.shape[:2] != (height, width):
@@ -196,7 +196,7 @@ def _voc_directory(directory: Path) -> Path:
 
 
 def _read_xml(path: Path) -> ElementTree.Element:
-    """The root. Encodings that the parser does not know, such as gb2312, are those of Python."""
+    """The root element. Encodings that the parser does not support, such as gb2312, are decoded by Python."""
     try:
         content = path.read_bytes()
         try:

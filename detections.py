@@ -1,4 +1,4 @@
-"""What was found in one image: from the graph's outputs to the frame of the image file, and to COCO results.
+"""Detections of one image: converts the graph's outputs to the frame of the image file and to COCO results.
 
 Masks are pasted as in Mask R-CNN (He et al., 2017): the M x M probabilities are resampled bilinearly over the box and
 thresholded. Masks of whole images are COCO's compressed run-length encoding (RLE), see utils/polygons.py.
@@ -26,7 +26,7 @@ Rle = dict[str, Any]  # {"size": [height, width], "counts": str}
 
 
 class Detections(NamedTuple):
-    """What was found in one image, in the frame of the image file, by descending score."""
+    """The detections of one image, in the frame of the image file, by descending score."""
 
     boxes: np.ndarray  # float32 [D, 4], x1 y1 x2 y2 inside the image
     scores: np.ndarray  # float32 [D]
@@ -51,9 +51,9 @@ def paste_counts(
 ) -> list[np.ndarray]:
     """The first half of `paste_masks`: uncompressed RLE counts, uint32 [number of runs], of every mask.
 
-    No image-sized array is made. Down one pixel column a pasted mask is a piecewise linear function with a knot at
-    each of the M cell centres, so its runs end where a piece crosses the threshold: M + 1 pieces per column are looked
-    at instead of all pixels, and the result is that of evaluating every pixel.
+    No image-sized array is made. Along a pixel column a pasted mask is piecewise linear with a knot at each of the M
+    cell centres, so runs end where a piece crosses the threshold. Evaluating M + 1 pieces per column gives the same
+    result as evaluating every pixel.
     """
     cells = np.zeros((len(masks), masks.shape[2] + 2, masks.shape[1] + 2), np.float32)  # [D, x, y], a rim of zeros
     cells[:, 1:-1, 1:-1] = np.swapaxes(masks, 1, 2)
@@ -77,14 +77,15 @@ def _counts(cells: np.ndarray, box: list[float], height: int, width: int, thresh
     values *= (position - left).astype(np.float32)[:, None]
     values += cells[left]  # [columns, M + 2]
     inside = values >= threshold
-    # The pieces in which a run begins or ends; the rim is outside, so every column has an even number of them.
+    # Pieces in which a run begins or ends; the rim is below the threshold, so their number in a column is even.
     pieces = cells.shape[1] - 1
     column, knot = np.divmod(np.flatnonzero(inside[:, 1:] != inside[:, :-1]), pieces)
     before, after = values[column, knot].astype(np.float64), values[column, knot + 1].astype(np.float64)
     crossing = y1 + cell_h * (knot - 0.5 + (threshold - before) / (after - before)) - 0.5  # in pixel centres
     row = np.where(after > before, np.ceil(crossing), np.floor(crossing) + 1)
     starts = (column + first) * height + np.clip(row, 0, height).astype(np.int64)
-    # Changes at the same pixel cancel in pairs: runs between two centres, and runs that go on in the next column.
+    # Two changes at the same pixel cancel: runs that fall between two centres, and runs that continue in the next
+    # column.
     groups = np.flatnonzero(np.diff(starts, prepend=-1))
     odd = np.diff(groups, append=len(starts)) % 2 == 1
     counts = np.diff(starts[groups[odd]], prepend=0, append=height * width)
@@ -98,12 +99,12 @@ def to_original_frame(
 
     Args:
         outputs: boxes [D, 4], scores [D], labels [D] and, where the model has them, masks [D, M, M] and keypoints
-            [D, K, 3]; an entry `count` says that only the first rows are detections.
+            [D, K, 3]; an entry `count` gives the number of rows that are detections.
         resized_hw: valid height and width of the image that the predictor saw, without padding.
         original_hw: height and width of the image file.
 
-    Boxes are scaled along each axis and clipped to the image; those left without area are no detections. Masks are
-    sampled in the original frame, so their outline has the resolution of the file.
+    Boxes are scaled along each axis and clipped to the image; boxes left without area are dropped. Masks are sampled in
+    the original frame, so their outline has the resolution of the file.
     """
     count = int(outputs.get("count", len(outputs["boxes"])))
     height, width = int(original_hw[0]), int(original_hw[1])
@@ -131,7 +132,8 @@ def coco_results(
 ) -> list[dict[str, Any]]:
     """One image's detections as entries of a COCO results file.
 
-    Scores keep float32 precision, boxes 1e-4 pixel, so that scoring the written file equals scoring these entries.
+    Scores are rounded to float32 precision and boxes to 1e-4 pixel, so the written file gives the same scores as these
+    entries.
     Keypoints count pixels as COCO does: the centre of the first one is 0, not 0.5. A class missing from the
     annotations has category_id None.
     """

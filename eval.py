@@ -42,9 +42,9 @@ RESULT_KEY = {"bbox": "bbox", "segm": "segmentation", "keypoints": "keypoints"}
 
 
 def write_results(path: str | os.PathLike, results: Iterable[dict[str, Any]]) -> None:
-    """Writes a COCO results file, one entry a line, without ever holding its whole text.
+    """Writes a COCO results file, one entry per line, without holding the whole text in memory.
 
-    Entries of category_id None, a class that the annotations do not have, are counted and left out.
+    Entries of category_id None (a class missing from the annotations) are counted and left out.
     """
     unknown = 0
     with atomic_write(path) as f:
@@ -61,7 +61,7 @@ def write_results(path: str | os.PathLike, results: Iterable[dict[str, Any]]) ->
 
 
 def read_results(path: str | os.PathLike, ground_truth: Any) -> list[dict[str, Any]]:
-    """A COCO results file whose every entry was checked against the ground truth's images and classes."""
+    """The entries of a COCO results file, checked against the ground truth's images and classes."""
     return as_results(read_json(path, "results file"), _read_ground_truth(ground_truth)[0], f"results file {path}")
 
 
@@ -84,8 +84,9 @@ def evaluate_coco(
     Returns {"bbox/AP": …, "bbox/AP50": …, "bbox/AP_per_class/<class name>": …, "segm/AP": …, …}. A number that has no
     ground truth to be computed from is nan; without any detection it is 0.
 
-    The ids in the file only need to tell things apart: categories and images get new numbers, as do annotations,
-    whose ids are ignored (COCOeval takes a match with annotation 0 for no match, and merges annotations of one id).
+    Ids in the file may be any distinct values: categories, images and annotations get new numbers. The ids of
+    annotations are ignored, because COCOeval treats a match with annotation 0 as no match and merges annotations with
+    equal ids.
     Missing `area` (of the mask, else of the box), `iscrowd` and `bbox` are filled in.
     """
     content, split_ids = _read_ground_truth(ground_truth)
@@ -130,7 +131,7 @@ def _read_ground_truth(ground_truth: Any) -> tuple[dict[str, Any], list | None]:
 def _renumber(content: dict[str, Any], image_ids: Sequence | None) -> tuple[dict, dict]:
     """{category id: 1..C} and {image id: {"id": 1..N, "height", "width"}}, both in the order of the old ids.
 
-    That order is COCOeval's own, which decides ties between equal scores.
+    COCOeval uses this order too; it decides ties between equal scores.
     """
 
     def order(ids: Iterable) -> list:
@@ -158,7 +159,7 @@ def _distinct_names(categories: list[dict[str, Any]]) -> dict[Any, str]:
 def _prepare_annotations(
     annotations: list[dict[str, Any]], images: dict, classes: dict, iou_types: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """The annotations of `images` with new ids and every field that COCOeval reads; the given ones stay untouched."""
+    """Copies of the annotations of `images` with new ids and every field that COCOeval reads."""
     prepared = []
     maskless = 0
     for a in annotations:
@@ -253,7 +254,7 @@ def _falloffs(points: int, given: Sequence[float], published: np.ndarray) -> np.
 
 def _truth_entry(annotation: dict, iou_type: str) -> dict:
     if iou_type == "segm" and annotation["segmentation"] is None:
-        # Without a mask nothing can be right or wrong here: its box becomes a region to ignore, like a crowd.
+        # Without a mask it cannot be matched: its box becomes an ignored region, like a crowd.
         x, y, w, h = annotation["bbox"]
         image = annotation["_image"]
         corners = [[x, y, x + w, y, x + w, y + h, x, y + h]]
@@ -262,7 +263,7 @@ def _truth_entry(annotation: dict, iou_type: str) -> dict:
 
 
 def _found_entry(detection: dict, iou_type: str, new_id: int) -> dict:
-    """A detection with the area that decides its size range: of what is scored, not of its box in any case."""
+    """A detection with the area that decides its size range: the area of the mask, box or keypoints that are scored."""
     key = RESULT_KEY[iou_type]
     if iou_type == "bbox" and detection.get("bbox") is None and detection.get("segmentation"):
         # COCO's mask results need no boxes: the mask has one.
@@ -291,7 +292,7 @@ def _coco(annotations: list[dict], images: Iterable[dict], categories: list[dict
 
 
 def _mean(values: np.ndarray) -> float:
-    """Mean of the entries that exist: COCOeval marks with -1 those without ground truth."""
+    """Mean of the valid entries: COCOeval marks entries without ground truth with -1."""
     values = values[values > -1]
     return float(np.mean(values)) if values.size else math.nan
 
@@ -314,7 +315,7 @@ def _summary(iou_type: str, precision: np.ndarray, recall: np.ndarray, params: A
 
 
 def format_scores(metrics: dict[str, float]) -> str:
-    """COCO's summary numbers as a table with a row for boxes, masks and keypoints each."""
+    """COCO's summary numbers as a table with one row each for boxes, masks and keypoints."""
     lines = []
     for names, iou_types in ((SUMMARY, ("bbox", "segm")), (KEYPOINT_SUMMARY, ("keypoints",))):
         rows = [
@@ -340,7 +341,7 @@ def _number(value: float) -> str:
     return "-" if math.isnan(value) else f"{value:.3f}"
 
 
-PROPOSAL_LIMITS = (100, 1000)  # proposals per image that count
+PROPOSAL_LIMITS = (100, 1000)  # numbers of proposals per image
 
 PROPOSAL_AREAS = {"": (0, 1e10), "s": (0, 32**2), "m": (32**2, 96**2), "l": (96**2, 1e10)}  # as COCOeval, ends included
 
@@ -355,16 +356,16 @@ def evaluate_proposals(
 
     Args:
         ground_truth, image_ids: as for `evaluate_coco`.
-        results: entries of a COCO results file, whose classes do not matter.
+        results: entries of a COCO results file; their classes are ignored.
         verbose: log the table.
 
-    Returns {"proposals/AR@100": …, "proposals/ARs@100": …, …}: the share of all objects that the best 100 (1000)
-    proposals of their images find, averaged over IoU 0.5, 0.55, …, 0.95; s, m and l of objects below 32^2 pixels, from
-    there to 96^2 and above; "R50" and "R75" at one IoU alone. A proposal finds one object at most. Crowd regions are no
-    objects. nan where there is no object.
+    Returns {"proposals/AR@100": …, "proposals/ARs@100": …, …}: the share of objects found by the best 100 (1000)
+    proposals of their images, averaged over IoU 0.5, 0.55, …, 0.95. s, m and l are for objects below 32^2 pixels, up to
+    96^2, and above; "R50" and "R75" are for a single IoU. A proposal finds at most one object. Crowd regions are left
+    out. nan if there is no object.
 
-    Proposals choose by their score, as detections do in COCOeval. detectron2 pairs proposals and objects by decreasing
-    IoU instead, which differs where several proposals compete for the same objects.
+    Proposals are matched in order of score, as detections in COCOeval. detectron2 matches them in order of IoU instead,
+    which differs where several proposals compete for the same objects.
     """
     content, split_ids = _read_ground_truth(ground_truth)
     classes, images = _renumber(content, split_ids if image_ids is None else image_ids)
@@ -411,9 +412,9 @@ def _finding_ranks(iou: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
     """iou [D, G] of one image's proposals, best first -> int64 [T, G]: how many proposals come before the one that
     finds the object at each threshold; the largest integer where none does.
 
-    Each proposal in turn takes the object of the largest IoU that is still free (of equal ones the last), as COCOeval
-    does it. Crowd regions and objects of other sizes, which COCOeval ignores, never take a proposal from an object
-    that counts, so they may be left out.
+    Each proposal in turn takes the unmatched object with the largest IoU (the last of equal ones), as in COCOeval.
+    Crowd regions and objects of other sizes, which COCOeval ignores, never take a proposal away from an object that is
+    scored, so they may be left out.
     """
     ranks = np.full((len(thresholds), iou.shape[1]), np.iinfo(np.int64).max)
     if iou.shape[1] == 0:

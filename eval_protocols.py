@@ -1,4 +1,4 @@
-"""The published protocols by name: one dict that data sets, training and tools/score.py share.
+"""The published evaluation protocols by name, in one dict for data sets, training and tools/score.py.
 
 A protocol is a function (content, results, iou_types=None, verbose=True) -> {name: float}: content as
 utils/coco_format.py types it, results in COCO's form. A number that has no ground truth is nan. To add one, write the
@@ -77,8 +77,9 @@ PROTOCOLS: dict[str, Callable[..., Scores]] = {
 
 
 def named_scores(mark: str, scores: dict[str, Any], ids: Sequence[str], names: Sequence[str]) -> Scores:
-    """What evaluate_voc or oid_eval.evaluate returns, by names: <mark>/mAP, and by class <mark>/AP_per_class/<name> and
-    the counts <mark>/num_gt/<name> …. A name that several classes share gets the id added."""
+    """The results of evaluate_voc or oid_eval.evaluate with class names for ids: <mark>/mAP, and for each class
+    <mark>/AP_per_class/<name> and the counts <mark>/num_gt/<name> …. If several classes share a name, the id is
+    added."""
     nan = float("nan")
     shown = [n if names.count(n) == 1 else f"{n} ({i})" for i, n in zip(ids, names)]
     metrics = {f"{mark}/mAP": nan if scores["mAP"] is None else scores["mAP"]}
@@ -89,7 +90,7 @@ def named_scores(mark: str, scores: dict[str, Any], ids: Sequence[str], names: S
 
 
 def only_images(content: dict[str, Any], ids: Iterable) -> dict[str, Any]:
-    """The content of these images alone."""
+    """The content restricted to these images."""
     wanted = set(ids)
     if len(wanted) == len(content["images"]):
         return content
