@@ -209,7 +209,8 @@ def _trace_masks(
 
 
 def _gather_ragged(values: np.ndarray, starts: np.ndarray, sizes: np.ndarray, backwards: np.ndarray) -> np.ndarray:
-    """Concatenates values[start : start + size], reversed where `backwards` is True; works in blocks to limit memory."""
+    """Concatenates values[start : start + size], reversed where `backwards` is True; works in blocks to limit
+    memory."""
     result = np.empty((int(sizes.sum()), *values.shape[1:]), values.dtype)
     done = 0
     for block in range(0, len(sizes), 1 << 16):

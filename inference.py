@@ -17,7 +17,7 @@ __all__ = ["Predictor", "inference_callable", "start_session"]
 
 
 def _averages_instead(scope: str) -> Callable:
-    """A getter of variables that gives the moving average (TRAIN.EMA_DECAY) of a variable where the graph has one."""
+    """A variable getter that returns a variable's moving average (TRAIN.EMA_DECAY) if the graph has one."""
     averages = {v.op.name: v for v in tf.global_variables() if v.op.name.startswith(AVERAGE_PREFIX)}
 
     def get(getter: Callable, name: str, **kwargs: Any) -> Any:
@@ -30,8 +30,8 @@ def _averages_instead(scope: str) -> Callable:
 def inference_callable(cfg: Config, device: str | None = None, scope: str = "", reuse: bool = False) -> Callable:
     """Adds the inference graph to the current one; returns attach(sess) -> predict(image, image_shape) -> outputs.
 
-    In the graph of a training (reuse) it shares the variables of a replica's scope, or uses their moving averages, of
-    which there is one copy, with TEST.USE_EMA.
+    In a training graph (reuse) it shares the variables of a replica's scope; with TEST.USE_EMA it uses their moving
+    averages, which exist once for all replicas.
 
     image uint8 [N,H,W,3], image_shape int32 [N,2]; the outputs are those of `build_inference` as arrays.
     """
@@ -50,7 +50,7 @@ def inference_callable(cfg: Config, device: str | None = None, scope: str = "", 
 
 
 def start_session(graph: Any, load: Callable[[Any], None]) -> Any:
-    """A session of `graph` with the weights that load(sess) puts there."""
+    """A session of `graph` with the weights that load(sess) assigns."""
     if problem := gpu_problem():
         logger.warning(problem)
     config = tf.ConfigProto(allow_soft_placement=True)
@@ -62,10 +62,10 @@ def start_session(graph: Any, load: Callable[[Any], None]) -> Any:
 
 
 class Predictor:
-    """predict(image, image_shape) -> outputs, over a graph and a session of its own."""
+    """predict(image, image_shape) -> outputs, with its own graph and session."""
 
     def __init__(self, cfg: Config, load: Callable[[Any], None]):
-        """load(sess) puts the weights into the session, in whose graph all variables exist."""
+        """load(sess) assigns the weights to the variables of the session's graph."""
         self.cfg = cfg
         with tf.Graph().as_default() as graph:
             attach = inference_callable(cfg)

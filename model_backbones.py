@@ -32,14 +32,14 @@ __all__ = ["backbone_stages", "check_backbone", "load_backbone_weights"]
 
 STRIDES = (4, 8, 16, 32)
 _SCOPE = "backbone"
-_PROBE_SIZE = 1024  # side of the image for which sizes of features are found; large beside what padding adds to maps
+_PROBE_SIZE = 1024  # side of the image for which feature sizes are computed; large, so that padding changes them little
 
 # Means and deviations of R, G, B on the 0..255 scale, and whether the network reads R, G, B or B, G, R.
 _IMAGENET = ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375), "rgb")
 _CAFFE = ((123.68, 116.779, 103.939), (1.0, 1.0, 1.0), "bgr")
 _MINUS_ONE_TO_ONE = ((127.5,) * 3, (127.5,) * 3, "rgb")
-# Families of Keras applications, the first that matches: images as they were trained on, and the layers that end a
-# block, the last of which at each stride is a feature (None: any layer).
+# Families of Keras applications (the first match is used): how their training images were normalised, and which layers
+# end a block. The last such layer of each stride is a feature (None: any layer).
 _FAMILIES = [
     (r"ResNet\d+V2", _MINUS_ONE_TO_ONE, r".*_preact_relu|post_relu"),
     (r"ResNet\d+", _CAFFE, r"conv\d_block\d+_out"),
@@ -55,7 +55,7 @@ _FAMILIES = [
     (r"RegNet", ((0.0,) * 3, (255.0,) * 3, "rgb"), r".*_exit_relu"),
     (r"", _MINUS_ONE_TO_ONE, None),
 ]
-# Keras' names of weights -> this project's; what ends in W decays.
+# Keras' weight names -> this project's; names ending in W get weight decay.
 _LEAVES = {"kernel": "W", "depthwise_kernel": "depthwise/W", "pointwise_kernel": "pointwise/W", "bias": "b",
            "moving_mean": "mean/EMA", "moving_variance": "variance/EMA"}  # fmt: skip
 
@@ -75,7 +75,7 @@ def backbone_stages(image, image_shape, cfg: Config):
 
 
 def check_backbone(cfg: Config) -> None:
-    """Raises UserError where BACKBONE.NAME or FEATURE_LAYERS name nothing usable; before anything expensive happens."""
+    """Raises UserError, before expensive work, if BACKBONE.NAME or FEATURE_LAYERS name nothing usable."""
     kind, _, name = cfg.BACKBONE.NAME.partition(":")
     if kind == "keras":
         _feature_layers(name, tuple(cfg.BACKBONE.FEATURE_LAYERS))
@@ -84,7 +84,8 @@ def check_backbone(cfg: Config) -> None:
 
 
 def load_backbone_weights(cfg: Config) -> dict[str, np.ndarray]:
-    """{variable: array} of the file BACKBONE.WEIGHTS: Keras' own .h5 for its networks, else what load_weights reads."""
+    """{variable: array} of the file BACKBONE.WEIGHTS: Keras' .h5 for its networks, else a file that load_weights
+    reads."""
     path = os.path.expanduser(cfg.BACKBONE.WEIGHTS)
     kind, _, name = cfg.BACKBONE.NAME.partition(":")
     if kind == "keras" and path.endswith((".h5", ".hdf5")):
@@ -98,14 +99,14 @@ def _own_function(cfg: Config) -> Callable:
 
 
 def _check_own_function(cfg: Config) -> None:
-    """Builds it on an image of known size and looks at what comes out."""
+    """Builds it for an image of known size and checks the shapes that it returns."""
     side = 256
     function = _own_function(cfg)
     with tf.Graph().as_default(), tf.variable_scope(_SCOPE):
         image = tf.zeros([1, side, side, 3], tf.as_dtype(cfg.TRAIN.PRECISION))
         try:
             features = function(image, cfg)
-        except Exception as e:  # whatever your own code raises
+        except Exception as e:  # a user's function may raise any exception
             raise UserError(f"setting BACKBONE.NAME={cfg.BACKBONE.NAME} raised {describe_error(e)}") from None
     wants = "must return a list of four tensors [N,H/4,W/4,C], [N,H/8,…], [N,H/16,…] and [N,H/32,…]"
     shapes = [f.shape.as_list() for f in features] if isinstance(features, (list, tuple)) else []
@@ -121,18 +122,18 @@ def _check_own_function(cfg: Config) -> None:
 # --------------------------------------------------------------------------------------------------- Keras applications
 @dataclass(frozen=True)
 class _Network:
-    """A Keras application as it was built in `graph`."""
+    """A Keras application, built in `graph`."""
 
     graph: Any
     model: Any
     graph_def: Any
-    start: str  # tensor behind the rescaling and normalisation layers that some networks open with
+    start: str  # tensor after the rescaling and normalisation layers at the start of some networks
     layers: dict[str, str]  # layer -> its output tensor, in order
     variables: dict[str, Any]  # operation name of the Keras variable -> variable
 
     @functools.cached_property
     def read_types(self) -> dict[str, Any]:
-        """{variable: the type in which the network reads it}; norms read float32 in half precision too."""
+        """{variable: dtype in which the network reads it}; norms read float32 also in half precision."""
         reads = [node for node in self.graph_def.node if node.op == "ReadVariableOp"]
         return {node.input[0]: tf.as_dtype(node.attr["dtype"].type) for node in reads}
 
@@ -146,14 +147,14 @@ def _family(application: str) -> tuple[tuple, str | None]:
 
 
 def _applications() -> dict[str, Callable]:
-    """The networks that tf_keras.applications has."""
+    """The names of the networks in tf_keras.applications."""
     found = inspect.getmembers(tf.keras.applications, inspect.isfunction)
     return {name: make for name, make in found if "include_top" in inspect.signature(make).parameters}
 
 
 @functools.cache
 def _network(application: str, precision: str) -> _Network:
-    """The application without its classifier, built for images of any size, its norms with frozen statistics."""
+    """The application without its classifier, built for images of any size, with frozen norm statistics."""
     known = _applications()
     if application not in known:
         near = nearest(application, known, 0.5, 3)
@@ -177,21 +178,22 @@ def _network(application: str, precision: str) -> _Network:
     layers = {layer.name: layer.get_output_at(-1).name for layer in model.layers}
     variables = {v.op.name: v for v in model.weights}
     graph_def = graph.as_graph_def()
-    for node in graph_def.node:  # without placement and order, which name operations that may be elsewhere later
+    for node in graph_def.node:
+        # Device placement and control dependencies may name operations that do not exist later.
         node.ClearField("device")
         node.attr.pop("_class", None)
-        # Keras' swish: a gradient defined in Python, whose tensors are in the other graph; the plain one is as good.
+        # Keras' swish has a gradient defined in Python that refers to tensors of the other graph; use the plain one.
         node.attr.pop("_gradient_op_type", None)
         data = [i for i in node.input if not i.startswith("^")]
         del node.input[:]
         node.input.extend(data)
-        if precision == "bfloat16":  # which Keras 2 does not build for
+        if precision == "bfloat16":  # Keras 2 does not support it
             _half_to_bfloat16(node)
     return _Network(graph, model, graph_def, start, layers, variables)
 
 
 def _half_to_bfloat16(node):
-    """The same operation on the other 16-bit type."""
+    """The same operation for the other 16-bit dtype."""
     half, bfloat16 = tf.float16.as_datatype_enum, tf.bfloat16.as_datatype_enum
     for value in node.attr.values():
         if value.type == half:
@@ -205,7 +207,7 @@ def _half_to_bfloat16(node):
 
 @contextlib.contextmanager
 def _cpu_session_for_keras(graph):
-    """Keras runs the constants of some networks while it builds them; not in a session that takes a GPU's memory."""
+    """Keras evaluates constants of some networks while it builds them; this session does not occupy a GPU's memory."""
     with tf.Session(graph=graph, config=tf.ConfigProto(device_count={"GPU": 0})) as session:
         tf.keras.backend.set_session(session)
         try:
@@ -216,7 +218,7 @@ def _cpu_session_for_keras(graph):
 
 @functools.cache
 def _feature_layers(application: str, given: tuple[str, ...]) -> list[str]:
-    """The layers that give C2 to C5: the given ones, checked, or the last block of each stride."""
+    """The layers that give C2 to C5: the given layers after a check, or the last block of each stride."""
     network = _network(application, "float32")
     sizes = _layer_sizes(application)
     setting = f"setting BACKBONE.FEATURE_LAYERS of keras:{application}"
@@ -252,7 +254,7 @@ def _describe(size: tuple) -> str:
 
 @functools.cache
 def _layer_sizes(application: str) -> dict[str, tuple]:
-    """{layer: (height, width)} of the maps for an image of _PROBE_SIZE; () where the output is no map."""
+    """{layer: (height, width)} of the maps for an image of _PROBE_SIZE; () if the output is not a map."""
     network = _network(application, "float32")
     with tf.Graph().as_default():
         x = tf.placeholder(tf.float32, [1, _PROBE_SIZE, _PROBE_SIZE, 3])
@@ -276,7 +278,7 @@ def _variable_stages(application: str, given: tuple[str, ...]) -> dict[str, int]
     C2 to C5."""
     network = _network(application, "float32")
     features, sizes = _feature_layers(application, given), _layer_sizes(application)
-    # The stem ends with the last map that is larger than C2 and that C2 is computed from, else with the first map.
+    # The stem ends with the last map larger than C2 from which C2 is computed, or with the first map if there is none.
     before = _needed(network, [network.layers[features[0]]])
     larger = [
         layer for layer, output in network.layers.items()
@@ -299,7 +301,7 @@ def _own_name(keras_name: str) -> str:
 
 
 def _keras_stages(x, cfg: Config):
-    """Normalised image [N,H,W,3] of the compute type, channels in the network's order -> [C2, C3, C4, C5]."""
+    """Normalised image [N,H,W,3] of the compute dtype, channels in the network's order -> [C2, C3, C4, C5]."""
     backbone = cfg.BACKBONE
     application, given = backbone.NAME.partition(":")[2], tuple(backbone.FEATURE_LAYERS)
     network = _network(application, cfg.TRAIN.PRECISION)
@@ -326,7 +328,8 @@ def _keras_stages(x, cfg: Config):
 
 
 def _initial_values(application: str, names: Iterable[str]) -> dict[str, Any]:
-    """{variable: float32 tensor} as Keras would start it, from this graph's seed and the variable's name alone."""
+    """{variable: float32 tensor} with Keras' initial distribution, seeded only by this graph's seed and the variable's
+    name."""
     network = _network(application, "float32")
     starts = {name: network.variables[name].initial_value.name for name in names}
     graph_def = tf.GraphDef(versions=network.graph_def.versions)
@@ -342,15 +345,15 @@ def _initial_values(application: str, names: Iterable[str]) -> dict[str, Any]:
 
 
 def _keras_weights(path: str, application: str, given: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """What Keras loads from its file, of the variables that the features need, under this project's names."""
+    """The variables that the features need, loaded by Keras from its file, under this project's names."""
     network, stages = _network(application, "float32"), _variable_stages(application, given)
     if not os.path.isfile(path):
         raise UserError(f"BACKBONE.WEIGHTS {path} does not exist; Keras publishes its files as …_notop.h5")
-    check_hdf5(Path(path))  # Keras believes whatever it declares
+    check_hdf5(Path(path))  # Keras does not check sizes that the file declares
     with network.graph.as_default(), _cpu_session_for_keras(network.graph) as session:
         try:
             network.model.load_weights(path)
-        except Exception as e:  # a damaged file can make Keras fail in any way
+        except Exception as e:  # for a damaged file Keras may raise any exception
             reason = str(e).splitlines()[0][:160] if str(e) else type(e).__name__
             raise UserError(
                 f"BACKBONE.WEIGHTS {path} does not fit keras:{application} without its classifier ({reason}); "
@@ -362,12 +365,12 @@ def _keras_weights(path: str, application: str, given: tuple[str, ...]) -> dict[
 
 # ------------------------------------------------------------------------------------------------------------ replaying
 def _tensor(name: str) -> str:
-    """The input of a node as a tensor's full name."""
+    """The full tensor name of a node's input."""
     return name if ":" in name else f"{name}:0"
 
 
 def _needed(network: _Network, tensors: Iterable[str]) -> set[str]:
-    """Names of the operations that the tensors are computed from, variables included, nothing before the start."""
+    """Names of the operations from which the tensors are computed, including variables, back to the start."""
     nodes = network.nodes
     todo, found = [t.partition(":")[0] for t in tensors], set()
     stop = network.start.partition(":")[0]
@@ -384,11 +387,11 @@ def _replay(
 ) -> list:
     """The tensors `wanted` of the network, computed in the current graph from the image x and the values of variables.
 
-    batch_norm(node, inputs) computes in place of norms with frozen statistics, if given.
+    batch_norm(node, inputs), if given, replaces norms with frozen statistics.
     """
     needed = _needed(network, wanted)
     values = {network.start: x}
-    waiting: list[Any] = []  # nodes to be imported together, before something needs their outputs
+    waiting: list[Any] = []  # nodes that are imported together as soon as an output of them is needed
     nodes = [node for node in network.graph_def.node if node.name in needed]
     used = {*wanted, *(_tensor(i) for node in nodes for i in node.input)}
 
@@ -409,7 +412,7 @@ def _replay(
         values.update(zip(outputs, imported))
         waiting.clear()
 
-    for node in nodes:  # in the order of their construction: inputs first
+    for node in nodes:  # in construction order: inputs come first
         if node.op == "VarHandleOp":
             continue
         if node.op == "ReadVariableOp":
@@ -428,7 +431,8 @@ def _replay(
 
 
 def _grouped_convolution(network: _Network, node, x, kernel):
-    """Keras compiles grouped convolutions with XLA, as functions of one operation: here they are ours."""
+    """Keras wraps each grouped convolution in a function compiled with XLA; this project's grouped convolution replaces
+    it."""
     function = next(f for f in network.graph_def.library.function if f.signature.name == node.attr["f"].func.name)
     conv = next(n for n in function.node_def if n.op == "Conv2D")
     stride, padding = conv.attr["strides"].list.i[1], conv.attr["padding"].s.decode()

@@ -38,12 +38,12 @@ def pairwise_iou(a, b):
     return tf.math.divide_no_nan(intersection, union)
 
 
-_PAIR_BUDGET = 1 << 23  # pairs of a box and a target that are looked at together: 32 MB per number of a pair
+_PAIR_BUDGET = 1 << 23  # pairs of a box and a target that are computed together: 32 MB for each float of a pair
 
 
 def _over_blocks(targets, num_pairs, step, initial, shapes):
-    """Runs state = step(block of targets [N,B,4], *state) over all targets [N,G,4], so many at once that the pairs,
-    `num_pairs` of each target number, fit the budget. No gradients. -> the last state."""
+    """Runs state = step(block of targets [N,B,4], *state) over all targets [N,G,4]. Blocks are as large as the budget
+    allows, with `num_pairs` pairs per target number. No gradients. -> the last state."""
     total = tf.shape(targets)[1]
     size = tf.maximum(_PAIR_BUDGET // tf.maximum(num_pairs, 1), 1)
 
@@ -62,16 +62,16 @@ def match_boxes(boxes, targets, counted=None):
     """The best target of each box and the best box of each target, by IoU. No gradients.
 
     boxes [N or 1,A,4], targets [N,G,4] (an empty one has IoU 0 with everything); counted bool [N,A]: the boxes among
-    which a target looks for its best, None: all. Memory grows with A + G, not with A · G.
+    which a target's best is found, None: all. Memory grows with A + G, not with A · G.
     -> IoU [N,A] of a box with its best target, index int32 [N,A] of that target, IoU [N,G] of a target with its best
-    box, and bool [N,A]: the box is the best of a target that it overlaps; of equally good ones, all are.
+    box, and bool [N,A]: the box overlaps a target and is its best (ties included).
     """
     images, num_boxes = tf.shape(targets)[0], tf.shape(boxes)[1]
 
     def step(block, start, best, match, best_of_target, is_best):
         iou = pairwise_iou(block, boxes)  # [N, B, A]
         best_here = tf.reduce_max(iou, 1)
-        better = best_here > best  # so that the first of equal ones stays
+        better = best_here > best  # of equal IoUs the first is kept
         index = tf.cast(tf.argmax(iou, 1, output_type=tf.int32), tf.float32) + tf.cast(start, tf.float32)
         match = tf.where_v2(better, index, match)
         if counted is not None:
@@ -86,7 +86,7 @@ def match_boxes(boxes, targets, counted=None):
             tf.maximum(is_best, tf.cast(is_best_here, tf.float32)),
         )
 
-    # All of the state is float32: what a loop carries of int32 and bool lies in host memory on GPUs.
+    # The whole state is float32: on GPUs, loops keep int32 and bool variables in host memory.
     shape = [images, num_boxes]
     initial = [tf.fill(shape, -1.0), tf.zeros(shape), tf.zeros([images, 0]), tf.zeros(shape)]
     known = [[targets.shape[0], None]] * 4
@@ -97,7 +97,7 @@ def match_boxes(boxes, targets, counted=None):
 
 
 def covered_share(boxes, regions):
-    """The largest share of a box's area that lies in one region: boxes [N or 1,A,4], regions [N,G,4] -> [N,A].
+    """The largest share of a box's area that one region covers: boxes [N or 1,A,4], regions [N,G,4] -> [N,A].
     Memory grows with A + G. No gradients."""
     images, num_boxes = tf.shape(regions)[0], tf.shape(boxes)[1]
 
@@ -127,7 +127,7 @@ def generalized_iou(a, b):
 
 
 def clip_boxes(boxes, image_shape):
-    """boxes [N, ..., 4] to the valid area; image_shape [N, 2] is height, width."""
+    """Clips boxes [N, ..., 4] to the valid area; image_shape [N, 2] is height, width."""
     limit = tf.cast(tf.stack([image_shape[:, 1], image_shape[:, 0]] * 2, axis=1), boxes.dtype)  # [N, 4]
     limit = tf.reshape(limit, [-1] + [1] * (boxes.shape.ndims - 2) + [4])
     return tf.minimum(tf.maximum(boxes, 0.0), limit)
@@ -136,7 +136,7 @@ def clip_boxes(boxes, image_shape):
 def encode_boxes(boxes, references, weights=(1.0, 1.0, 1.0, 1.0)):
     """Deltas that turn `references` into `boxes` (Girshick et al. 2014, eq. 6-9), times `weights`: [..., 4] each.
 
-    Degenerate references or boxes must be masked by the caller; sizes are floored so that no NaN arises from them.
+    The caller must mask degenerate references and boxes; sizes have a lower limit so that these give no NaN.
     """
     tiny = 1e-6
     wh_r = tf.maximum(references[..., 2:] - references[..., :2], tiny)
@@ -180,7 +180,7 @@ def anchors_of_level(feature_shape, stride, cells):
 
 # ---------------------------------------------------------------------------------------------------------- RoIAlign
 def pad_for_roi_align(features):
-    """Replicates the border pixel once, so that samples up to one pixel outside see it and those beyond see zero."""
+    """Replicates the border pixel once: samples up to one pixel outside read it, samples farther away read zero."""
     return tf.pad(features, [[0, 0], [1, 1], [1, 1], [0, 0]], "SYMMETRIC")
 
 
@@ -188,9 +188,9 @@ def roi_align(padded, boxes, image_index, spatial_scale, resolution, samples=2, 
     """RoIAlign (He et al. 2017, with the half-pixel shift of later systems).
 
     padded: features [N,H+2,W+2,C] of `pad_for_roi_align`; boxes [R,4] in image coordinates; image_index int32 [R].
-    Each of resolution^2 bins is the mean of samples^2 bilinear samples; samples=0 takes as many along each axis as a
-    bin has feature cells, rounded up (without gradient). No gradient to the boxes.
-    aligned=False is the original operation: pixel i's centre at coordinate i, sides of one feature cell at least.
+    Each of resolution^2 bins is the mean of samples^2 bilinear samples; samples=0: the number along each axis is the
+    bin's size in feature cells, rounded up (without gradient). No gradient to the boxes.
+    aligned=False is the original operation: pixel i's centre at coordinate i, sides of at least one feature cell.
     -> [R,resolution,resolution,C] in the features' type.
     """
     boxes = tf.stop_gradient(boxes) * spatial_scale
@@ -228,12 +228,12 @@ _ADAPTIVE_BUDGET = 1 << 16  # samples of one step of the loop: 64 MB at 256 chan
 
 
 def _adaptive_samples(padded, start, sides, shift, image_index, resolution):
-    """Means [R,M,M,C] over ceil(bin size) samples per axis and bin: RoIs of equal counts are pooled together."""
+    """Means [R,M,M,C] over ceil(bin size) samples per axis and bin; RoIs with equal counts are pooled together."""
     m = resolution
     channels = padded.shape[3]
     counts = tf.cast(tf.math.ceil(sides / float(m)), tf.int32)  # [R, 2] x, y
     empty = tf.reduce_any(counts <= 0, 1)  # no sample, hence 0
-    # Samples that far outside are 0 anyway, and a box that has diverged must not need unlimited memory.
+    # Samples that far outside are 0 in any case; the limit keeps a diverged box from taking unlimited memory.
     counts = tf.clip_by_value(counts, 1, 1 << 12)
     key = counts[:, 1] * (1 << 13) + counts[:, 0]
     order = tf.argsort(key, stable=True)
@@ -268,8 +268,8 @@ def roi_crop_and_resize(features, boxes, image_index, spatial_scale, resolution,
     """TensorFlow's crop_and_resize and max pooling, as in detectors written in TensorFlow before RoIAlign.
 
     features [N,H,W,C]; boxes [R,4] in image coordinates; image_index int32 [R]. (resolution · samples)^2 bilinear
-    samples lie on a grid that includes the box's edges, a coordinate i·stride being the centre of the map's cell i;
-    those outside the map are 0. Of each samples^2 the largest is taken. No gradient to the boxes.
+    samples lie on a grid that includes the box's edges; coordinate i·stride is the centre of the map's cell i. Samples
+    outside the map are 0. The maximum of each samples^2 is taken. No gradient to the boxes.
     -> [R,resolution,resolution,C] in the features' type.
     """
     count = tf.shape(boxes)[0]
@@ -285,16 +285,16 @@ def roi_crop_and_resize(features, boxes, image_index, spatial_scale, resolution,
     return tf.cast(crops[:count], features.dtype)
 
 
-_POOL_BUDGET = 1 << 25  # values of the map that one step of the loops gathers: 128 MB
+_POOL_BUDGET = 1 << 25  # map values gathered in one step of the loops: 128 MB
 
 
 def roi_pool(features, boxes, image_index, spatial_scale, resolution):
     """RoI max pooling (Girshick 2015, Fast R-CNN, section 2.1).
 
     features [N,H,W,C]; boxes [R,4] in image coordinates; image_index int32 [R]. A box's scaled corners are rounded to
-    the indices of its first and last cell, one cell at least; of resolution^2 bins, whose edges are rounded outwards,
-    each is the maximum over its cells inside the map, or 0 where there are none. The gradient goes to the largest
-    cell, in equal parts where several are; none to the boxes. -> [R,resolution,resolution,C] in the features' type.
+    the indices of its first and last cell (at least one cell). Edges of the resolution^2 bins are rounded outwards;
+    each bin is the maximum over its cells inside the map, or 0 without cells. The gradient goes to the largest cell, in
+    equal parts to ties; no gradient to the boxes. -> [R,resolution,resolution,C] in the features' type.
     """
     shape = tf.shape(features)
     bins = _pooling_bins(tf.stop_gradient(boxes) * spatial_scale, image_index, shape, resolution)
@@ -323,8 +323,8 @@ def _pooling_bins(boxes, image_index, map_shape, m):
 
 
 def _cells_of_bins(start, ends, corner, width, count, stride, channels):
-    """The bins from number `start` on whose cells fit the budget: -> number of the first bin left, and of all cells of
-    these bins, bin after bin, the bin counted from `start` and the row in [N·H·W, C]."""
+    """The bins from number `start` on whose cells fit the budget -> number of the next bin; and for all cells of these
+    bins, bin after bin, the bin's number minus `start` and the cell's row in [N·H·W, C]."""
     before = ends[start] - count[start]
     end = tf.searchsorted(ends, [before + max(1, _POOL_BUDGET // channels)], "right")[0]
     end = tf.maximum(end, start + 1)
@@ -339,8 +339,8 @@ def _cells_of_bins(start, ends, corner, width, count, stride, channels):
 
 @tf.custom_gradient
 def _max_over_bins(cells, corner, width, count, stride):
-    """cells float32 [N·H·W, C] and bins of `_pooling_bins` -> [B, C]. The cells of all bins together may be many times
-    the map, so they are gathered piece by piece, and again for the gradient."""
+    """cells float32 [N·H·W, C] and bins of `_pooling_bins` -> [B, C]. All bins together may have many times the map's
+    cells, so they are gathered piece by piece, and again for the gradient."""
     channels = int(cells.shape[1])
     ends = tf.cumsum(count)
     total = tf.size(count)
@@ -383,8 +383,8 @@ def pool_from_levels(levels, strides, boxes, image_index, pool, to_last_pixel=Fa
     """RoI features from the pyramid level that FPN's eq. 1 assigns to each box.
 
     levels: P2… as [N,H,W,C] each (or padded, as `pool` wants them); boxes [R,4]; image_index [R];
-    pool(level, boxes, image_index, spatial_scale) -> [R,M,M,C] is one of the operations above -> [R,M,M,C].
-    to_last_pixel pools x1 y1 x2-1 y2-1, as systems do whose x2, y2 are the index of the last pixel.
+    pool(level, boxes, image_index, spatial_scale) -> [R,M,M,C] is one of the operations above. -> [R,M,M,C].
+    to_last_pixel pools x1 y1 x2-1 y2-1, like systems in which x2, y2 are the indices of the last pixel.
     """
     level = fpn_level_of(boxes, len(levels))
     if to_last_pixel:
@@ -420,8 +420,8 @@ def greedy_nms(boxes, scores, groups, rescore, max_outputs, min_score):
 
     boxes [N,K,4]; scores [N,K] >= 0; groups int32 [N,K]: only boxes of one group lower each other's scores, None makes
     all of an image one; rescore(iou [N,K]) -> factors [N,K] in [0, 1]; boxes of scores > min_score >= 0 are taken
-    -> index int32 [N,T] into K and scores [N,T] as they were when taken, decreasing, both 0 from count int32 [N] on;
-    T = max_outputs. Groups do not influence each other: each group's boxes come out as if it were alone.
+    -> index int32 [N,T] into K, and lowered scores [N,T], decreasing; both are 0 from count int32 [N] on; T =
+    max_outputs. Each group's result is the same as if it were computed alone.
     """
     boxes, scores = tf.stop_gradient(boxes), tf.stop_gradient(scores)
     num_images, num_boxes = tf.shape(scores)[0], tf.shape(scores)[1]
@@ -457,15 +457,15 @@ def greedy_nms(boxes, scores, groups, rescore, max_outputs, min_score):
 
 
 # ------------------------------------------------------------------------------------------------------ mask targets
-_EDGE_BUDGET = 1 << 22  # columns of edges that are rasterised together: 16 MB per number of a column
+_EDGE_BUDGET = 1 << 22  # columns of edges that are rasterised together: 16 MB for each float of a column
 
 
 def rasterize_edges(edges, boxes, resolution):
     """Binary masks of polygons inside boxes, pixel for pixel those of COCO's rasteriser.
 
-    COCO's rasteriser works on a grid five times as fine: vertices go to its nearest points, edges become digital lines
-    there, and a column's pixels change from the first whose centre lies below the lower of the line's two points at
-    the column's centre.
+    COCO's rasteriser works on a grid five times as fine: vertices are rounded to grid points and edges become digital
+    lines. In a pixel column, the mask changes at the first pixel whose centre is below the lower of the line's two
+    points at the column's centre.
 
     edges [R,E,4]: directed outline edges x1 y1 x2 y2 of one instance each; zero-length edges are padding, and vertical
     edges change nothing and may be left out. boxes [R,4]. A pixel is inside where the winding number is not zero, so
@@ -490,8 +490,8 @@ def rasterize_edges(edges, boxes, resolution):
 
 
 def _rasterize_block(edges, boxes, m):
-    """`rasterize_edges` of so many RoIs that all their edges' columns fit into memory."""
-    # Exact halves round up in spite of float32's error: this is far below the distance of other values from a half.
+    """`rasterize_edges` for a number of RoIs whose edges' columns fit into memory."""
+    # Round exact halves up despite float32 error: the offset is far below the distance of any other value from a half.
     nudge = 1e-4
     size = tf.maximum(boxes[:, 2:] - boxes[:, :2], 0.1)
     corner = tf.concat([boxes[:, :2]] * 2, 1)[:, None, :]

@@ -1,4 +1,5 @@
-"""Cascade R-CNN's box branch (Cai & Vasconcelos 2018): three heads, each trained and run on the boxes of the last."""
+"""Cascade R-CNN's box branch (Cai & Vasconcelos 2018): three heads, each trained and run on the boxes of the one
+before."""
 
 from config import Config
 from model_box import clip_boxes, decode_boxes
@@ -35,7 +36,7 @@ def _refine(boxes, deltas, image_shape, reg_weights):
 def cascade_losses(pool, rois, batch, cfg: Config):
     """pool: boxes [N,R,4] -> RoI features [N·R,7,7,C]; rois: SampledRois of the first stage -> losses, stats.
 
-    Later stages label the refined boxes again at their own IoU, without sampling; boxes that became empty are left out.
+    Later stages label the refined boxes at their own IoU, without sampling; boxes that became empty are left out.
     """
     losses, stats = {}, {}
     stages = list(zip(cfg.CASCADE.IOUS, cfg.CASCADE.BBOX_REG_WEIGHTS))

@@ -14,9 +14,9 @@ def upsample_nearest_2x(x):
 
 
 def fpn(stages, cfg: Config):
-    """[C2, C3, C4, C5] with strides 4..32, even but for C5 -> [P2, P3, P4, P5, P6] of FPN.NUM_CHANNEL channels.
+    """[C2, C3, C4, C5] with strides 4..32, C2 to C4 of even sides -> [P2, P3, P4, P5, P6] of FPN.NUM_CHANNEL channels.
 
-    P6 subsamples P5 by 2 and serves the RPN only.
+    P6 subsamples P5 by 2 and is used by the RPN only.
     """
     channels, norm = cfg.FPN.NUM_CHANNEL, detector_group_norm(cfg) if cfg.FPN.NORM == "GN" else None
     options = {"norm": norm, "init": xavier_uniform_fan_in}

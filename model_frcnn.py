@@ -22,7 +22,7 @@ _SALT_ROI = (21, 22)  # for foreground and background
 
 class SampledRois(dict):
     """boxes [N,R,4], valid bool [N,R], labels int32 [N,R] (0 = background), match int32 [N,R]: index of the ground
-    truth a foreground RoI belongs to. Foreground RoIs come first, at most `fg_limit` (an int) of them."""
+    truth matched by a foreground RoI. Foreground RoIs come first, at most `fg_limit` (int) of them."""
 
 
 def label_rois(boxes, valid, batch, fg_thresh, counted=None):
@@ -37,15 +37,15 @@ def label_rois(boxes, valid, batch, fg_thresh, counted=None):
 
 
 def covered_by_crowd(boxes, batch, cfg: Config):
-    """boxes [N,R,4] -> bool [N,R]: more than CROWD_OVERLAP_THRESH of the box lies in a crowd region."""
+    """boxes [N,R,4] -> bool [N,R]: a crowd region covers more than CROWD_OVERLAP_THRESH of the box."""
     crowd = tf.logical_and(batch["gt_is_crowd"], batch["gt_labels"] > 0)
     crowd_boxes = tf.where_v2(crowd[..., None], batch["gt_boxes"], 0.0)
     return covered_share(boxes, crowd_boxes) > cfg.FRCNN.CROWD_OVERLAP_THRESH
 
 
 def sample_rois(proposals, valid, batch, cfg: Config):
-    """Adds the ground truth to the proposals and samples BATCH_PER_IM of them, FG_RATIO of which foreground at most,
-    the rest background of BG_THRESH_LO <= IoU < BG_THRESH_HI.
+    """Adds the ground truth to the proposals and samples BATCH_PER_IM of them: at most a share FG_RATIO of foreground,
+    the rest background with BG_THRESH_LO <= IoU < BG_THRESH_HI.
 
     proposals [N,P,4], valid bool [N,P] -> SampledRois and stats. No gradients.
     """
@@ -53,7 +53,7 @@ def sample_rois(proposals, valid, batch, cfg: Config):
     usable = usable_gt(batch)
     gt_boxes = tf.where_v2(usable[..., None], batch["gt_boxes"], 0.0)
     boxes = tf.stop_gradient(tf.concat([proposals, gt_boxes], 1))  # [N, P+G, 4]
-    # What an object's proposals reach leaves the objects themselves out: it measures the RPN.
+    # The recall of objects is measured without the added ground truth, since it describes the RPN.
     proposed = tf.concat([valid, tf.zeros_like(usable)], 1)
     valid = tf.concat([valid, usable], 1)
     threshold = cfg.CASCADE.IOUS[0] if cfg.FPN.CASCADE else frcnn.FG_THRESH
@@ -71,7 +71,7 @@ def sample_rois(proposals, valid, batch, cfg: Config):
     num_fg = tf.reduce_sum(tf.cast(fg_valid, tf.int32), 1, keepdims=True)
     bg_index, bg_valid = sample_per_image(background, frcnn.BATCH_PER_IM, batch["image_seed"], _SALT_ROI[1])
     bg_valid = tf.logical_and(bg_valid, tf.range(tf.shape(bg_index)[1])[None] < frcnn.BATCH_PER_IM - num_fg)
-    # Foreground first, then background, then what is not valid; a stable sort moves the gaps to the end.
+    # Foreground first, then background, then invalid rows; a stable sort moves these to the end.
     index = tf.concat([fg_index, bg_index], 1)
     kept = tf.concat([fg_valid, bg_valid], 1)
     size = tf.minimum(frcnn.BATCH_PER_IM, tf.shape(index)[1])
@@ -98,8 +98,8 @@ def sample_rois(proposals, valid, batch, cfg: Config):
 
 # --------------------------------------------------------------------------------------------------------------- heads
 def fastrcnn_head(features, cfg: Config):
-    """RoI features [R,7,7,C] -> [R,D] by the head that FPN.FRCNN_HEAD_FUNC names: one of BOX_HEADS, or your own
-    module:function of the same form (demo/own_head.py)."""
+    """RoI features [R,7,7,C] -> [R,D] by the head FPN.FRCNN_HEAD_FUNC: one of BOX_HEADS, or your own module:function
+    with the same arguments and result (demo/own_head.py)."""
     name = cfg.FPN.FRCNN_HEAD_FUNC
     head = BOX_HEADS[name] if name in BOX_HEADS else import_function(name, f"FPN.FRCNN_HEAD_FUNC={name}")
     return head(features, cfg)
@@ -150,7 +150,8 @@ def fastrcnn_outputs(feature, num_classes, class_agnostic):
 
 # -------------------------------------------------------------------------------------------------------------- losses
 def labels_of_rois(rois, batch, num_classes):
-    """bool [N,R,C+1]: the classes of each RoI. A foreground RoI has those of all boxes equal to the one it matches."""
+    """bool [N,R,C+1]: the classes of each RoI. A foreground RoI has the classes of all boxes equal to its matched
+    box."""
     one_hot = tf.one_hot(batch["gt_labels"], num_classes + 1)  # [N, G, C+1]
     equal = tf.reduce_all(tf.equal(batch["gt_boxes"][:, :, None], batch["gt_boxes"][:, None]), -1)  # [N, G, G]
     equal = tf.logical_and(equal, usable_gt(batch)[:, None])
@@ -160,11 +161,12 @@ def labels_of_rois(rois, batch, num_classes):
 
 
 def federated_class_losses(logits, own, verified):
-    """Cross entropy where each image is annotated for some classes only, and a RoI may have several.
+    """Cross entropy for images that are annotated for some classes only and RoIs that may have several classes.
 
     logits [N,R,C+1], own bool [N,R,C+1] (see `labels_of_rois`), verified bool [N,C+1] -> [N,R]: the mean over a RoI's
     classes i of -log(e^z_i / (e^z_i + sum of e^z_j over verified classes j not its own)), which is the usual cross
-    entropy when all are verified and one is its own. A logit that is not in the sum has no gradient. (Peng et al. 2020,
+    entropy if all classes are verified and the RoI has one class. A logit that is not in the sum has no gradient. (Peng
+    et al. 2020,
     "Large-Scale Object Detection in the Wild from Imbalanced Multi-Labels", do so with the classes of one box.)
     """
     others = tf.logical_and(verified[:, None], tf.logical_not(own))
@@ -192,7 +194,7 @@ def fastrcnn_losses(logits, deltas, rois, batch, reg_weights, cfg: Config, prefi
         class_losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels=flat_labels, logits=logits)
     class_losses = tf.where_v2(valid, tf.reshape(class_losses, shape), 0.0)
 
-    # Only foreground RoIs have a box target; they come first, so the background never enters the arithmetic.
+    # Only foreground RoIs have a box target; they come first, so the background is never computed.
     num_fg = tf.minimum(rois["fg_limit"], shape[1]) if rois["fg_limit"] is not None else shape[1]
     fg_labels = labels[:, :num_fg]
     is_fg = fg_labels > 0  # [N, F]
@@ -247,8 +249,8 @@ def decode_detections(boxes, scores, valid, image_shape, cfg: Config):
 
 
 def _usable(boxes, scores, valid, image_shape):
-    """Boxes [N,R,B,4] clipped to the image and scores [N,R,C], with 0 for rows [N,R] that are absent or have a box that
-    is not a number, and for such scores: a NaN would defeat every comparison."""
+    """Boxes [N,R,B,4] clipped to the image and scores [N,R,C]. Rows that are not `valid` or contain a NaN box, and NaN
+    scores, become 0, because comparisons with NaN are always False."""
     boxes = clip_boxes(boxes, image_shape)
     good = tf.logical_and(tf.reduce_all(tf.math.is_finite(boxes), [2, 3]), valid)
     scores = tf.where_v2(tf.logical_and(good[..., None], tf.math.is_finite(scores)), scores, 0.0)
@@ -258,8 +260,8 @@ def _usable(boxes, scores, valid, image_shape):
 def list_candidates(boxes, scores, valid, image_shape, cfg: Config):
     """Every box of every class with a score above RESULT_SCORE_THRESH, before any NMS.
 
-    Takes what `decode_detections` takes -> boxes [N,K,4], scores [N,K] decreasing, labels int32 [N,K] (1..C, 0 where
-    absent, as are the others then); K >= 1 is that of the image with the most.
+    Arguments as for `decode_detections` -> boxes [N,K,4], scores [N,K] decreasing, labels int32 [N,K] (1..C). All are 0
+    in unused rows; K >= 1 is the largest number of candidates of an image.
     """
     boxes, scores = _usable(boxes, scores, valid, image_shape)
     num_images, num_classes = tf.shape(scores)[0], tf.shape(scores)[2]

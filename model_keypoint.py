@@ -23,7 +23,7 @@ def keypoint_targets(boxes, keypoints, resolution=KEYPOINT_RESOLUTION):
     """The cell of each keypoint in the grid over its RoI.
 
     boxes [F,4], keypoints [F,K,3] as x, y, visibility -> cell int32 [F,K] = row · resolution + column, valid bool
-    [F,K]: labelled (v > 0) and inside the box, its far edges included. Cells of the others are 0.
+    [F,K]: labelled (v > 0) and inside the box, including its right and bottom edges. Cells of the others are 0.
     """
     corner, size = boxes[:, None, :2], (boxes[:, 2:] - boxes[:, :2])[:, None]
     points = keypoints[..., :2]
@@ -63,7 +63,7 @@ def keypoint_losses(logits, cells, valid, image_index, num_images, cfg: Config):
 
 
 # ------------------------------------------------------------------------------------------------------------ decoding
-_CUBIC_A = -0.75  # of Keys' kernel, as OpenCV and PyTorch have it
+_CUBIC_A = -0.75  # parameter of Keys' kernel, as in OpenCV and PyTorch
 
 
 def _cubic_matrix(size, source):

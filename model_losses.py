@@ -1,4 +1,4 @@
-"""What the losses of several branches share: which boxes are trained on, random samples, box losses, their weights."""
+"""Parts that the losses of several branches share: usable boxes, random samples, box losses and loss weights."""
 
 from model_box import decode_boxes, encode_boxes, generalized_iou
 from utils.tf_v1 import tf
@@ -14,8 +14,8 @@ def usable_gt(batch):
 def sample_per_image(candidates, count, image_seed, salt):
     """Indices of up to `count` random true entries in each row, in random order.
 
-    candidates bool [N,A], N static; count int; image_seed int32 [N]: the choice depends on an image's own seed and
-    `salt` alone, not on its place in a batch or among replicas -> index int32 [N,k], valid bool [N,k], k <= count.
+    candidates bool [N,A], N static; count int; image_seed int32 [N]: the choice depends only on the image's seed and
+    `salt`, not on its place in a batch or among replicas -> index int32 [N,k], valid bool [N,k], k <= count.
     """
     total = tf.shape(candidates)[1]
     rows = [
@@ -35,7 +35,8 @@ def smooth_l1(error, beta):
 
 
 def box_losses(deltas, references, targets, kind, beta, weights=(1.0, 1.0, 1.0, 1.0)):
-    """How far the boxes that `deltas` make of `references` are from `targets`: [..., 4] each, see `decode_boxes`.
+    """The loss of the boxes decoded from `deltas` and `references` against `targets`: [..., 4] each, see
+    `decode_boxes`.
 
     kind "smooth_l1": of each delta, [..., 4]; "giou": 1 - generalised IoU of the decoded box, not clipped to the
     image, [..., 1]. A box's loss is the sum over the last axis.

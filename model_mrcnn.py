@@ -11,9 +11,9 @@ __all__ = ["MASK_HEADS", "mask_head", "mask_losses", "mask_probabilities", "mask
 
 
 def mask_head(features, num_classes, cfg: Config):
-    """RoI features [F,M/2,M/2,C] -> mask logits [F,M,M,num_classes] float32. With FPN by the head that
-    FPN.MRCNN_HEAD_FUNC names: one of MASK_HEADS, or your own module:function of the same form (demo/own_head.py). In C4
-    the features come from stage 5 and are upsampled."""
+    """RoI features [F,M/2,M/2,C] -> mask logits [F,M,M,num_classes] float32. With FPN by the head FPN.MRCNN_HEAD_FUNC:
+    one of MASK_HEADS, or your own module:function with the same arguments and result (demo/own_head.py). In C4 the
+    features come from stage 5 and are upsampled."""
     if not cfg.MODE_FPN:
         return _upsampled_logits(features, num_classes, cfg)
     name = cfg.FPN.MRCNN_HEAD_FUNC
@@ -47,16 +47,16 @@ MASK_HEADS = {
 
 
 def mask_targets(boxes, edges, resolution):
-    """boxes [F,4] and the outlines [F,E,4] of their ground truth -> [F,resolution,resolution] in {0, 1}, as COCO's
-    rasteriser fills them."""
+    """boxes [F,4] and the outlines [F,E,4] of their ground truth -> [F,resolution,resolution] in {0, 1}, equal to the
+    masks of COCO's rasteriser."""
     return tf.stop_gradient(rasterize_edges(edges, boxes, resolution))
 
 
 def mask_losses(logits, labels, targets, members, cfg: Config):
     """Mean binary cross entropy on the ground-truth class's mask.
 
-    logits [F,M,M,C], labels int32 [F] (1..C), targets [F,M,M]; members bool [N,R]: which RoIs of which image the F
-    rows are, in order -> losses {mrcnn/mask_loss}, stats.
+    logits [F,M,M,C], labels int32 [F] (1..C), targets [F,M,M]; members bool [N,R]: the RoIs to which the F rows belong,
+    in order -> losses {mrcnn/mask_loss}, stats.
     """
     own = tf.gather(tf.transpose(logits, [0, 3, 1, 2]), labels - 1, batch_dims=1)  # [F, M, M]
     per_roi = tf.reduce_mean(tf.nn.sigmoid_cross_entropy_with_logits(labels=targets, logits=own), [1, 2])

@@ -1,6 +1,6 @@
 """The whole detector, from a batch of images to losses or detections: backbone, RPN, box, mask (and cascade) branches.
 
-Both functions are pure: they see their tensors, the settings, and the variables of the current scope.
+Both functions are pure: they use only their tensors, the settings, and the variables of the current scope.
 """
 
 import functools
@@ -44,7 +44,7 @@ def backbone_features(image, image_shape, cfg: Config):
 
 def make_roi_pooler(features, cfg: Config, training=False):
     """-> pool(boxes [R,4], image_index [R], resolution) -> [R,resolution,resolution,C] by FRCNN.ROI_OP.
-    RoIAlign pads each level only once; its adaptive sampling has no gradient: training takes two samples instead."""
+    RoIAlign pads each level only once. Its adaptive sampling has no gradient, so training uses two samples instead."""
     frcnn = cfg.FRCNN
     samples = frcnn.ROI_SAMPLES or (2 if training else 0)
     if cfg.MODE_FPN:
@@ -106,7 +106,7 @@ def _keypoint_branch(features, cfg: Config):
 
 
 def _never_empty(branch, *inputs):
-    """branch(*inputs) for inputs of [F, ...] rows each, where the branch sees one row of zeros when F is 0: oneDNN's
+    """branch(*inputs) for inputs [F, ...]; if F is 0, the branch gets one row of zeros instead, because oneDNN's
     convolutions return the shape of their input for an empty batch (TensorFlow 2.21). -> [F, ...]."""
     count = tf.shape(inputs[0])[0]
     missing = tf.cast(tf.equal(count, 0), tf.int32)
@@ -119,8 +119,8 @@ def mask_resolution(cfg: Config):
 
 
 def check_own_parts(cfg: Config) -> None:
-    """Raises UserError where BACKBONE.NAME, FPN.FRCNN_HEAD_FUNC or FPN.MRCNN_HEAD_FUNC name nothing usable, before
-    anything expensive happens: own heads compute once on two RoIs of zeros."""
+    """Raises UserError, before expensive work, if BACKBONE.NAME, FPN.FRCNN_HEAD_FUNC or FPN.MRCNN_HEAD_FUNC name
+    nothing usable. Your own heads are run once on two RoIs of zeros."""
     check_backbone(cfg)
     if not cfg.MODE_FPN or cfg.MODE_RPN_ONLY:
         return
@@ -132,7 +132,8 @@ def check_own_parts(cfg: Config) -> None:
 
 
 def _check_head(key, head, side, wanted, cfg: Config):
-    """head(features [R,side,side,C]) must give a tensor of the shape `wanted`, for R = 2; None is any number."""
+    """head(features [R,side,side,C]) must return a tensor of the shape `wanted`, for R = 2; None stands for any
+    number."""
     if ":" not in cfg.get(key):
         return
     setting = f"setting {key}={cfg.get(key)}"
@@ -188,7 +189,7 @@ def build_training(batch, cfg: Config):
     stats.update(box_stats)
 
     if cfg.MODE_MASK or cfg.MODE_KEYPOINT:
-        # Only real foreground RoIs go through these branches: most images have far fewer than the limit.
+        # Only actual foreground RoIs go through these branches; most images have far fewer than the limit.
         members = rois["labels"][:, : rois["fg_limit"]] > 0  # [N, F']
         where = tf.where(members)  # [F, 2] image, row
         boxes = tf.gather_nd(rois["boxes"], where)
@@ -207,7 +208,7 @@ def build_training(batch, cfg: Config):
         stats.update(branch_stats)
     if cfg.MODE_KEYPOINT:
         cells, visible = keypoint_targets(boxes, tf.gather_nd(batch["gt_keypoints"], gt_index))
-        used = tf.where(tf.reduce_any(visible, 1))[:, 0]  # RoIs without a visible keypoint add nothing
+        used = tf.where(tf.reduce_any(visible, 1))[:, 0]  # RoIs without a visible keypoint contribute no loss
         cells, visible, image_index = (tf.gather(x, used) for x in (cells, visible, image_index))
         keypoint_logits = _never_empty(
             lambda b, i: _keypoint_branch(pool(b, i, 14), cfg), tf.gather(boxes, used), image_index
@@ -233,7 +234,7 @@ def detect_boxes(features, pool, image_shape, cfg: Config):
     B = 1 (shared by the classes) or C, inside the image, scores [N,R,C] without background, valid bool [N,R].
     """
     proposals, _, valid = propose(features, image_shape, cfg)
-    # Drops the last rows, which hold no proposal in any image.
+    # Drops the last rows if no image has a proposal there.
     most = tf.maximum(tf.reduce_max(tf.reduce_sum(tf.cast(valid, tf.int32), 1)), 1)
     proposals, valid = proposals[:, :most], valid[:, :most]
     if cfg.FPN.CASCADE:
@@ -289,8 +290,8 @@ def describe_boxes(pool, boxes, labels, cfg: Config, decode=True):
 
 def build_inference(image, image_shape, cfg: Config):
     """uint8 image [N,H,W,3], image_shape int32 [N,2] -> {boxes [N,D,4], scores [N,D], labels [N,D], count [N]}, plus
-    masks [N,D,M,M] in MODE_MASK and keypoints [N,D,K,3] in MODE_KEYPOINT, all in the frame of `image`; rows beyond
-    count are zero. With MODE_RPN_ONLY these are the proposals: scores are objectness probabilities, labels 1."""
+    masks [N,D,M,M] in MODE_MASK and keypoints [N,D,K,3] in MODE_KEYPOINT, all in the frame of `image`; rows from count
+    on are zero. With MODE_RPN_ONLY these are the proposals: scores are objectness probabilities, labels 1."""
     features = backbone_features(image, image_shape, cfg)
     if cfg.MODE_RPN_ONLY:
         boxes, logits, valid = propose(features, image_shape, cfg)

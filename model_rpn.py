@@ -59,7 +59,7 @@ def rpn_anchors(features, cfg: Config):
 
 def rpn_proposals(logits, deltas, anchors, image_shape, cfg: Config, training):
     """Per level top-k, decoding, clipping to the valid area, NMS; then the best of all levels of an image.
-    With FPN.PROPOSAL_MODE=Joint all levels are one, as in C4.
+    With FPN.PROPOSAL_MODE=Joint all levels are treated as one, as in C4.
 
     logits [[N,A_l]], deltas [[N,A_l,4]], anchors [[A_l,4]], image_shape int32 [N,2]
     -> boxes [N,P,4], scores [N,P] (logits, decreasing, -inf where absent), valid bool [N,P]. No gradients.
@@ -102,7 +102,7 @@ def rpn_proposals(logits, deltas, anchors, image_shape, cfg: Config, training):
 
 # ------------------------------------------------------------------------------------------------ matching, sampling
 def match_anchors(anchors, gt_boxes, gt_usable, cfg: Config):
-    """Which anchors are foreground, which background, and the ground truth each matches best.
+    """Labels anchors as foreground or background and finds the best ground truth of each.
 
     anchors [A,4], gt_boxes [N,G,4], gt_usable bool [N,G] -> foreground, background bool [N,A], match int32 [N,A].
     Foreground: IoU >= POSITIVE_ANCHOR_THRESH with some box, or the best anchor of a box (ties included) if it overlaps
@@ -128,7 +128,7 @@ def rpn_losses(logits, deltas, anchors, batch, cfg: Config):
         center = 0.5 * (anchors[:, :2] + anchors[:, 2:])[None]  # [1, A, 2] as x, y
         limit = tf.cast(batch["image_shape"], tf.float32)[:, None, ::-1]  # [N, 1, 2]
         inside = tf.reduce_all(center < limit, -1)
-        # An object keeps its best anchor even if that is centred in the padding.
+        # An object keeps its best anchor even if the anchor's centre is in the padding.
         background = tf.logical_and(background, inside)
     if rpn.CROWD_OVERLAP_THRESH < 1:
         crowd_boxes = tf.where_v2(crowd[..., None], batch["gt_boxes"], 0.0)
@@ -150,7 +150,7 @@ def rpn_losses(logits, deltas, anchors, batch, cfg: Config):
     matched = tf.gather(batch["gt_boxes"], tf.gather(match, fg_index, batch_dims=1), batch_dims=1)  # [N, F, 4]
     fg_deltas, fg_anchors = tf.gather(deltas, fg_index, batch_dims=1), tf.gather(anchors, fg_index)
     fg_losses = box_losses(fg_deltas, fg_anchors, matched, rpn.BBOX_LOSS, rpn.SMOOTH_L1_BETA)
-    # Anchors that are not foreground may match an empty box, whose targets mean nothing: they must not reach the sum.
+    # Anchors that are not foreground may match an empty box with meaningless targets, which must not reach the sum.
     fg_losses = tf.where_v2(fg_valid[..., None], fg_losses, 0.0)
     normalizer = 1.0 / tf.cast(rpn.BATCH_PER_IM * tf.shape(logits)[0], tf.float32)
     losses = {

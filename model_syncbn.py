@@ -1,12 +1,12 @@
-"""Batch normalisation (Ioffe & Szegedy 2015) whose statistics are those of the whole batch, over all replicas.
+"""Batch normalisation (Ioffe & Szegedy 2015) with statistics of the whole batch over all replicas.
 
-Whether statistics come from the batch or from the moving averages, how sums are taken over replicas, and which part of
-the feature maps is image, is said once around the construction of a graph (`batch_statistics`, `valid_area`), not in
-each layer's arguments.
+Context managers around the construction of a graph (`batch_statistics`, `valid_area`) set whether statistics come from
+the batch or the moving averages, how sums over replicas are computed, and which part of the feature maps is image. So
+layers need no arguments for these.
 
-The padding of a batch is left out: the statistics are means over the cells of all replicas that show a part of an
-image. So they do not depend on how images are grouped into padded batches, replicas whose maps differ in size add up
-with the right weights, and training normalises with what prediction, whose images have no padding, will see.
+Padding is left out: statistics are means over the cells of all replicas that show a part of an image. So they do not
+depend on how images are grouped into padded batches, replicas with maps of different sizes get the right weights, and
+training matches prediction on images without padding.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ _AREA: contextvars.ContextVar[tuple[Any, Any] | None] = contextvars.ContextVar("
 
 
 def wide_type(x: Any) -> Any:
-    """The type of a layer's variables and statistics whose input is x: float32, or float64 if x is."""
+    """The dtype of variables and statistics of a layer with input x: float32, or float64 if x is float64."""
     return tf.float64 if x.dtype == tf.float64 else tf.float32
 
 
@@ -36,8 +36,9 @@ def wide_type(x: Any) -> Any:
 def batch_statistics(sum_over_replicas: Callable[[Any], Any], batches_per_update: int = 1) -> Iterator[None]:
     """Layers built inside normalise with the batch's statistics, and update the moving averages (UPDATE_OPS).
 
-    batches_per_update: batches whose gradients are accumulated into one update of the weights. Each batch is normalised
-    by itself; its decay is the root of that order, so that the averages follow updates as fast as without accumulation.
+    batches_per_update: number of batches accumulated into one update of the weights. Each batch is normalised
+    separately with the decay ** (1 / batches_per_update), so that the averages change per update as without
+    accumulation.
     """
     token = _BATCH.set((sum_over_replicas, _DECAY ** (1.0 / batches_per_update)))
     try:
@@ -48,7 +49,7 @@ def batch_statistics(sum_over_replicas: Callable[[Any], Any], batches_per_update
 
 @contextlib.contextmanager
 def valid_area(image_shape: Any, padded_size: Any) -> Iterator[None]:
-    """Maps x [N,h,w,C] of layers built inside are of N images with valid sizes `image_shape` int32 [N,2], padded to
+    """Layers built inside have maps x [N,h,w,C] of N images with valid sizes `image_shape` int32 [N,2], padded to
     `padded_size` int32 [2] (height, width)."""
     token = _AREA.set((image_shape, padded_size))
     try:
@@ -60,7 +61,7 @@ def valid_area(image_shape: Any, padded_size: Any) -> Iterator[None]:
 def collective_sum(group_size: int, group_key: int = 1) -> Callable[[Any], Any]:
     """Sums tensors over `group_size` replicas of this process, each on its own device (NCCL, or CPU rings).
 
-    Every replica must get a function of its own and call it in the same order: calls are matched by their number.
+    Every replica must get its own function and call it in the same order: calls are matched by their number.
     """
     calls = [0]
 
@@ -75,7 +76,7 @@ def collective_sum(group_size: int, group_key: int = 1) -> Callable[[Any], Any]:
 
 
 def batch_norm(x, epsilon, trainable):
-    """x [N,H,W,C] -> the same shape and type; variables bn/{gamma, beta, mean/EMA, variance/EMA}.
+    """x [N,H,W,C] -> the same shape and dtype; variables bn/{gamma, beta, mean/EMA, variance/EMA}.
 
     Frozen layers (not trainable) always use the moving averages.
     """
