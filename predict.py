@@ -46,17 +46,18 @@ __all__ = [
 
 
 class EvaluationStopped(Exception):
-    """An evaluation ended before its last image because it was asked to stop."""
+    """An evaluation was stopped before its last image."""
 
 
-# Index of the image in its split, and its COCO results, or why it cannot be read.
+# (index of the image in its split, its COCO results or the reason why it cannot be read)
 ImageResults = tuple[int, list[dict[str, Any]] | str]
 GraphPredictor = Callable[[np.ndarray, np.ndarray], dict[str, np.ndarray]]  # (image, image_shape) -> outputs
 
 
 # ---------------------------------------------------------------------------------------------------------- predictors
 def build_predictor(cfg: Config, load: Callable[[Any], None], meta: dict[str, Any] | None = None) -> GraphPredictor:
-    """The predictor that TEST asks for; load(sess) puts the weights into its session, meta is what came with them."""
+    """The predictor that the TEST settings describe; load(sess) assigns the weights in its session, meta comes from
+    their file."""
     if cfg.TEST.AUG_SHORT_EDGES:
         sizes = ", ".join(map(str, cfg.TEST.AUG_SHORT_EDGES))
         mirrored = ", each also mirrored" if cfg.TEST.AUG_FLIP else ""
@@ -66,7 +67,7 @@ def build_predictor(cfg: Config, load: Callable[[Any], None], meta: dict[str, An
 
 
 def keypoint_flip(cfg: Config, meta: dict[str, Any] | None) -> list[int]:
-    """The keypoint that each of the model's becomes in a mirrored image; [] where that is not needed."""
+    """For each keypoint of the model, its number in a mirrored image; [] if that is not needed."""
     count = cfg.KRCNN.NUM_KEYPOINT
     if not (cfg.MODE_KEYPOINT and cfg.TEST.AUG_FLIP):
         return []
@@ -82,13 +83,13 @@ def keypoint_flip(cfg: Config, meta: dict[str, Any] | None) -> list[int]:
 
 
 class LoadedPredictor:
-    """A trained model, ready to look at images: predictor(image) -> `Detections`."""
+    """A trained model: predictor(image) -> `Detections`."""
 
     def __init__(self, model: Model, fitting: Fitting = STRICT):
         self.cfg = with_classes(model.cfg, model.weights)
         self.class_names: list[str] = self.cfg.DATA.CLASS_NAMES
         ids = (model.meta or {}).get("category_ids") or []
-        # Of each class in the annotations that it was trained with; None if --config gave other classes.
+        # Category id of each class in the annotations used for training; None if --config gave other classes.
         self.category_ids: list[int | str] | None = ids if len(ids) == len(self.class_names) else None
         if self.cfg.MODE_RPN_ONLY:
             self.category_ids = None
@@ -97,7 +98,7 @@ class LoadedPredictor:
         )  # fmt: skip
 
     def __call__(self, image: str | os.PathLike | np.ndarray) -> Detections:
-        """What is in an image: a file, or pixels uint8 [H,W,3] in OpenCV's order BGR."""
+        """Detects the objects of an image: a file, or pixels uint8 [H,W,3] in OpenCV's order BGR."""
         pixels = image if isinstance(image, np.ndarray) else read_image(image)
         height, width = pixels.shape[:2]
         resized = pixels
@@ -130,8 +131,8 @@ def predict_files(
     drawing: Drawing = Drawing(),  # noqa: B008
 ) -> None:
     """Writes a picture of each file with its detections into the folder `output`, and predictions.json and
-    predictions.csv with all that was found; with `window` a single picture is shown. Files that cannot be read are left
-    out; then UserError names them at the end."""
+    predictions.csv with all detections. With `window` a single picture is also shown. Files that cannot be read are
+    left out and named in a UserError at the end."""
     cfg, names = predictor.cfg, predictor.class_names
     target, started = Path(output) / "predictions.json", time.time()
     done, unreadable = 0, []
@@ -139,7 +140,7 @@ def predict_files(
     truth = Truth(drawing.truth, names) if drawing.truth else None
 
     def leave_out(index: int, reason: UserError) -> None:
-        logger.warning(f"{reason}; it is left out")
+        logger.warning(f"{reason}; this image is left out")
         unreadable.append(files[index])
 
     with _growing_list(target) as append, _table(target.with_suffix(".csv")) as add_rows:
@@ -175,7 +176,7 @@ def predict_files(
 
 
 class Truth:
-    """Annotations of the images that --predict draws, found by the end of their file names."""
+    """Annotations of the images that --predict draws; images are matched by the last parts of their paths."""
 
     def __init__(self, path: str, class_names: Sequence[str]):
         content = read_truth(path)
@@ -193,7 +194,7 @@ class Truth:
         return self.images.get(os.path.basename(file))
 
     def annotations(self, image: dict[str, Any]) -> dict[str, Any]:
-        """As viz.draw_annotations takes them."""
+        """The annotations in the form that viz.draw_annotations takes."""
         objects = self.objects.get(image["id"], [])
         boxes = np.array([a["bbox"] for a in objects], np.float64).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
@@ -216,7 +217,8 @@ class Truth:
 def write_cut_outs(
     folder: Path, stem: str, file: str, detections: Detections, names: Sequence[str], threshold: float
 ) -> None:
-    """A PNG with alpha of each object with a mask and a score of at least `threshold`: <stem>_<number>_<class>.png."""
+    """Writes each object with a mask and a score of at least `threshold` as a PNG with alpha,
+    <stem>_<number>_<class>.png."""
     if detections.masks is None:
         return
     image = read_image(file)
@@ -230,7 +232,7 @@ def write_cut_outs(
 
 @contextlib.contextmanager
 def _table(path: Path) -> Iterator[Callable[[list[list[Any]]], None]]:
-    """add(rows) writes rows of a csv file that is complete once the block has ended without an error."""
+    """Yields add(rows), which writes rows of a csv file. The file is in place when the block ends without an error."""
     with atomic_write(path) as f:
         writer = csv.writer(f)
         writer.writerow(CSV_HEADER)
@@ -245,23 +247,24 @@ def _some(names: Sequence[str], most: int = 5) -> str:
 
 @contextlib.contextmanager
 def _growing_list(path: Path) -> Iterator[Callable[[Any], None]]:
-    """append(entry) adds to a list that is in the JSON file `path` once the block has ended without an error.
+    """Yields append(entry), which adds to the list in the JSON file `path`, written when the block ends without an
+    error.
 
-    Until then its entries are in `path`.partial, one on each line, also after the process was killed.
+    Until then the entries are in `path`.partial, one per line, even if the process is killed.
     """
     partial = path.with_name(f"{path.name}.partial")
     partial.parent.mkdir(parents=True, exist_ok=True)
     if partial.exists():
         earlier = partial.with_name(f"{partial.name}.old")
         os.replace(partial, earlier)
-        logger.warning(f"what an unfinished run found is in {earlier}, one image on each line")
+        logger.warning(f"the results of an unfinished run are in {earlier}, one image per line")
     with open(partial, "w") as f:
 
         def append(entry: Any) -> None:
             f.write(json.dumps(entry) + "\n")
             f.flush()
 
-        logger.info(f"until the end, what is found is in {partial}, one image on each line")
+        logger.info(f"until the end, results are written to {partial}, one image per line")
         yield append
     with atomic_write(path) as whole, open(partial) as lines:
         whole.write("[")
@@ -282,20 +285,20 @@ def evaluate_split(
     unreadable: list[str] | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> list[dict[str, Any]]:
-    """COCO results of every image of a `DatasetSplit`, in the order of the split. An image that cannot be read is
-    warned of and has none.
+    """COCO results of every image of a `DatasetSplit`, in the order of the split. An image that cannot be read gives a
+    warning and no results.
 
     Args:
         predict: the predictor, or one for each device of this process; the images are dealt to them in turn.
         shard: (rank, number of processes) that evaluate together.
         gather: given this process's parts, returns those of all processes; needed with more than one.
-        unreadable: the reasons of all images that could not be read are added to it.
-        should_stop: asked before each batch; once it says so, EvaluationStopped is raised.
+        unreadable: a list to which the reasons of all unreadable images are added.
+        should_stop: called before each batch; if it returns True, EvaluationStopped is raised.
     """
     predictors = [predict] if callable(predict) else list(predict)
     rank, size = shard
     if size > 1 and gather is None:
-        raise ValueError("evaluation over several processes needs a way to gather their results")
+        raise ValueError("evaluation over several processes needs `gather`")
 
     def run(i: int) -> list[ImageResults]:
         part = (rank * len(predictors) + i, size * len(predictors))
@@ -309,7 +312,7 @@ def evaluate_split(
     with ThreadPoolExecutor(len(predictors)) as pool:
         try:
             parts = list(pool.map(run, range(len(predictors))))
-        except BaseException:  # as Ctrl-C: the threads of the pool would finish the whole data set first
+        except BaseException:  # e.g. Ctrl-C: otherwise the threads of the pool would finish the whole data set first
             failed.set()
             raise
     if gather is not None:
@@ -357,7 +360,7 @@ def _evaluate_shard(
     left_out: list[ImageResults] = []
     waiting: deque = deque()
     total = len(range(shard[0], len(split), shard[1]))
-    # In a log file a bar that redraws ten times a second is noise.
+    # In a log file, a progress bar that is redrawn ten times per second fills the log.
     every = 0.1 if sys.stderr.isatty() else 30
     with (
         ThreadPoolExecutor(1) as pool,
@@ -385,10 +388,10 @@ def _evaluate_shard(
 def merge_shards(
     shards: Iterable[Iterable[ImageResults]], num_images: int, unreadable: list[str] | None = None
 ) -> list[dict[str, Any]]:
-    """The results of all shards in the order of the split, which does not depend on how it was divided.
+    """The results of all shards in the order of the split, independent of how it was divided.
 
-    Every image must be there exactly once, images without detections included. Why images could not be read is added
-    to `unreadable`.
+    Every image must occur exactly once, including images without detections. Reasons of unreadable images are added to
+    `unreadable`.
     """
     by_image: list[list[dict[str, Any]] | str | None] = [None] * num_images
     for part in shards:
@@ -414,7 +417,7 @@ def evaluation_builder(
 ) -> Callable[[], Callable[..., dict[str, float]]]:
     """build() adds one inference graph per replica, sharing its variables -> evaluate(sess, should_stop) -> metrics.
 
-    Several processes that evaluate together do not stop in the middle: the others would wait for the one that did.
+    Several processes that evaluate together do not stop in the middle, since the others would wait for the stopped one.
     """
     if cfg.TEST.AUG_SHORT_EDGES:
         if rank == 0:

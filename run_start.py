@@ -1,4 +1,4 @@
-"""What a run starts from: its settings, collected from files and the command line; its weights; its run directory."""
+"""The start of a run: its settings from files and the command line, its weights, and its run directory."""
 
 import hashlib
 import json
@@ -38,16 +38,16 @@ __all__ = [
     "data_fingerprint", "inference_settings", "load_model", "training_settings", "weight_loader", "with_classes",
 ]  # fmt: skip
 
-# Settings that shape the network: taken from the file given to --load also when training.
+# Settings that determine the network: taken from the file given to --load also for training.
 _MODEL_SETTINGS = re.compile(
     r"^(MODE_|BACKBONE\.(?!WEIGHTS|FREEZE)|FPN\.|CASCADE\.BBOX|RPN\.(ANCHOR_|CELL_|STRIDE_|HEAD_DIM)|FRCNN\.(CLASS_AGN|BBOX_REG|ROI)"
     r"|MRCNN\.HEAD_DIM|KRCNN\.|PREPROC\.PIXEL_)"
 )
-# Settings that MODE_RPN_ONLY forces, so that a file with it does not say what a whole detector should be.
+# Settings that MODE_RPN_ONLY forces: a file of such a model does not give them for a whole detector.
 _SECOND_STAGE_SETTINGS = ("MODE_MASK", "MODE_KEYPOINT", "FPN.CASCADE")
 # Settings that belong to pretrained weights of a backbone: taken from the file that BACKBONE.WEIGHTS names.
 _BACKBONE_SETTINGS = re.compile(r"^(BACKBONE\.(?!WEIGHTS|FREEZE)|PREPROC\.PIXEL_)")
-# Settings that a run may change when it is continued: how long it goes on and what it uses, not what it computes.
+# Settings that may change when a run is continued: its length and the resources it uses, not what it computes.
 _FREE_SETTINGS = re.compile(
     r"^(TRAIN\.(MAX_STEPS|EVAL_PERIOD|CHECKPOINT_PERIOD|KEEP_CHECKPOINTS)|DATA\.(NUM_WORKERS|PREFETCH|WORKER_TIMEOUT|VAL$|BASEDIR)|TEST\.)"
 )
@@ -59,8 +59,8 @@ _DERIVED_SETTINGS = ("DATA.NUM_CATEGORY", "DATA.CLASS_NAMES")
 def training_settings(
     arguments: Sequence[str], meta: dict[str, Any] | None = None, origin: str = "", trusted: Sequence[str] = ()
 ) -> Config:
-    """Settings of a new run: the defaults, then those that shape the network as stored with the weights (of `origin`,
-    else of BACKBONE.WEIGHTS), then the KEY=VAL arguments. trusted: modules that stored settings may name."""
+    """Settings of a new run: the defaults, then the network's settings stored with the weights (of `origin`, else of
+    BACKBONE.WEIGHTS), then the KEY=VAL arguments. trusted: modules that stored settings may name."""
     stored = (meta or {}).get("settings") or {}
     second = _SECOND_STAGE_SETTINGS if stored.get("MODE_RPN_ONLY") else ()
     stored = {k: v for k, v in stored.items() if _MODEL_SETTINGS.match(k) and k not in second}
@@ -97,7 +97,7 @@ def _settings(
     if class_names:
         cfg.DATA.CLASS_NAMES, cfg.DATA.NUM_CATEGORY = list(class_names), len(class_names)
     if not training:
-        # A run without evaluations may have stored more. Images come out the same: their long edge limits them.
+        # The stored short edge may be above the limit of the long edge. Lowering it does not change the size of images.
         cfg.PREPROC.TEST_SHORT_EDGE_SIZE = min(cfg.PREPROC.TEST_SHORT_EDGE_SIZE, cfg.PREPROC.MAX_SIZE)
     cfg.update_args(arguments)
     datasets = None if training else cfg.DATA.VAL if uses_data else ()
@@ -117,14 +117,15 @@ def _settings(
 
 
 def _settings_of_backbone(arguments: Sequence[str]) -> dict[str, Any]:
-    """What the file that the arguments give as BACKBONE.WEIGHTS says about the network it contains, if anything."""
+    """The settings stored in the file that the arguments give as BACKBONE.WEIGHTS, if any."""
     path = os.path.expanduser(default_config().update_args(arguments).BACKBONE.WEIGHTS)
     meta = read_meta(path) if os.path.isfile(path) and not path.endswith((".h5", ".hdf5")) else None
     return {k: v for k, v in ((meta or {}).get("settings") or {}).items() if _BACKBONE_SETTINGS.match(k)}
 
 
 def with_classes(cfg: Config, weights: dict[str, Any] | None = None, class_names: Sequence[str] = ()) -> Config:
-    """Fills in the classes: the settings', else the data's, else numbers. Proposals have one class, "object"."""
+    """Fills in the class names from the settings, else from the data, else numbers. Proposals have one class,
+    "object"."""
     if cfg.MODE_RPN_ONLY:
         cfg = cfg.copy()
         cfg.DATA.CLASS_NAMES, cfg.DATA.NUM_CATEGORY = ["object"], 1
@@ -149,11 +150,11 @@ def _class_count_from_weights(cfg: Config, weights: dict[str, Any]) -> int:
 
 # ------------------------------------------------------------------------------------------------------------- weights
 class Fitting(NamedTuple):
-    """What becomes of weights that do not fit the model; without any of these they are refused."""
+    """How to treat weights that do not fit the model; without any of these they are refused."""
 
     trim_heads: bool = False  # initialise the tensors that have entries for each class
     partial: bool = False  # load what fits and initialise the rest
-    match_classes: bool = False  # of the tensors with entries for each class keep those of classes of the same name
+    match_classes: bool = False  # in tensors with entries for each class, keep those of classes with the same name
 
 
 STRICT = Fitting()
@@ -187,7 +188,7 @@ def weight_loader(
     expect: str = "all",
     classes: tuple[Sequence[str], Sequence[str]] | None = None,
 ) -> Callable[[Any], None]:
-    """load(sess): checks the weights against the graph of `sess`, prints what became of each, and assigns them.
+    """Returns load(sess), which checks the weights against the graph of `sess`, prints a report, and assigns them.
 
     classes: the names that the weights and the graph have, for `fitting.match_classes`.
     """
@@ -207,7 +208,7 @@ def weight_loader(
             initial = sess.run({v.op.name: v for v in outputs})
             given = {**weights, **{n: keep_classes(n, weights[n], v, *classes) for n, v in initial.items()}}
         values, report = fit_weights(given, shapes, trim=fitting.trim_heads, expect=expect, origin=origin)
-        if fitting.trim_heads:  # also where the old and the new data happen to have equally many classes
+        if fitting.trim_heads:  # also if the old and the new data have the same number of classes
             trimmed = [name for name in report.loaded if depends_on_classes(name, shapes[name])]
             report.loaded = [name for name in report.loaded if name not in trimmed]
             report.reinitialised += [(name, shapes[name], shapes[name]) for name in trimmed]
@@ -222,8 +223,8 @@ def weight_loader(
 
 
 def _of_this_model(weights: dict[str, Any], cfg: Config, origin: str) -> dict[str, Any]:
-    """The weights to run or train a model from: the averaged ones, where there are any and TEST.USE_EMA, and without
-    those of the second stage if the model has none."""
+    """The weights for running or training a model: averaged ones if they exist and TEST.USE_EMA is set; without the
+    second stage's if the model has none."""
     weights, count = without_averages(weights, cfg.TEST.USE_EMA)
     if count and cfg.TEST.USE_EMA:
         logger.info(f"{origin}: {count} averaged weights are used; TEST.USE_EMA=False takes those of the last step")
@@ -248,20 +249,20 @@ def _completed(weights: dict[str, Any], backbone: dict[str, Any], origin: str, b
 
 # ----------------------------------------------------------------------------------------------------- a training run
 class Request(NamedTuple):
-    """What the command line asks of a training run."""
+    """A training run as requested on the command line."""
 
     settings: Sequence[str] = ()  # KEY=VAL
     load: str | None = None  # checkpoint, run directory or .npz to start from
     logdir: str | None = None  # the run directory; None for a new one under train_log/
     resume: bool = False  # continue the run in `logdir` with its own settings
-    checkpoint: str | None = None  # of that run: the one to continue from, by default its newest
+    checkpoint: str | None = None  # the checkpoint of that run to continue from, by default its newest
     fitting: Fitting = STRICT
     trusted: Sequence[str] = ()  # modules that stored settings may name
 
 
 @dataclass
 class Start:
-    """What a training run starts with."""
+    """Everything that a training run needs to start."""
 
     cfg: Config
     logdir: Path
@@ -270,13 +271,13 @@ class Start:
     origin: str = ""  # of the weights
     expect: str = "all"  # what the weights must contain
     class_names: Sequence[str] = ()  # of the weights
-    meta: dict[str, Any] | None = None  # of the checkpoint that is continued
+    meta: dict[str, Any] | None = None  # step of the checkpoint that is continued
     lock: RunLock | None = None
 
     def loader(self, fitting: Fitting, class_names: Sequence[str]) -> Callable[[Any], None]:
-        """load(sess): puts the weights, and for a continued run its whole state, into a session of initial values.
+        """Returns load(sess), which assigns the weights, and for a continued run its whole state, after initialisation.
 
-        class_names: those of the data that is trained on.
+        class_names: the classes of the training data.
         """
         classes = None
         if not self.step and self.class_names and not fitting.trim_heads:
@@ -307,7 +308,7 @@ class Start:
         return load
 
     def check_data(self, fingerprint: dict[str, Any]) -> None:
-        """Says what of the training data is no longer as when the run began."""
+        """Warns if the training data has changed since the run began."""
         before = (self.meta or {}).get("data") or {}
         changed = [k.replace("_", " ") for k, v in fingerprint.items() if k in before and before[k] != v]
         if changed:
@@ -315,8 +316,8 @@ class Start:
             logger.warning(f"{self.origin}: the training data has changed since ({', '.join(changed)}; {count})")
 
     def prepare_logdir(self) -> None:
-        """Takes what a continued run wrote after the checkpoint it continues from out of its logs, so that they have
-        every step once, and makes that checkpoint its newest."""
+        """Removes log entries later than the checkpoint from which the run continues, so that the logs have every step
+        once, and makes that checkpoint the newest."""
         if not self.step:
             return
         log = self.logdir / "log.jsonl"
@@ -347,7 +348,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def data_fingerprint(split: DatasetSplit) -> dict[str, Any]:
-    """What tells one training set from another: a number of images and digests of its parts."""
+    """A fingerprint of a training set: its number of images and digests of its parts."""
 
     def digest(*keys: str) -> str:
         state = hashlib.blake2b(digest_size=8)
@@ -388,7 +389,7 @@ def begin(request: Request) -> Start:
         start = Start(cfg, logdir, lock=lock)
         if weights is not None:
             weights = _of_this_model(weights, cfg, str(load))
-            # A new run starts with the weights alone: momentum and loss scale are those of the old one's last steps.
+            # A new run starts with the weights only: momentum and loss scale belong to the old run.
             start.weights = {n: v for n, v in weights.items() if not is_training_state(n)}
             start.origin, start.class_names = str(load), (meta or {}).get("class_names") or ()
         if cfg.BACKBONE.WEIGHTS and (start.weights is None or fitting.partial):
@@ -406,7 +407,7 @@ def begin(request: Request) -> Start:
 
 
 def _add_backbone(start: Start) -> None:
-    """Weights of BACKBONE.WEIGHTS for a run that has none, or that --partial-load lets be completed."""
+    """Weights of BACKBONE.WEIGHTS for a run without weights, or to complete weights with --partial-load."""
     cfg = start.cfg
     stored = _backbone_weights(cfg)
     backbone = _of_this_model(stored, cfg, cfg.BACKBONE.WEIGHTS)
@@ -430,7 +431,8 @@ def _backbone_weights(cfg: Config) -> dict[str, Any]:
 
 
 def begin_with_the_others(request: Request, rank: int) -> Start:
-    """As `begin` on rank 0, whose settings, step and weights are everybody's: other machines may not see its files."""
+    """`begin` on rank 0, whose settings, step and weights go to all ranks, because other machines may not see its
+    files."""
     start = begin(request) if rank == 0 else None
     flat, logdir, step = ranks.from_first((start.cfg.to_dict(), start.logdir, start.step) if start else None)
     if start:
@@ -441,7 +443,7 @@ def begin_with_the_others(request: Request, rank: int) -> Start:
 def _open_logdir(logdir: Path, cfg: Config, request: Request) -> tuple[Config, Path | None]:
     """The settings in effect and the directory or checkpoint to continue from.
 
-    A directory is never deleted or overwritten: a run in it is continued, or refused with the ways to go on.
+    A directory is never deleted or overwritten: a run in it is continued, or an error names the options.
     """
     settings = logdir / "settings.json"
     if all(p.name == LOCK_NAME for p in logdir.iterdir()):
@@ -485,7 +487,7 @@ def _open_logdir(logdir: Path, cfg: Config, request: Request) -> tuple[Config, P
 
 
 def _with_classes_of_run(cfg: Config, before: Config, logdir: Path) -> Config:
-    """The settings with the classes that the run was started with; other ones would be another run."""
+    """The settings with the classes of the run; a run cannot be continued with other classes."""
     names, given = list(before.DATA.CLASS_NAMES), list(cfg.DATA.CLASS_NAMES)
     if given and names and given != names:
         raise UserError(
@@ -498,7 +500,7 @@ def _with_classes_of_run(cfg: Config, before: Config, logdir: Path) -> Config:
 
 
 def _chosen_checkpoint(logdir: Path, given: str) -> Path:
-    """The checkpoint of the run that a step or a path names."""
+    """The checkpoint of the run that is given by its step or path."""
     steps = sorted(int(p.stem.split("-")[1]) for p in logdir.glob("model-*.index") if p.stem.split("-")[1].isdigit())
     name = f"model-{given}" if given.isdigit() else re.sub(r"\.(index|meta\.json|data-.*)$", "", Path(given).name)
     if not (logdir / f"{name}.index").exists():
@@ -507,7 +509,7 @@ def _chosen_checkpoint(logdir: Path, given: str) -> Path:
 
 
 def check_plan(start: Start, total_batch: int) -> None:
-    """Refuses to continue a run with another total batch, where a step means something else."""
+    """Refuses to continue a run with another total batch, for which the same step is another point of the schedule."""
     before = (start.meta or {}).get("total_batch")
     if before not in (None, total_batch):
         raise UserError(

@@ -17,7 +17,7 @@ if __name__ == "__main__":
     if "--verbose-tf" in sys.argv:
         os.environ["PACKRCNN_VERBOSE_TF"] = "1"
 
-# What imports TensorFlow is imported where it is used, after mistakes on the command line and in files were found.
+# Modules that import TensorFlow are imported late, after errors in the command line and in files were reported.
 try:
     from command_line import parse_args, warn_without_effect
     from common import (
@@ -59,12 +59,12 @@ try:
     from utils.stopping import Stopped, stop_by_exception
     from viz import Drawing, Style
 except ModuleNotFoundError as e:
-    sys.exit(f"train.py: the Python package {e.name} is missing here; run `make venv`, then `. .venv/bin/activate`")
+    sys.exit(f"train.py: the Python package {e.name} is missing; run `make venv`, then `. .venv/bin/activate`")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit codes: 0 done, 2 something the user can fix, 3 values are not finite, 4 another rank ended,
-    129/130/143 stopped by a signal after saving what there was, 1 anything else."""
+    """Exit codes: 0 done, 2 an error that the user can fix, 3 values are not finite, 4 another rank ended, 129/130/143
+    stopped by a signal after saving, 1 any other error."""
     args = parse_args(sys.argv[1:] if argv is None else argv)
     fitting = Fitting(args.trim_heads, args.partial_load, args.match_classes)
     try:
@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt as e:
         if isinstance(e, Stopped):
-            logger.warning(f"stopped by {e} before there was anything to save")
+            logger.warning(f"stopped by {e}; there was nothing to save yet")
             return 128 + e.number
         logger.warning("stopped by a second Ctrl-C, without saving")
         return 128 + signal.SIGINT
@@ -135,7 +135,7 @@ def predict(
     trusted: Sequence[str],
     drawing: Drawing = Drawing(),  # noqa: B008
 ) -> None:
-    """Draws what the model finds on images or all images of folders."""
+    """Runs the model on images, or on all images of folders, and draws its detections."""
     check_output_folder(output, "--output")
     files = list_images(images)
     model = load_model(load, settings, trusted)
@@ -160,7 +160,7 @@ def evaluate(
         check_output_folder(report, "--report")
     model = load_model(load, settings, trusted, uses_data=True)
     if report and model.cfg.MODE_RPN_ONLY:
-        raise UserError("--report: a report is about detections, and MODE_RPN_ONLY gives proposals; leave it out")
+        raise UserError("--report: a report needs detections, but MODE_RPN_ONLY gives proposals; leave --report out")
     splits = load_validation_splits(model.cfg)
     if not splits:
         raise UserError("--evaluate: DATA.VAL names no data set; give one, e.g. --config DATA.VAL=coco_val2017")
@@ -181,7 +181,7 @@ def evaluate(
             continue
         write_results(path, results)
         logger.info(f"{split.name}: {len(results)} {'proposals' if cfg.MODE_RPN_ONLY else 'detections'} in {path}")
-        # Data sets whose challenge takes another format.
+        # Data sets with a submission format of their own.
         if hasattr(split, "write_submission") and not cfg.MODE_RPN_ONLY:
             logger.info(f"for submission: {', '.join(split.write_submission(path, results))}")
         metrics = score(split, results, cfg)
@@ -237,7 +237,7 @@ def _train(start: Start, fitting: Fitting, rank: int, size: int, started: float)
             logger.warning(warning)
     check_plan(start, plan.total_batch)
     if start.step >= plan.total_steps:
-        # Not an error: a job that is killed after its last step, and started again by itself, has nothing left to do.
+        # Not an error: a job that was killed after its last step may be started again automatically.
         if chief:
             more = "raise TRAIN.MAX_STEPS, TRAIN.EPOCHS or TRAIN.LR_SCHEDULE to train longer"
             logger.info(f"{logdir} has finished its {start.step} steps; {more}")

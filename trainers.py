@@ -1,7 +1,7 @@
-"""What makes an update: the optimiser, the model as tensorpack sees it, accumulation, replicas, Horovod.
+"""Computing an update: the optimiser, the model in tensorpack's form, accumulation, replicas, Horovod.
 
-The graph holds everything that decides an update (rate, sampling seeds, loss scale) as a function of the global step
-and of the batch, so that a resumed run continues exactly as the uninterrupted one would.
+In the graph, everything that determines an update (rate, sampling seeds, loss scale) is a function of the global step
+and the batch, so a resumed run gives exactly the same result as an uninterrupted one.
 """
 
 import math
@@ -39,7 +39,7 @@ __all__ = [
 
 # ---------------------------------------------------------------------------------------------------------- optimiser
 def learning_rate_tensor(plan: TrainingPlan, step):
-    """float32 scalar for the global step (a scalar tensor), as `TrainingPlan.learning_rate`."""
+    """The learning rate at the global step (a scalar tensor) as float32 scalar; equals `TrainingPlan.learning_rate`."""
     step = tf.cast(step, tf.float32)
     ramp = plan.warmup_lr + (plan.base_lr - plan.warmup_lr) * step / max(plan.warmup_steps, 1)
     if plan.cosine_end is not None:
@@ -59,9 +59,9 @@ def average_decay_tensor(decay: float, step):
 
 
 def moving_averages(variables: list) -> list[tuple[Any, Any]]:
-    """[(moving average, variable)] of the variables, and of the statistics of batch norms that are being updated.
+    """[(moving average, variable)] of the given variables and of batch norm statistics that are updated.
 
-    Statistics are averaged like the weights, since they belong to them; those of frozen norms never change.
+    Statistics are averaged like the weights to which they belong; those of frozen norms never change.
     """
     if tf.get_collection(tf.GraphKeys.UPDATE_OPS):
         variables = [
@@ -77,7 +77,8 @@ def moving_averages(variables: list) -> list[tuple[Any, Any]]:
 
 
 class DetectionOptimizer(tf.train.MomentumOptimizer):
-    """SGD with momentum on averaged gradients, after: loss-scale removal, weight decay on weights "W", clipping.
+    """SGD with momentum on averaged gradients after dividing by the loss scale, weight decay on weights "W", and
+    clipping.
 
     Weight decay acts on the gradient, which equals an L2 term in the loss without the cost of evaluating one. With
     `loss_scale` (float16) an update whose gradients are not finite is skipped and the scale halves; it doubles after
@@ -87,7 +88,7 @@ class DetectionOptimizer(tf.train.MomentumOptimizer):
     GROWTH_INTERVAL = 2000
 
     def __init__(self, learning_rate, momentum, weight_decay, clip_norm, loss_scale, average_decay=None):
-        """average_decay: decay of the moving averages of the weights (a scalar tensor), None for none."""
+        """average_decay: decay of the weights' moving averages (a scalar tensor); None: no averages."""
         super().__init__(learning_rate, momentum)
         self._weight_decay = weight_decay
         self._clip_norm = clip_norm
@@ -116,7 +117,9 @@ class DetectionOptimizer(tf.train.MomentumOptimizer):
     def apply_gradients(self, grads_and_vars, global_step=None, name=None):
         pairs = [(tf.convert_to_tensor(g), v) for g, v in grads_and_vars]
         averages = []
-        if self._average_decay is not None and self._averages is None:  # one copy: the first replica's
+        if (
+            self._average_decay is not None and self._averages is None
+        ):  # averages exist once, made from the first replica's weights
             averages = self._averages = moving_averages([v for _, v in pairs])
 
         def update(name=None):
@@ -132,7 +135,7 @@ class DetectionOptimizer(tf.train.MomentumOptimizer):
         self._create_slots([v for _, v in pairs])  # variables must not be created inside a conditional
 
         ops = [tf.cond(finite, update, tf.no_op)]
-        if not self._scale_updated:  # replicas see the same gradients: the first one adapts the common scale
+        if not self._scale_updated:  # replicas have the same gradients: the first one adapts the shared loss scale
             self._scale_updated = True
             scale, good = self._scale()
             enough = good + 1 >= self.GROWTH_INTERVAL
@@ -167,7 +170,7 @@ INPUT_TYPES = {
 
 
 class DetectionModel(ModelDesc):
-    """tensorpack's view of the model: its inputs, its cost on a replica, its optimiser."""
+    """The model in tensorpack's form: its inputs, its cost on a replica, its optimiser."""
 
     def __init__(self, cfg: Config, plan: TrainingPlan, keys: list[str]):
         self._cfg, self._plan, self._keys = cfg, plan, keys
@@ -193,7 +196,7 @@ class DetectionModel(ModelDesc):
         return total
 
     def _sum_over_replicas(self) -> Callable[[Any], Any]:
-        """How SyncBN adds up over replicas: processes, or devices of this process."""
+        """The function with which SyncBN sums over replicas: processes, or devices of this process."""
         if self._plan.replicas == 1:
             return lambda x: x
         if self._cfg.TRAINER == "horovod":
@@ -215,7 +218,7 @@ class DetectionModel(ModelDesc):
 def freeze_variables(pattern: str | None) -> list[str]:
     """Removes variables whose names match TRAIN.FREEZE_PATTERN from the trainable ones; returns their names.
 
-    The name of a variable is that in checkpoints, whichever replica's copy it is.
+    Names are those in checkpoints, without the scope of a replica.
     """
     if not pattern:
         return []
@@ -238,7 +241,7 @@ class _Accumulation:
     """Mixin for trainers: `accumulation` micro-batches make one update from the mean of their gradients."""
 
     accumulation = 1
-    # Called with the error of a step that found no input any more; tensorpack would take it for the end of training.
+    # Called with the error of a step without input; otherwise tensorpack would treat it as the end of training.
     on_end_of_input: Callable[[Exception], None] | None = None
 
     def _make_get_grad_fn(self, input, get_cost_fn, get_opt_fn):
@@ -251,7 +254,8 @@ class _Accumulation:
                 return pairs
             out = []
             for gradient, variable in pairs:
-                # Not by get_variable, which inside a replica would take it for a copy of one of the first replica's.
+                # Not with get_variable, which inside a replica would treat it as a copy of a variable of the first
+                # replica.
                 total = tf.Variable(
                     tf.zeros(variable.shape, variable.dtype.base_dtype), trainable=False,
                     collections=[tf.GraphKeys.LOCAL_VARIABLES], name="accumulated",
@@ -273,7 +277,7 @@ class _Accumulation:
 
     def setup_callbacks(self, callbacks, monitors):
         super().setup_callbacks(callbacks, monitors)
-        # The step is counted in the session run that makes it: not before the update, which depends on it, is done.
+        # The step is incremented in the same session run, after the update, which depends on it.
         counter = next(c for c in self._callbacks.cbs if isinstance(c, MaintainStepCounter))
         counter.gs_incr_op._add_control_input(self.train_op)
 
@@ -294,10 +298,11 @@ class SingleTrainer(_Accumulation, SimpleTrainer):
 
 
 def mean_over_devices(gradients, variables, devices):
-    """gradients[device][i] of variables[i] -> their means over devices, each taken on the device that adds up least.
+    """gradients[device][i] of variables[i] -> their means over devices, each computed on the device with the least work
+    so far.
 
-    With every tensor sent to the device that adds it up and its mean sent back, a device moves as many bytes as in a
-    ring; on logical CPU devices this is faster than the ring of CollectiveReduce and needs less memory.
+    Each tensor is sent to one device, which sends the mean back. The traffic equals that of a ring; on logical CPU
+    devices this is faster than CollectiveReduce's ring and needs less memory.
     """
     sizes = [v.shape.num_elements() for v in variables]
     means, load = [None] * len(sizes), [0] * len(devices)
@@ -346,10 +351,10 @@ class ReplicatedTrainer(_Accumulation, SyncMultiGPUTrainerReplicated):
 
 def _horovod_trainer():
     class DistributedTrainer(_Accumulation, HorovodTrainer):
-        """One replica per process; rank 0's variables, momentum and step included, are everybody's at the start."""
+        """One replica per process; at the start all ranks take rank 0's variables, including momentum and step."""
 
         def initialize(self, session_creator, session_init):
-            # As tensorpack's, which asks TensorFlow 2 for functions it no longer has.
+            # Replaces tensorpack's version, which uses functions that TensorFlow 2 no longer has.
             self._num_global_variables = len(tf.global_variables())
             self._broadcast_op = self.hvd.broadcast_global_variables(0)
             ranks.use_own_gpu(session_creator.config)
@@ -391,7 +396,7 @@ def local_devices(cfg: Config) -> list[str]:
 
 
 def describe_devices(devices: list[str]) -> str:
-    """The devices of this process in words; warns of GPUs that the environment names and the machine does not have."""
+    """Describes this process's devices; warns if CUDA_VISIBLE_DEVICES names GPUs that the machine does not have."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     named = [d for d in (visible or "").split(",") if d.strip() not in ("", "-1")]
     if devices[0].startswith("/cpu"):

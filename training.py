@@ -1,4 +1,4 @@
-"""A training run: progress, checkpoints and evaluations as tensorpack callbacks, and the loop they hang on."""
+"""A training run: the loop, with progress, checkpoints and evaluations as tensorpack callbacks."""
 
 import contextlib
 import json
@@ -35,7 +35,7 @@ from utils.stopping import on_stop
 
 __all__ = ["Checkpoints", "Interrupted", "ProgressLog", "run_training"]
 
-# What fails is raised and reported once, by train.py; tensorpack's own report of it misuses the logging module.
+# Errors are raised and reported once, by train.py; tensorpack's own report misuses the logging module.
 logging.getLogger("tensorpack").setLevel("CRITICAL")
 
 
@@ -91,7 +91,7 @@ class ProgressLog(Callback):
         self._values = {k: float(v) for k, v in run_values.results.items()}
 
     def restart_clock(self) -> None:
-        """What took time since the last step, an evaluation, is no part of the next one."""
+        """Keeps the time of an evaluation since the last step out of the next step's time."""
         self._last_time = time.time()
 
     def _trigger_step(self):
@@ -132,12 +132,12 @@ class ProgressLog(Callback):
         return f"step {step}/{total}{eta} · loss {self.smooth['total_loss']:.3f} = {losses}"
 
     def check_folder(self) -> None:
-        """UserError if the run directory was removed: a run that made it again would miss what is needed to go on."""
+        """Raises UserError if the run directory was removed; a new one would have no settings to continue from."""
         if _identity(self._logdir) != self._folder:
             raise UserError(f"{self._logdir} was deleted or moved while this run trained in it; the run ends")
 
     def write_metrics(self, step: int, metrics: dict[str, float]) -> None:
-        """Evaluation results into TensorBoard and the jsonl log."""
+        """Writes evaluation results to TensorBoard and the jsonl log."""
         if self._chief:
             self._write(step, {k: float(v) for k, v in metrics.items()})
 
@@ -153,7 +153,7 @@ class ProgressLog(Callback):
 
     def _after_train(self):
         if self._chief:
-            with contextlib.suppress(OSError, tf.errors.OpError):  # whatever it is, it was told when it was written
+            with contextlib.suppress(OSError, tf.errors.OpError):  # errors were already reported when writing
                 self._writer.close()
         if self._bar is not None:
             self._bar.close()
@@ -161,8 +161,8 @@ class ProgressLog(Callback):
 
 @contextlib.contextmanager
 def _one_line(what: str) -> Iterator[None]:
-    """Turns the errors of files that cannot be written into a UserError; tensorpack would even take one of them (a file
-    that grew over a limit) for the end of training."""
+    """Turns errors of writing files into a UserError. tensorpack would treat one of them (a file that exceeds a size
+    limit) as the end of training."""
     try:
         yield
     except OSError as e:
@@ -172,14 +172,14 @@ def _one_line(what: str) -> Iterator[None]:
 
 
 def _reason(error: tf.errors.OpError) -> str:
-    """The sentence of TensorFlow's error that says what went wrong, without the places in the graph around it."""
+    """The sentence of TensorFlow's error that says what went wrong, without the graph locations around it."""
     lines = (error.message or str(error)).splitlines()
     told = [line.strip() for line in lines if line[:1].strip() and not re.match(r"Graph exec|Detected at|Node:", line)]
     return (told[-1] if told else lines[0] if lines else type(error).__name__)[:200]
 
 
 def _identity(folder: Path) -> tuple[int, int] | None:
-    """Tells a folder from another of the same name; None if it does not exist."""
+    """Identifies a folder, also among folders of the same name; None if it does not exist."""
     try:
         status = os.stat(folder)
     except OSError:
@@ -213,7 +213,7 @@ class Checkpoints(Callback):
         self._saver = tf.train.Saver(tf.global_variables(), max_to_keep=0, save_relative_paths=True)
 
     def _before_train(self):
-        self._saved_at = self.global_step  # what a run starts from is saved already, or nothing yet
+        self._saved_at = self.global_step  # no step was made: nothing new to save
         self._handlers = contextlib.ExitStack()
         self._handlers.enter_context(on_stop(self._on_signal, self.close_input))
 
@@ -227,9 +227,9 @@ class Checkpoints(Callback):
             logger.warning(f"{signal.Signals(number).name}: saving a checkpoint after this step, then stopping")
 
     def close_input(self) -> None:
-        """Lets a step that waits for images that do not come end; images that are there are still used.
+        """Ends a step that waits for images; images that are already there are still used.
 
-        Not in a job of several ranks: they stop after the same step, for which each needs its images.
+        Not in a job of several ranks, which must all complete the same step.
         """
         if self.close_op is not None and not hasattr(self.trainer, "any_rank"):
             with contextlib.suppress(tf.errors.OpError, RuntimeError):
@@ -299,7 +299,7 @@ class PeriodicEvaluation(Callback):
             except EvaluationStopped:
                 self._checkpoints.save()
                 raise StopTraining("signal") from None
-            except tf.errors.OutOfRangeError as e:  # which tensorpack would take for the end of training
+            except tf.errors.OutOfRangeError as e:  # tensorpack would treat it as the end of training
                 raise RuntimeError(f"the evaluation failed: {e.message}") from e
             overall = {k: v for k, v in self.metrics.items() if "per_class" not in k}
             self._log.write_metrics(step, overall)
@@ -307,7 +307,7 @@ class PeriodicEvaluation(Callback):
 
 
 class StopAtEnd(Callback):
-    """Ends training at the plan's last step, wherever in tensorpack's epoch that is."""
+    """Ends training at the plan's last step, also in the middle of tensorpack's epoch."""
 
     _chief_only = False
 
@@ -332,7 +332,7 @@ class _LoadWeights(SessionInit):
 
 
 class _WatchedDataflow(DataFlow):
-    """Keeps the exception that ends the input, which tensorpack's thread would only log."""
+    """Stores the exception that ends the input; tensorpack's thread would only log it."""
 
     def __init__(self, dataflow: Any):
         self._dataflow = dataflow
@@ -373,10 +373,10 @@ def run_training(
     build_evaluation: Callable[[], Callable] | None,
     smooth: dict[str, float] | None = None,
 ) -> dict[str, float]:
-    """Trains to the plan's end and saves what it has then; returns the metrics of the last evaluation.
+    """Trains to the plan's end and saves the model; returns the metrics of the last evaluation.
 
-    load(sess) puts weights (and, when resuming, momentum and step) in place; smooth: the smoothed losses of a run that
-    is continued. Raises Interrupted after a signal, and whatever else ends training before the plan's end.
+    load(sess) assigns weights (and, when resuming, momentum and step); smooth: the smoothed losses of a run that is
+    continued. Raises Interrupted after a signal, or the error that ended training before the plan's end.
     """
     with tf.Graph().as_default():
         return _run_in_graph(

@@ -1,4 +1,4 @@
-"""The plan of a run: its learning rate and length, as the settings and the number of replicas and images give them."""
+"""The plan of a run: its learning rate and length, from the settings and the numbers of replicas and images."""
 
 import dataclasses
 import math
@@ -18,7 +18,7 @@ _MANY_EPOCHS = 1000
 
 @dataclasses.dataclass(frozen=True)
 class TrainingPlan:
-    """The schedule of a run on a number of replicas, as its settings give it."""
+    """The schedule of a run on a given number of replicas."""
 
     replicas: int
     images_per_replica: int
@@ -29,7 +29,7 @@ class TrainingPlan:
     milestones: list[int]  # steps at which the rate drops tenfold
     total_steps: int
     images_per_epoch: int
-    # Of a cosine schedule: the step at which it ends (TRAIN.MAX_STEPS may end the run before), and the rate there.
+    # Cosine schedule: the step at which it ends (TRAIN.MAX_STEPS may end the run earlier), and its rate there.
     cosine_end: int | None = None
     final_lr: float = 0.0
 
@@ -45,7 +45,7 @@ class TrainingPlan:
         if step < self.warmup_steps:
             return self.warmup_lr + (self.base_lr - self.warmup_lr) * step / self.warmup_steps
         if self.cosine_end is not None:
-            # (1 + cos(pi * done)) / 2 = sin(pi / 2 * left)^2, which is as exact in float32 near the end.
+            # (1 + cos(pi * done)) / 2 = sin(pi / 2 * left)^2, which stays exact in float32 near the end.
             left = max(self.cosine_end - step, 0) / self.cosine_steps
             return self.final_lr + (self.base_lr - self.final_lr) * math.sin(math.pi / 2 * left) ** 2
         return self.base_lr * 0.1 ** sum(step >= m for m in self.milestones)
@@ -55,7 +55,7 @@ class TrainingPlan:
         return max(self.cosine_end - self.warmup_steps, 1)
 
     def table(self, cfg: Config) -> str:
-        """The settings as they are written, for a total batch of 8, beside what they are in this run."""
+        """A table of the settings as written, for a total batch of 8, and their values in this run."""
         train = cfg.TRAIN
         parts = f"{self.replicas} replicas x {self.images_per_replica} images x {self.accumulation} accumulated"
         drops = ", ".join(f"{m} (epoch {self.epochs(m):.1f})" for m in self.milestones) or "none"
@@ -86,7 +86,8 @@ class TrainingPlan:
         )
 
     def warnings(self, cfg: Config) -> list[str]:
-        """What is probably not meant; a run that TRAIN.MAX_STEPS cuts short is."""
+        """Warnings about a plan that is probably not intended. Runs shortened by TRAIN.MAX_STEPS are not warned
+        about."""
         found = []
         end = min([*self.milestones, self.total_steps])
         if self.warmup_steps >= end and cfg.TRAIN.MAX_STEPS is None:
@@ -111,14 +112,14 @@ class TrainingPlan:
 
 
 def make_plan(cfg: Config, replicas: int, images_per_epoch: int) -> TrainingPlan:
-    """Scales the schedule, which is written for a total batch of 8, to the batch at hand (Goyal et al. 2017)."""
+    """Scales the schedule, which is written for a total batch of 8, to the run's total batch (Goyal et al. 2017)."""
     train = cfg.TRAIN
     at_once = replicas * train.BATCH_SIZE_PER_GPU
     total = train.TOTAL_BATCH or at_once * train.ACCUMULATION
     if total % at_once:
         near = ", ".join(str(k * at_once) for k in (total // at_once, total // at_once + 1) if k)
         raise UserError(
-            f"setting TRAIN.TOTAL_BATCH={total} is no multiple of {replicas} replicas x {train.BATCH_SIZE_PER_GPU} "
+            f"setting TRAIN.TOTAL_BATCH={total} is not a multiple of {replicas} replicas x {train.BATCH_SIZE_PER_GPU} "
             f"images: use another number of replicas, TRAIN.BATCH_SIZE_PER_GPU, or a total batch of {near}"
         )
     factor = total / 8.0 if train.LR_SCALING == "linear" else 1.0

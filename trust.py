@@ -1,4 +1,4 @@
-"""Settings that name code, and which of them are believed: files that are loaded run nothing (docs/SAFETY.md).
+"""Decides which settings may import code: loaded files cannot run code by themselves (docs/SAFETY.md).
 
 The settings marked `names_code` in config.py make the program import a module. Their values are used when --config
 gives them. A value that comes from a file (a checkpoint, an .npz, a run directory) is used only if --trust-code names
@@ -28,11 +28,11 @@ def named_code(cfg: Config) -> list[tuple[str, str, str]]:
 def check_trust(
     cfg: Config, arguments: Sequence[str], origin: str, trusted: Sequence[str], datasets: Sequence[str] | None = None
 ) -> None:
-    """Raises UserError where a setting names code, neither the KEY=VAL `arguments` give it nor is its module trusted.
+    """Raises UserError if a setting names code that neither the KEY=VAL `arguments` give nor `trusted` allows.
 
     Args:
-        cfg: the stored settings changed by the arguments, not frozen. Of data sets that are not loaded, those that name
-            code that is not trusted are taken out.
+        cfg: the stored settings changed by the arguments, not frozen. Data sets that are not loaded and name untrusted
+            code are removed from it.
         origin: the file with the stored settings.
         trusted: the modules that --trust-code names.
         datasets: names of the data sets that will be loaded; None for all that have settings.
@@ -58,6 +58,6 @@ def check_trust(
 
 
 def trust_options(cfg: Config) -> str:
-    """ " --trust-code MODULE …" as the settings need it when they come from a file, or ""."""
+    """ " --trust-code MODULE …" with the modules that these settings need when read from a file, or ""."""
     modules = dict.fromkeys(text.partition(":")[0] for _, _, text in named_code(cfg))
     return "".join(f" --trust-code {module}" for module in modules)

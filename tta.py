@@ -1,7 +1,7 @@
-"""Test-time augmentation: each image is looked at in several sizes and mirrored, and what was seen is merged.
+"""Test-time augmentation: each image is predicted in several sizes and mirrored, and the results are merged.
 
-Boxes of all views go through one NMS, in the frame of the image (Detectron's union of candidates). Then every view's
-mask branch looks at the merged boxes and the probabilities are averaged; of keypoints the heat maps are averaged.
+Boxes of all views go through one NMS, in the frame of the image (Detectron's union of candidates). Then the mask branch
+predicts the merged boxes in every view and probabilities are averaged. For keypoints the heat maps are averaged.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,7 +33,8 @@ class View(NamedTuple):
 
 
 def make_view(image: np.ndarray, image_shape: np.ndarray, short_edge: int, flip: bool, cfg: Config) -> View:
-    """image uint8 [N, H, W, 3], image_shape int32 [N, 2] -> them with this short edge, at most AUG_MAX_SIZE long."""
+    """image uint8 [N, H, W, 3], image_shape int32 [N, 2] -> both for this short edge; long edges are at most
+    AUG_MAX_SIZE."""
     resized = []
     for pixels, (height, width) in zip(image, image_shape.tolist()):
         new_height, new_width = resized_shape(height, width, short_edge, cfg.TEST.AUG_MAX_SIZE)
@@ -43,26 +44,26 @@ def make_view(image: np.ndarray, image_shape: np.ndarray, short_edge: int, flip:
 
 
 def move_boxes(boxes: np.ndarray, shapes: np.ndarray, new_shapes: np.ndarray, flip: bool) -> np.ndarray:
-    """Boxes [N, D, 4] of images of these shapes [N, 2] -> float32 where the images have others, mirrored if `flip`."""
+    """Boxes [N, D, 4] of images of shapes [N, 2] -> float32 boxes for images of other shapes, mirrored if `flip`."""
     moved = np.empty(boxes.shape, np.float32)
     for n, ((height, width), (new_height, new_width)) in enumerate(zip(shapes.tolist(), new_shapes.tolist())):
         one = boxes[n].astype(np.float64)
         one = np_box_ops.flip_boxes(one, width) if flip else one
         one = np_box_ops.scale_boxes(one, new_width / width, new_height / height)
-        moved[n] = np_box_ops.clip_boxes(one, new_height, new_width)  # rounding must not leave the image
+        moved[n] = np_box_ops.clip_boxes(one, new_height, new_width)  # rounding must not move boxes out of the image
     return moved
 
 
 class AugmentedPredictor:
-    """predict(image, image_shape) -> outputs as a `Predictor` has them, for images in the size of their files.
+    """predict(image, image_shape) -> outputs like a `Predictor`'s, for images in the size of their files.
 
-    The graph runs once per view for the boxes; the features that RoIs are pooled from come to the host and go back for
-    the masks of the merged boxes, so that the backbone runs once per view too.
+    The backbone runs once per view, for the boxes. The features for RoI pooling are kept in host memory and fed again
+    for the masks of the merged boxes.
     """
 
     def __init__(self, cfg: Config, load: Callable[[Any], None], keypoint_flip: Sequence[int] = ()):
-        """load(sess) puts the weights into the session, in whose graph all variables exist; keypoint_flip: the keypoint
-        that each becomes in a mirrored image, needed for keypoints with TEST.AUG_FLIP."""
+        """load(sess) assigns the weights to the variables of the session's graph; keypoint_flip: each keypoint's number
+        in a mirrored image, needed for keypoints with TEST.AUG_FLIP."""
         self.cfg = cfg
         self._keypoint_flip = np.asarray(keypoint_flip, np.int64)
         flips = [False, True] if cfg.TEST.AUG_FLIP else [False]
@@ -74,7 +75,7 @@ class AugmentedPredictor:
             found = detect_boxes(features, make_roi_pooler(features, cfg), image_shape, cfg)
             candidates = list_candidates(found[0], found[1], found[2], image_shape, cfg)
             has_branches = cfg.MODE_MASK or cfg.MODE_KEYPOINT
-            pooled = features[:4] if has_branches else []  # a pyramid's coarsest level is for the RPN alone
+            pooled = features[:4] if has_branches else []  # a pyramid's coarsest level is used by the RPN only
 
             boxes = tf.placeholder(tf.float32, [None, None, 4])
             scores = tf.placeholder(tf.float32, [None, None])
@@ -98,7 +99,7 @@ class AugmentedPredictor:
 
     def __call__(self, image: np.ndarray, image_shape: np.ndarray) -> dict[str, np.ndarray]:
         views, features, candidates = [], [], []
-        with ThreadPoolExecutor(1) as pool:  # resizes while the graph runs
+        with ThreadPoolExecutor(1) as pool:  # resizes the next view while the graph runs
             for view in pool.map(lambda v: make_view(image, image_shape, v[0], v[1], self.cfg), self._views):
                 (boxes, scores, labels), levels = self._find(view.image, view.shape)
                 candidates.append((move_boxes(boxes, view.shape, image_shape, view.flip), scores, labels))
@@ -116,7 +117,7 @@ class AugmentedPredictor:
         """Masks [N,D,M,M] and keypoints [N,D,K,3] of boxes [N,D,4] in the frame of the images."""
         total: dict[str, Any] = {}
         for view in views:
-            levels = features.pop(0)  # each view's are let go as soon as they were used
+            levels = features.pop(0)  # each view's features are freed after use
             moved = move_boxes(boxes, image_shape, view.shape, view.flip)
             for key, value in self._describe(*levels, moved, labels).items():
                 total[key] = total.get(key, 0) + (self._mirror(key, value) if view.flip else value)
@@ -130,6 +131,7 @@ class AugmentedPredictor:
         return mean
 
     def _mirror(self, key: str, value: np.ndarray) -> np.ndarray:
-        """Masks [N,D,M,M], or heat maps of keypoints [N,D,M,M,K] whose sides change with the picture."""
+        """Mirrors masks [N,D,M,M], or keypoint heat maps [N,D,M,M,K], whose left and right keypoints are also
+        exchanged."""
         value = value[:, :, :, ::-1]
         return value[..., self._keypoint_flip] if key == "keypoints" else value

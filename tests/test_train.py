@@ -407,7 +407,7 @@ def test_a_signal_before_the_first_step_is_one_line(tmp_path, capsys, monkeypatc
     monkeypatch.setattr(train, "load_training_split", lambda cfg: os.kill(os.getpid(), signal.SIGTERM))
     assert train_tiny(tmp_path / "run") == 128 + signal.SIGTERM
     err = capsys.readouterr().err
-    assert "stopped by SIGTERM before there was anything to save" in err and "Traceback" not in err
+    assert "stopped by SIGTERM; there was nothing to save yet" in err and "Traceback" not in err
     assert not (tmp_path / "run").exists()
 
 

@@ -56,7 +56,7 @@ def test_a_total_batch_gives_the_same_plan_on_any_number_of_replicas(replicas, i
 
 @pytest.mark.parametrize(("replicas", "near"), [(3, "15, 18"), (32, "32$")])
 def test_a_total_batch_that_the_replicas_cannot_make_is_refused_with_near_ones(replicas, near):
-    with pytest.raises(UserError, match=f"TRAIN.TOTAL_BATCH=16 is no multiple of {replicas} replicas x 1 .*{near}"):
+    with pytest.raises(UserError, match=f"TRAIN.TOTAL_BATCH=16 is not a multiple of {replicas} replicas x 1 .*{near}"):
         plan_of(replicas, "TRAIN.TOTAL_BATCH=16")
     with pytest.raises(UserError, match="TRAIN.ACCUMULATION"):
         plan_of(2, "TRAIN.TOTAL_BATCH=16", "TRAIN.ACCUMULATION=2")
