@@ -33,23 +33,24 @@ __all__ = [
 ]  # fmt: skip
 
 META_KEY = "__meta__"
-AVERAGE_PREFIX = "EMA/"  # of the variable that holds the moving average of the one whose name follows
+AVERAGE_PREFIX = "EMA/"  # prefix of a variable's moving average, followed by the variable's name
 _MAX_DESCRIPTION = 8 << 20  # bytes of the JSON that describes a model or run
 _CONVERTED_SUFFIXES = (".pkl", ".pth", ".pt", ".h5", ".hdf5")
 
-# Variables that belong to a run, not to a model: steps, rates, optimizer slots, moving averages of summaries.
+# Variables of a run, not of a model: steps, rates, optimizer slots, moving averages of summaries.
 _TRAINING_STATE = re.compile(
     r"(^|/)(global_step|learning_rate|local_step|loss_scale\w*|good_steps)$"
     r"|/(Momentum|Adam|RMSProp|Adagrad|AccGrad|AccumGrad)(_\d+)?$"
     r"|^(EMA|AccumGrad\w*|beta[12]_power)(/|$)"
 )
-# Tensors whose shape follows the number of classes or of keypoints: what `fit_weights` may re-initialise.
+# Tensors whose shape depends on the number of classes or keypoints: `fit_weights` may re-initialise them.
 _CLASS_TENSOR = re.compile(
     r"^(fastrcnn(/outputs)?/(class|box)|cascade_rcnn_stage\d+/outputs/(class|box)|maskrcnn/conv|keypointrcnn/deconv)/[Wb]$"
 )
 _BACKBONE = re.compile(r"^(conv0|group\d+|backbone)/")
 
-# tensorpack's group-norm heads and pyramid name the normalisation beside its convolution, this project inside it.
+# tensorpack's group-norm heads and pyramid name a norm beside its convolution; here it is inside the convolution's
+# scope.
 _RENAMES = [
     (re.compile(r"^fpn/gn_c(\d)/"), r"fpn/lateral_1x1_c\1/gn/"),
     (re.compile(r"^fpn/gn_p(\d)/"), r"fpn/posthoc_3x3_p\1/gn/"),
@@ -66,8 +67,8 @@ def load_weights(
 
     `path` is a native or tensorpack .npz, a TensorFlow checkpoint (its prefix `…/model-500`, .index or .data file), or
     a run directory: then its newest checkpoint, or, with a warning, the newest one before it that reads completely.
-    `wanted` tells by a variable's name whether it is read at all, e.g. `is_model_tensor` (default: everything,
-    optimizer slots included).
+    `wanted` decides by a variable's name whether it is read, e.g. `is_model_tensor` (default: read everything,
+    including optimizer slots).
     """
     path = Path(path)
     if path.name == "checkpoint" and path.is_file():  # TensorFlow's state file of a run directory
@@ -99,20 +100,21 @@ def is_tf_checkpoint(path: str | os.PathLike) -> bool:
 
 
 def newest_checkpoint(directory: str | os.PathLike) -> str | None:
-    """Prefix of the checkpoint that the state file of a run directory names, else of the highest step; None if none."""
+    """Prefix of the checkpoint named in a run directory's state file, else of the highest step; None if there is
+    none."""
     candidates = _candidates(Path(directory))
     return candidates[0] if candidates else None
 
 
 def _candidates(directory: Path) -> list[str]:
-    """Prefixes with an .index: the state file's, those of lower steps from the highest down, then those of higher."""
+    """Prefixes with an .index: first the state file's, then lower steps in descending order, then higher steps."""
     found = [str(p)[: -len(".index")] for p in directory.glob("*.index") if p.is_file()]
     found.sort(key=lambda p: (_step_of(p), p), reverse=True)
     state_file = directory / "checkpoint"
     if state_file.is_file():
         with contextlib.suppress(OSError, UnicodeDecodeError):
             state = re.search(r'^model_checkpoint_path: "(.*)"', state_file.read_text(), re.M)
-            # A moved run keeps absolute paths of its old place: only the last part is looked for.
+            # A moved run keeps absolute paths of its old place, so only the last part of the path is used.
             named = str(directory / Path(state.group(1)).name) if state else ""
             if named in found:
                 at = found.index(named)
@@ -137,7 +139,7 @@ def _load_newest(directory: Path, wanted: Callable[[str], bool]) -> tuple[dict[s
 
 
 def _load_tf(prefix: str, wanted: Callable[[str], bool]) -> tuple[dict[str, np.ndarray], dict[str, Any] | None]:
-    # Not at the top of the file: the converter and the .npz paths do without TensorFlow.
+    # Not at the top of the file: the converter and .npz files do not need TensorFlow.
     from utils.tf_v1 import tf
 
     try:
@@ -146,15 +148,15 @@ def _load_tf(prefix: str, wanted: Callable[[str], bool]) -> tuple[dict[str, np.n
         values = {}
         for name, entry in entries.items():
             dtype = tf.as_dtype(entry.dtype)
-            # Texts and resources: descriptions of objects, never variables.
+            # Texts and resources describe objects; they are never variables.
             if not is_number_type(np.dtype(dtype.as_numpy_dtype)) or not wanted(native_name(name)):
                 continue
             if entry.size != math.prod(entry.shape) * dtype.size:
                 raise UserError(f"{name} of shape {list(entry.shape)} takes {entry.size} bytes")
-            # Reading verifies each tensor's checksum, so a truncated or overwritten data file is found here.
+            # Reading verifies each tensor's checksum, so truncated or overwritten data files are detected here.
             values[name] = reader.get_tensor(name)
     except Exception as e:
-        # TensorFlow's reader fails in many ways.
+        # TensorFlow's reader may raise many kinds of exceptions.
         reason = " ".join(str(getattr(e, "message", None) or e).split())
         raise UserError(f"checkpoint {prefix} is damaged or incomplete ({reason[:200]})") from None
     return native_names(values, prefix), read_checkpoint_meta(prefix)
@@ -163,7 +165,7 @@ def _load_tf(prefix: str, wanted: Callable[[str], bool]) -> tuple[dict[str, np.n
 def load_npz(
     path: Path, wanted: Callable[[str], bool] = lambda name: True
 ) -> tuple[dict[str, np.ndarray], dict[str, Any] | None]:
-    """As `load_weights`, of a file that is known to be an .npz whatever it is called."""
+    """As `load_weights`, for a file that is known to be an .npz, whatever its suffix."""
     values, text = read_npz(path, lambda name: wanted(native_name(name)), META_KEY)
     if text is None:
         return native_names(values, path), None
@@ -215,7 +217,7 @@ def read_description(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def _checked_meta(meta: Any, origin: str) -> dict[str, Any]:
-    """The meta without what is null; UserError where an entry is not what `make_meta` and a run write."""
+    """The meta without null entries; UserError if an entry is not of the form that `make_meta` and a run write."""
     if not isinstance(meta, dict):
         raise UserError(f"{origin}: it must be a JSON object, not {type(meta).__name__}; copy it again")
 
@@ -226,7 +228,7 @@ def _checked_meta(meta: Any, origin: str) -> dict[str, Any]:
         return is_list(value, int) and all(0 <= v < len(value) and value[v] == i for i, v in enumerate(value))
 
     meta = {key: value for key, value in meta.items() if value is not None}
-    if isinstance(meta.get("smooth"), dict):  # a value that was not finite is null
+    if isinstance(meta.get("smooth"), dict):  # a value that was not finite is stored as null
         meta["smooth"] = {key: value for key, value in meta["smooth"].items() if value is not None}
     wants = {
         "settings": ("an object of settings", lambda v: isinstance(v, dict)),
@@ -256,7 +258,7 @@ def _step_of(prefix: str) -> int:
 
 
 def _what_is_there(path: Path) -> str:
-    """'; found …' naming checkpoints or .npz files near a path that does not exist, or nothing."""
+    """'; found …' with checkpoints or .npz files near a path that does not exist, or ''."""
     directory = path if path.is_dir() else path.parent
     near = [Path(p).name for p in _candidates(directory)] + sorted(p.name for p in directory.glob("*.npz"))
     return f"; {directory} has {', '.join(near[:5])}{' …' if len(near) > 5 else ''}" if near else ""
@@ -320,7 +322,7 @@ def save_tf_checkpoint(
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
-    # The saver must not remember staged names, which it would try to delete later.
+    # The saver must forget the temporary names, because it would try to delete them later.
     saver.set_last_checkpoints_with_time([])
     write_checkpoint_meta(str(prefix), meta)
     # ".data-…" sorts before ".index".
@@ -331,7 +333,7 @@ def save_tf_checkpoint(
     staging.rmdir()
 
     own = sorted((str(p)[: -len(".index")] for p in logdir.glob("model-*.index")), key=_step_of)
-    # Checkpoints of later steps are left from a run that was rolled back: not this run's history, never deleted here.
+    # Checkpoints of later steps are from before a run was continued at an earlier step; they are never deleted here.
     history = [p for p in own if _step_of(p) <= step]
     kept = history[-keep:] if keep > 0 else history
     with atomic_write(logdir / "checkpoint") as f:
@@ -343,9 +345,10 @@ def save_tf_checkpoint(
 
 
 def _check_saved(staged: str, prefix: str) -> None:
-    """Reads a checkpoint back, with its checksums, before it takes its place.
+    """Reads a checkpoint back, with its checksums, before it becomes the newest one.
 
-    FloatingPointError if a value in it is not finite: training can go on from the newest checkpoint, always."""
+    FloatingPointError if a value in it is not finite, so that training can always continue from the newest
+    checkpoint."""
     from utils.tf_v1 import tf
 
     reader = tf.train.load_checkpoint(staged)
@@ -363,7 +366,7 @@ def _check_saved(staged: str, prefix: str) -> None:
 
 
 def _delete_checkpoint(prefix: str) -> None:
-    """Index first: without it the rest is not taken for a checkpoint."""
+    """Deletes the index first: without it, the other files are not recognised as a checkpoint."""
     directory, name = os.path.split(prefix)
     data = [str(p) for p in Path(directory or ".").glob(f"{name}.data-*-of-*")]
     for path in [f"{prefix}.index", *data, f"{prefix}.meta", f"{prefix}.meta.json"]:
@@ -373,12 +376,13 @@ def _delete_checkpoint(prefix: str) -> None:
 
 # --------------------------------------------------------------------------------------------------------- matching
 def is_training_state(name: str) -> bool:
-    """True for the variables of a run (step, rates, optimizer slots, averages) as opposed to those of a model."""
+    """True for variables of a run (step, rates, optimizer slots, averages), False for those of a model."""
     return _TRAINING_STATE.search(name) is not None
 
 
 def is_model_tensor(name: str) -> bool:
-    """True for what a model is started from or run with: its variables, and their moving averages."""
+    """True for a model's variables and their moving averages, which are needed to start training from it or to run
+    it."""
     return name.startswith(AVERAGE_PREFIX) or not is_training_state(name)
 
 
@@ -424,8 +428,8 @@ def fit_weights(
     """The weights that fit the graph, and the report, for fine-tuning on a data set with other classes.
 
     With `trim`, a tensor whose shape depends on the number of classes (or keypoints) and differs keeps the graph's
-    initial value and is listed in `report.reinitialised`; its optimizer slots are left out too. Any other mismatch
-    stays one.
+    initial value and is listed in `report.reinitialised`; its optimizer slots are left out too. Other mismatches are
+    kept in the report.
     """
     report = match_weights(variables, weights, expect, origin)
     if trim:
@@ -436,7 +440,7 @@ def fit_weights(
 
 @dataclass
 class LoadReport:
-    """What became of each tensor. Shapes are (want: the graph's, got: the file's)."""
+    """The result for each tensor. Shapes are (want: the graph's, got: the file's)."""
 
     expect: str = "all"
     origin: str = "weights"
@@ -449,7 +453,7 @@ class LoadReport:
     unused_state: list[str] = field(default_factory=list)
 
     def table(self) -> str:
-        """A table of the groups of tensors by fate, then one line per tensor whose shape differs."""
+        """A table of tensor groups by result, then one line per tensor with a different shape."""
         rows = []
         for label, color, names in (
             ("loaded", "green", self.loaded),
@@ -473,9 +477,8 @@ class LoadReport:
         return "\n".join([text, *lines])
 
     def check(self, allow_partial: bool = False) -> "LoadReport":
-        """Raises UserError when a tensor is missing or has another shape, or part of the file's backbone has no place.
-
-        With `allow_partial` only a file of which nothing fits is an error. Returns the report.
+        """Raises UserError if a tensor is missing or has another shape, or if the model does not use a part of the
+        file's backbone. With `allow_partial` it is an error only if no tensor fits. Returns the report.
         """
         if not self.loaded:
             raise UserError(
@@ -559,10 +562,10 @@ def _grouped(names: Iterable[str]) -> list[tuple[str, int]]:
 
 # --------------------------------------------------------------------------------------------------------- averages
 def without_averages(weights: Mapping[str, np.ndarray], use: bool) -> tuple[dict[str, np.ndarray], int]:
-    """The weights without their moving averages (TRAIN.EMA_DECAY), which take their places if `use`, and the number of
-    averages found.
+    """The weights without moving averages (TRAIN.EMA_DECAY), and the number of averages found. If `use`, the averages
+    replace the weights.
 
-    Other variables under `EMA/`, as tensorpack keeps of its summaries, stay as they are.
+    Other variables under `EMA/`, such as tensorpack's averages of summaries, stay unchanged.
     """
     averages = {n: weights[AVERAGE_PREFIX + n] for n in weights if AVERAGE_PREFIX + n in weights}
     kept = {n: v for n, v in weights.items() if n.removeprefix(AVERAGE_PREFIX) not in averages or n in averages}
@@ -570,7 +573,7 @@ def without_averages(weights: Mapping[str, np.ndarray], use: bool) -> tuple[dict
 
 
 def start_averages(sess: Any, loaded: Iterable[str] = ()) -> None:
-    """Lets the moving averages in the session's graph whose names were not loaded start from the present weights."""
+    """Sets moving averages in the session's graph that were not loaded to the current weights."""
     from utils.tf_v1 import tf
 
     with sess.graph.as_default():
@@ -583,8 +586,8 @@ def start_averages(sess: Any, loaded: Iterable[str] = ()) -> None:
 def assign_weights(sess: Any, values: Mapping[str, np.ndarray], variables: Iterable[Any] | None = None) -> int:
     """Sets the variables named in `values` (default: among all of the session's graph); returns how many were set.
 
-    It feeds the variables' own initialisers, so it adds nothing to the graph (which may be finalized) and sets all of
-    them in one run. Values are cast to the variable's type; another shape is an error.
+    It feeds values to the variables' initialisers, so it adds nothing to the graph (which may be finalized) and sets
+    all variables in one run. Values are cast to the variable's dtype; another shape is an error.
     """
     from utils.tf_v1 import tf
 
@@ -602,7 +605,7 @@ def assign_weights(sess: Any, values: Mapping[str, np.ndarray], variables: Itera
             raise UserError(f"{name} has shape {list(value.shape)}, the graph wants {variable.shape.as_list()}")
         value = value.astype(variable.dtype.base_dtype.as_numpy_dtype, copy=False)
         source = variable.initializer.inputs[1].ref()
-        # Two variables may share the tensor of their initial value: they need separate runs.
+        # Two variables may share the tensor of their initial value; then they need separate runs.
         free = next((r for r in rounds if source not in r), None)
         if free is None:
             free = {}

@@ -1,9 +1,9 @@
 """Cityscapes' instance metric (Cordts et al., "The Cityscapes Dataset", CVPR 2016, section 4.2) and its label numbers.
 
 Average precision over the mask overlaps 0.50, 0.55, … 0.95, class by class. A detection overlaps an object when their
-IoU is above the threshold. Of several detections of an object the best counts and the others are wrong. One that
-overlaps no object is wrong, unless the share of it that lies on void, on groups of its class and on objects too small
-to count (below 100 pixels) is above the threshold too.
+IoU is above the threshold. Of several detections of an object the best is right and the others are wrong. A detection
+that overlaps no object is wrong, unless it is ignored: the share of it on void, on groups of its class and on objects
+below 100 pixels is above the threshold.
 """
 
 from collections import defaultdict
@@ -30,11 +30,11 @@ _NAMES = (
 LABEL_IDS = {name: i for i, name in enumerate(_NAMES.split(", "))}
 _SCORED_STUFF = ("road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation",
                  "terrain", "sky")  # fmt: skip
-# Caravans and trailers are instances too, but no class of the benchmark.
+# Caravans and trailers have instances too, but the benchmark does not score them.
 INSTANCE_IDS = {n: LABEL_IDS[n] for n in ("person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle")}
 VOID_IDS = [i for name, i in LABEL_IDS.items() if name not in INSTANCE_IDS and name not in _SCORED_STUFF]
 
-IOU_THRESHOLDS = np.arange(0.5, 1.0, 0.05)  # with its rounding, since an overlap must be above, not at it
+IOU_THRESHOLDS = np.arange(0.5, 1.0, 0.05)  # rounded as in the official tool, since overlaps must be above
 MIN_PIXELS = 100
 
 
@@ -44,7 +44,7 @@ def evaluate_cityscapes(
     """Scores COCO-format results with masks.
 
     content: COCO-like; annotations with iscrowd are groups, an image's "void" is a mask (run lengths) of its void.
-    Returns AP, AP50, AP_per_class/<name> and AP50_per_class/<name>; nan for classes without an object that counts.
+    Returns AP, AP50, AP_per_class/<name> and AP50_per_class/<name>; nan for classes without a scored object.
     `on_class(category id, image ids [P], objects to be found in each [P], for each threshold the scores, hits and
     places in the image ids of what AP is computed from)` is called for each class.
     """
@@ -81,8 +81,8 @@ def _run(segmentation: Any, image: dict[str, Any], what: str) -> dict[str, Any]:
 
 
 def _overlaps(objects: list[tuple], found: list[tuple], void: dict | None) -> tuple:
-    """One class in one image, D detections and G objects: scores [D], IoU [D, G], counts bool [G] (the objects that
-    are no group and large enough), and the share of each detection on what is ignored [D]."""
+    """One class in one image, D detections and G objects: scores [D], IoU [D, G], counts bool [G] (the objects that are
+    scored: no groups, and large enough), and the share of each detection on ignored regions [D]."""
     scores = np.array([score for _, score in found], float)
     group = np.array([is_group for _, is_group in objects], bool)
     gt_runs, runs = [run for run, _ in objects], [run for run, _ in found]
@@ -95,14 +95,14 @@ def _overlaps(objects: list[tuple], found: list[tuple], void: dict | None) -> tu
     if runs and void:
         on_void = np.rint(np.asarray(mask_utils.iou(runs, [void], [1]))[:, 0] * area)
     small = gt_area < MIN_PIXELS
-    # A small group counts twice, as in the official tool.
+    # A small group is counted twice, as in the official tool.
     ignored = on_void + inside @ (group.astype(float) + small)
     iou = inside / np.maximum(area[:, None] + gt_area - inside, 1)
     return scores, iou, ~group & ~small, ignored / np.maximum(area, 1)
 
 
 def _settle(parts: list[tuple], threshold: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Scores float64 [S], right bool [S] and part int64 [S] of the detections of one class that count."""
+    """Scores float64 [S], right bool [S] and part int64 [S] of the scored detections of one class."""
     scores, right, place = [np.zeros(0)], [np.zeros(0, bool)], [np.zeros(0, np.int64)]
     for number, (score, iou, counts, ignored) in enumerate(parts):
         good = iou > threshold
@@ -125,7 +125,8 @@ def _average_precision(parts: list[tuple], threshold: float) -> float:
     if not len(scores):
         return 0.0
     order = np.argsort(-scores, kind="stable")
-    last = np.flatnonzero(np.diff(scores[order], append=-np.inf))  # equal scores count together
+    last = np.flatnonzero(np.diff(scores[order], append=-np.inf))  # detections of equal scores are one point of the
+    curve
     true = np.cumsum(right[order])[last]
     precision, recall = np.append(1.0, true / (last + 1)), np.append(0.0, true / number)
     return float(np.sum(np.diff(recall) * (precision[1:] + precision[:-1]) / 2))
@@ -139,7 +140,7 @@ def read_cityscapes_detections(folder: str | Path, content: dict[str, Any]) -> l
     files = sorted(Path(folder).rglob("*.txt"))
     results = []
     for image in content["images"]:
-        # The id is followed by nothing or by something else: a_1 does not mean a_10.
+        # The id must end there: a_1 does not match a_10.
         name = str(image["id"])
         matches = [f for f in files if f.name.startswith(name) and not f.name[len(name)].isalnum()]
         if len(matches) != 1:
@@ -151,7 +152,7 @@ def read_cityscapes_detections(folder: str | Path, content: dict[str, Any]) -> l
             except (IndexError, ValueError):
                 raise UserError(f"detections {matches[0]}, line {number}: not 'mask.png label score'") from None
             if names.get(label) not in category_of:
-                continue  # the benchmark does not look at other classes
+                continue  # the benchmark ignores other classes
             path = matches[0].parent / name
             mask = decode_image(path, cv2.IMREAD_UNCHANGED, f"detections {matches[0]}, line {number}: {path}")
             if mask.shape[:2] != (image["height"], image["width"]):

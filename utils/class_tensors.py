@@ -1,4 +1,4 @@
-"""The tensors whose entries belong to classes, and what becomes of them when a model moves to other classes.
+"""The tensors with an entry for each class, and how they are converted for a model of other classes.
 
 Along their last axis: class scores have C + 1 entries, background first; box deltas four for each of these (or four in
 all if they are the same for every class); masks C entries.
@@ -33,8 +33,8 @@ def depends_on_classes(name: str, shape: Sequence[int]) -> bool:
 def keep_classes(
     name: str, stored: np.ndarray, initial: np.ndarray, old: Sequence[str], new: Sequence[str]
 ) -> np.ndarray:  # fmt: skip
-    """`initial` (for the classes `new`) with the entries of every class that `stored` (for the classes `old`) has too,
-    and of the background."""
+    """`initial` (for the classes `new`), with the entries of the background and of classes shared by name taken from
+    `stored` (for the classes `old`)."""
     kind = _kind(name)
     width, background = _WIDTH[kind], 0 if kind == "mask" else 1
     if stored.shape[-1] != (len(old) + background) * width or stored.shape[:-1] != initial.shape[:-1]:

@@ -1,13 +1,13 @@
 """COCO's annotation and results files (https://cocodataset.org/#format-data), read and typed in one place.
 
-Training, tools/check_data.py and scoring all read these files through here, so they judge the same file the same way:
-an id, a number, an outline, a name or a flag is made from the json's value once. What cannot be used is an `Unusable`
-with a reason from REASONS, which the caller counts, reports or refuses.
+Training, tools/check_data.py and scoring all read these files through this module, so they treat a file the same way:
+ids, numbers, outlines, names and flags are converted in one place. A value that cannot be used raises `Unusable` with a
+reason from REASONS, which the caller counts, reports or refuses.
 
-Read as what they plainly mean: numbers and polygons given as text ("12.5", "[[1, 2, …]]"), ids like 3.0, polygons as
+Also accepted: numbers and polygons given as text ("12.5", "[[1, 2, …]]"), ids like 3.0, polygons as
 [x, y] pairs, RLEs in a list, flags as 0, 1, true, false or such text. `ignore: 1` means what `iscrowd: 1` does: a
-region in which detections are neither right nor wrong, and on which nothing is trained. (pycocotools reads iscrowd
-alone, and would score it as an object.)
+region in which detections are neither right nor wrong and which is not trained on. (pycocotools reads only iscrowd and
+would score it as an object.)
 """
 
 import json
@@ -47,7 +47,7 @@ REASONS = {
     "part number": "polygon part with a coordinate that is not a finite number",
     "rle": "RLE mask that does not fit its image",
 }
-LARGEST = 1e30  # a number beyond it is no coordinate
+LARGEST = 1e30  # larger numbers are not accepted as coordinates
 
 
 class Unusable(ValueError):
@@ -66,9 +66,9 @@ class ImageEntry(NamedTuple):
     height: int  # 0 where none is needed
     width: int
     present: list  # category ids that people found in the image
-    absent: list  # and looked for in vain
+    absent: list  # that people looked for and did not find
     incomplete: list  # not all objects of these are annotated
-    is_federated: bool  # the entry says what people looked for
+    is_federated: bool  # the entry lists the categories that people looked for
 
 
 class Annotation(NamedTuple):
@@ -136,7 +136,7 @@ def read_name(value: Any, where: str) -> str:
 
 
 def read_file_name(value: Any, where: str) -> str:
-    """A path that the system can open: bytes that are no UTF-8 stand as surrogates, as in os.fsdecode."""
+    """A path that the system can open: bytes that are not UTF-8 become surrogates, as in os.fsdecode."""
     if type(value) is not str or not value:
         raise UserError(f"{where}: file_name must be a text, not {_shown(value)}")
     try:
@@ -150,13 +150,13 @@ def read_file_name(value: Any, where: str) -> str:
 
 # ------------------------------------------------------------------------------------------------ entries
 def file_name_of(image: dict[str, Any]) -> Any:
-    """file_name as it stands there; without one the last two parts of coco_url (LVIS)."""
+    """file_name, or the last two parts of coco_url if there is none (LVIS)."""
     name, url = image.get("file_name"), image.get("coco_url")
     return "/".join(url.split("/")[-2:]) if not name and type(url) is str else name
 
 
 def read_image(entry: Any, origin: str, need_file: bool = True, need_size: bool = True) -> ImageEntry:
-    """An entry of "images"; a UserError that names `origin` and the image where it cannot be used."""
+    """An entry of "images"; raises UserError, naming `origin` and the image, if it cannot be used."""
     if type(entry) is not dict:
         raise UserError(f"{origin}: an image is not an object with id, file_name, height and width: {_shown(entry)}")
     if entry.get("id") is None:
@@ -205,7 +205,7 @@ def _read_side(value: Any, where: str, needed: bool) -> int:
 
 
 def read_annotation(entry: Any, with_keypoints: bool = True) -> Annotation:
-    """An entry of "annotations"; Unusable where it must be left out."""
+    """An entry of "annotations"; raises Unusable if it must be left out."""
     if type(entry) is not dict or "image_id" not in entry or "category_id" not in entry:
         raise Unusable("entry", _shown(entry))
     image_id, category_id = read_id(entry["image_id"]), read_id(entry["category_id"])
@@ -242,7 +242,7 @@ def read_keypoints(value: Any) -> list[float]:
 
 
 def read_outline(value: Any) -> tuple[list[list[float]], list[dict[str, Any]], list[tuple[str, str]]]:
-    """(polygons, RLEs, what of it is left out as (reason, detail)) of a segmentation."""
+    """(polygons, RLEs, [(reason, detail) of each part left out]) of a segmentation."""
     if type(value) is str and value.lstrip()[:1] in ("[", "{"):
         try:
             value = json.loads(value)
@@ -343,7 +343,7 @@ def _read_text(path: str | os.PathLike, what: str) -> str:
 
 
 def scan_document(path: str | os.PathLike, what: str, streams: Mapping[str, Callable[[Any], None]]) -> dict[str, Any]:
-    """Reads a json object, handing over the entries of the lists named in `streams` one at a time; returns the rest.
+    """Reads a json object, passing on the entries of the lists named in `streams` one at a time; returns the rest.
 
     The 860,000 annotations of COCO are 3 GB as Python objects; this way one of them exists at a time. As strict as
     json.load: trailing commas and text after the object are errors.
@@ -405,7 +405,7 @@ def scan_document(path: str | os.PathLike, what: str, streams: Mapping[str, Call
 
 
 def read_document(path: str | os.PathLike) -> dict[str, Any]:
-    """A whole annotation file as it stands, with the lists that it must have; their entries are not looked at."""
+    """A whole annotation file as read, with the lists that it must have; their entries are not checked."""
     lists: dict[str, list] = {"images": [], "annotations": []}
     rest = scan_document(path, "annotation file", {key: entries.append for key, entries in lists.items()})
     check_lists(rest, f"annotation file {path}")
@@ -413,7 +413,7 @@ def read_document(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def check_entries(content: dict[str, Any], origin: str) -> None:
-    """UserError for the first entry of the document that training would refuse or leave out."""
+    """Raises UserError for the first entry of the document that training would refuse or leave out."""
     read_categories(content["categories"], origin)
     for raw in content["images"]:
         read_image(raw, origin)
@@ -427,7 +427,7 @@ def check_entries(content: dict[str, Any], origin: str) -> None:
 
 
 def check_lists(rest: dict[str, Any], origin: str) -> None:
-    """What `scan_document` returns must be of an annotation file."""
+    """Raises UserError unless the result of `scan_document` is that of an annotation file."""
     for key in ("images", "categories"):
         if key not in rest:
             raise UserError(f"{origin} is not in COCO's format: it has no '{key}'")
@@ -494,7 +494,7 @@ def as_truth(content: dict[str, Any], origin: str = "annotations", need_size: bo
 
 
 def _typed(raw: dict, a: Annotation, image: dict[str, Any], notes: list[tuple[str, str]]) -> dict[str, Any]:
-    """The annotation as `as_truth` says; what of its outline is left out goes to the notes."""
+    """The annotation in the form that `as_truth` describes; parts of its outline left out are added to the notes."""
     height, width = image["height"], image["width"]
     segmentation: Any = list(a.rings)
     for rle in a.masks:
@@ -536,7 +536,7 @@ def _number_or_none(value: Any) -> float | None:
 
 # ------------------------------------------------------------------------------------------------ results
 def as_results(results: Any, truth: dict[str, Any], origin: str) -> list[dict[str, Any]]:
-    """A results list with every value typed; a UserError names `origin` and the first entry that cannot be used.
+    """A results list with every value typed; raises UserError naming `origin` and the first entry that cannot be used.
 
     truth: from `as_truth`. An entry has image_id, category_id, score, and of bbox, segmentation (an RLE that
     fits the image, or a list of flat polygons and such RLEs; [] is a mask without a pixel) and keypoints those that it
@@ -601,7 +601,7 @@ def _read_result(entry: Any, sizes: dict, categories: set) -> dict[str, Any]:
 
 
 def _other_type(value: Any, known: Iterable) -> str:
-    """A hint where the id is there as a text, or as a number."""
+    """A hint if the id exists as a text instead of a number, or the reverse."""
     other = str(value) if type(value) is not str else int(value) if value.isascii() and value.isdigit() else None
     return f"; {other!r} is: use the same type in both files" if other in known else ""
 
@@ -636,8 +636,8 @@ def _read_result_mask(value: Any, height: int | None, width: int | None) -> list
 
 # ------------------------------------------------------------------------------------------------ coordinates
 def refuse_normalised(boxes: np.ndarray, smallest_side: float, origin: str) -> None:
-    """UserError for boxes [n, 4] (x y width height) that look as if 1 were the whole image: all of them end at 1 or
-    before, in images of ten pixels or more, and not all of their numbers are whole."""
+    """Raises UserError for boxes [n, 4] (x y width height) that look normalised: all end at 1 or below, in images of
+    ten pixels or more, and not all numbers are whole."""
     boxes = np.asarray(boxes, np.float64).reshape(-1, 4)
     boxes = boxes[np.isfinite(boxes).all(1)]
     inside = (boxes[:, :2] >= -1e-3).all() and (boxes[:, :2] + boxes[:, 2:] <= 1.001).all()
@@ -652,7 +652,7 @@ def refuse_normalised(boxes: np.ndarray, smallest_side: float, origin: str) -> N
 def in_pixels(content: dict[str, Any], origin: str) -> dict[str, Any]:
     """Content whose boxes, polygons and keypoints are fractions of the image's width and height, in pixels.
 
-    An annotation that cannot be used stays as it is, for the reader to report.
+    An annotation that cannot be used stays unchanged; the reader reports it later.
     """
     sizes = {}
     for raw in content["images"]:
@@ -679,8 +679,9 @@ def in_pixels(content: dict[str, Any], origin: str) -> dict[str, Any]:
 
 
 def look_like_corners(boxes: Sequence[Sequence[float]], sizes: Sequence[tuple[int, int]]) -> bool:
-    """Whether boxes that should be x y width height look like x1 y1 x2 y2: as such all lie inside their images, and as
-    x y width height at least a third reach far beyond them. sizes: (height, width) of each box's image."""
+    """Whether boxes that should be x y width height look like x1 y1 x2 y2: read as x1 y1 x2 y2 all lie inside their
+    images, but read as x y width height at least a third reach far beyond. sizes: (height, width) of each box's
+    image."""
     outside = 0
     for (x, y, w, h), (height, width) in zip(boxes, sizes):
         if not (height and width) or w <= x or h <= y or w > width + 1 or h > height + 1 or x < -1 or y < -1:

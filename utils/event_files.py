@@ -1,4 +1,4 @@
-"""TensorBoard's event files, edited when a run goes on from an earlier step."""
+"""Edits TensorBoard's event files when a run is continued from an earlier step."""
 
 import os
 import struct
@@ -11,7 +11,7 @@ __all__ = ["drop_events_after"]
 
 
 def drop_events_after(folder: Path, step: int) -> None:
-    """Takes the events of later steps out of the folder's event files; a file of nothing else is removed."""
+    """Removes events of later steps from the folder's event files, and files without other events."""
     from utils.tf_v1 import tf
 
     for path in sorted(folder.glob("events.out.tfevents.*")):
@@ -33,7 +33,7 @@ def drop_events_after(folder: Path, step: int) -> None:
 def _records(content: bytes) -> Iterator[tuple[bytes, bytes]]:
     """(framed record, record) of a TFRecord file: uint64 length, uint32 checksum, record, uint32 checksum.
 
-    An unfinished last one, of a process that was killed, is left out."""
+    An incomplete last record, left by a killed process, is ignored."""
     at = 0
     while at + 12 <= len(content):
         (length,) = struct.unpack_from("<Q", content, at)

@@ -1,7 +1,7 @@
-"""Image files before they are decoded: their sizes from their headers, and the one that a wrong name means.
+"""Image files before they are decoded: sizes from headers, and the file that a wrong name probably means.
 
-Headers of JPEG and PNG are read here rather than by Pillow, which would add its forty formats' parsers, some of them
-far slower, to what untrusted files reach.
+JPEG and PNG headers are read here, not with Pillow, so that untrusted files do not reach the parsers of Pillow's forty
+formats, some of which are far slower.
 """
 
 import difflib
@@ -31,12 +31,13 @@ __all__ = [
 IMAGE_SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".avif", ".tif", ".tiff", ".gif", ".ppm", ".pgm",
 )  # fmt: skip
-LARGEST_IMAGE = 1 << 30  # pixels that OpenCV decodes
+LARGEST_IMAGE = 1 << 30  # the most pixels that OpenCV decodes
 MOST_PIXELS_PER_BYTE = 9000  # of a PNG of one bit, at deflate's best (1032:1); a JPEG holds fewer
 
 
 def decode_image(path: str | os.PathLike, flags: int, what: str = "") -> np.ndarray:
-    """The image by cv2.imdecode, whatever bytes its name has; UserError names `what` where it cannot be decoded."""
+    """The image decoded by cv2.imdecode; its name may hold any bytes. A UserError names `what` if it cannot be
+    decoded."""
     what = what or f"image {path}"
     try:
         content = np.fromfile(path, np.uint8)
@@ -51,7 +52,7 @@ def decode_bytes(content: np.ndarray, flags: int, what: str) -> np.ndarray:
     if size and size[0] * size[1] > LARGEST_IMAGE:
         raise UserError(f"{what} has {size[1]}x{size[0]} pixels; at most {LARGEST_IMAGE} can be read: make it smaller")
     if size and size[0] * size[1] > MOST_PIXELS_PER_BYTE * len(content):
-        # OpenCV would take the memory for all of them before it finds out.
+        # OpenCV would allocate memory for all pixels before it finds the damage.
         raise UserError(f"{what} is damaged: its {len(content)} bytes cannot hold {size[1]}x{size[0]} pixels")
     if _longest_png_chunk(content) > len(content) + 2**26:
         raise UserError(
@@ -71,7 +72,7 @@ def decode_bytes(content: np.ndarray, flags: int, what: str) -> np.ndarray:
 
 
 def _longest_png_chunk(content: np.ndarray) -> int:
-    """Bytes that the longest chunk of a PNG says it has; 0 for other files."""
+    """The declared size in bytes of a PNG's longest chunk; 0 for other files."""
     longest, at = 0, 8
     if content[:8].tobytes() != b"\x89PNG\r\n\x1a\n":
         return 0
@@ -96,7 +97,7 @@ def image_header_size(path: str | Path) -> tuple[int, int]:
 
 
 def _size_in(start: bytes) -> tuple[int, int] | None:
-    """(height, width) from a file's first bytes; None where they do not tell."""
+    """(height, width) from a file's first bytes; None if they do not contain it."""
     if start.startswith(b"\x89PNG\r\n\x1a\n") and len(start) >= 24:
         width, height = struct.unpack(">II", start[16:24])
         return height, width

@@ -2,7 +2,8 @@
 
 Every image is annotated for some categories only. A detection is scored when its category has an object in the image or
 is known to be absent (`neg_category_ids`); one that matches nothing is forgiven when the category is not exhaustively
-annotated there (`not_exhaustive_category_ids`). 300 detections per image count, and AP is split by how many training
+annotated there (`not_exhaustive_category_ids`). Up to 300 detections per image are scored, and AP is split by how many
+training
 images a category has: rare (1-10), common (11-100), frequent (> 100).
 
 Written here because the `lvis` package (0.5.3, 2020) uses names that NumPy 1.24 removed and needs the OpenCV wheel
@@ -71,7 +72,7 @@ def _place(identity: int | str) -> tuple[bool, int | str]:
 
 
 def _group_results(results, images, categories, objects, max_detections) -> dict[tuple, list]:
-    """Per (category, image) the results that count, by descending score."""
+    """The scored results of each (category, image), by descending score."""
     known = {c["id"] for c in categories}
     per_image = defaultdict(list)
     for r in results:
@@ -112,7 +113,7 @@ def _match(objects: list[dict], found: list[dict], image: dict, iou_type: str, b
     else:
         gt_shapes, dt_shapes = [a["bbox"] for a in objects], [_box(r) for r in found]
     gt_area = np.array([a["area"] for a in objects], float)
-    # The protocol measures a detection by its box wherever the results have boxes, else by its mask.
+    # As in the protocol, a detection's area is that of its box if the results have boxes, else that of its mask.
     dt_area = [r["bbox"][2] * r["bbox"][3] if boxed else float(mask_utils.area(_run_lengths(r, image))) for r in found]
     low, high = np.array(list(AREAS.values()), float).T[:, :, None]
     gt_outside = (gt_area < low) | (gt_area > high) | np.array([bool(a.get("ignore")) for a in objects], bool)  # [A, G]
@@ -127,7 +128,7 @@ def _match(objects: list[dict], found: list[dict], image: dict, iou_type: str, b
         outside = np.broadcast_to(gt_outside[:, None], free.shape)
         for d in np.flatnonzero(enough.any((1, 2))):
             possible = enough[d] & free
-            # An object inside the area range is preferred whatever its overlap; of equal overlaps the last counts.
+            # An object inside the area range is preferred whatever its overlap; of equal overlaps the last is taken.
             inside = possible & ~outside
             candidates = np.where(inside.any(2, keepdims=True), inside, possible)
             value = np.where(candidates, ious[d], -1.0)[..., ::-1]

@@ -30,7 +30,7 @@ def area(boxes: np.ndarray) -> np.ndarray:
 
 
 def pairwise_intersection(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """[n, 4], [m, 4] -> areas of the common parts [n, m]."""
+    """[n, 4], [m, 4] -> areas of the intersections [n, m]."""
     low = np.maximum(a[:, None, :2], b[None, :, :2])
     high = np.minimum(a[:, None, 2:], b[None, :, 2:])
     sides = np.maximum(high - low, 0)
@@ -52,7 +52,7 @@ def pairwise_ioa(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def clip_boxes(boxes: np.ndarray, height: float, width: float) -> np.ndarray:
-    """Boxes [..., 4] moved into [0, width] x [0, height]; a box wholly outside becomes an empty one on the border."""
+    """Boxes [..., 4] clipped to [0, width] x [0, height]; a box wholly outside becomes an empty box on the border."""
     limit = np.array([width, height, width, height], boxes.dtype)
     return np.minimum(np.maximum(boxes, 0), limit)
 
@@ -80,7 +80,7 @@ def encode_boxes(boxes: np.ndarray, anchors: np.ndarray, weights: tuple = (1.0, 
 
 
 def decode_boxes(deltas: np.ndarray, anchors: np.ndarray, weights: tuple = (1.0, 1.0, 1.0, 1.0)) -> np.ndarray:
-    """Boxes [..., 4] from deltas; dw and dh are limited from above alone, so a box may shrink to nothing."""
+    """Boxes [..., 4] from deltas; dw and dh have only an upper limit, so a box may shrink to nothing."""
     deltas = deltas / np.asarray(weights, deltas.dtype)
     anchor_size = anchors[..., 2:] - anchors[..., :2]
     centre = deltas[..., :2] * anchor_size + (anchors[..., :2] + anchors[..., 2:]) / 2

@@ -5,7 +5,7 @@ evaluation pages at storage.googleapis.com/openimages/web/evaluation.html). Ever
 is scored at a time by array operations; hierarchy expansion is done by taking a class's rows together with its
 descendants' rows, so nothing is copied in advance.
 
-Equal scores are ordered by image id, and within an image by what counts (false positives first). This is one of the
+Equal scores are ordered by image id, and within an image false positives come first. This is one of the
 orders the official tool may take, and it makes a result independent of the order of the detections.
 """
 
@@ -150,7 +150,7 @@ def read_truth(
 
 
 def mask_folders(directory: str | Path, split: str) -> list[Path]:
-    """Where the masks of a split may have been unpacked."""
+    """Folders in which the masks of a split may have been unpacked."""
     directory = Path(directory)
     names = ["masks", f"{split}-masks", f"masks/{split}", f"{split}_masks"]
     return [d / n for d in (directory, directory.parent) for n in names if (d / n).is_dir()]
@@ -201,7 +201,7 @@ def join_by_box(image, label, boxes, box_image, box_label, box_boxes) -> tuple[n
 
 def read_mask_image(name: str, folders: list[Path], origin: Path) -> np.ndarray:
     """bool [h, w] of a published mask: non-zero is the object."""
-    # The published archives are split by the first digit of the name and may be unpacked into folders of that name.
+    # The published archives are split by the first digit of the name and may be unpacked into folders named by it.
     for folder in folders:
         for path in (folder / name, folder / name[0] / name):
             if path.is_file():
@@ -214,7 +214,7 @@ def read_detections(path: str | Path, truth: Truth) -> DetectionTable:
     """A csv of detections, one row each (ImageID, LabelName, Score, and XMin, XMax, YMin, YMax or ImageWidth,
     ImageHeight, Mask), or as for the challenge server one row per image (ImageID, …, PredictionString).
 
-    DetectionTable on images outside the truth are not looked at, as the protocol has it; both these and detections on
+    DetectionTable on images outside the truth are ignored, as in the protocol; both these and detections on
     classes outside the class list are counted in a message.
     """
     try:
@@ -307,7 +307,7 @@ def truth_from_coco(content: dict[str, Any], with_masks: bool = False) -> Truth:
     """The truth of a COCO-format json (boxes in pixels): iscrowd, IsGroupOf, difficult or ignore = 1 make group_of.
 
     Image labels come from the optional image keys pos_category_ids and neg_category_ids; an image without them is
-    verified for no class but those of its boxes.
+    verified only for the classes of its boxes.
     """
     categories, images = content["categories"], content["images"]
     class_of = {c["id"]: i for i, c in enumerate(categories)}
@@ -452,10 +452,11 @@ def evaluate(
 
     The challenges expand boxes and image labels over the hierarchy, count group-of boxes with weight 1 and ignore
     detections of classes that nobody verified in the image. Their official tool scores detections as submitted: a
-    detection's copies for its ancestors are the submitter's business, and made here only with `expand_detections`.
+    copies of a detection for ancestor classes are left to the submitter, and are made here only with
+    `expand_detections`.
     Returns mAP, and for each class id per_class_AP (None: no ground truth), num_gt, num_scored_detections and
     num_true_positives. `on_class(index of the class, scores, hits, images, image of each object to be found)` is
-    called with what each AP is computed from, see `average_precision`.
+    called with the inputs of each AP, see `average_precision`.
     """
     if protocol == "v2":
         return _evaluate(truth, detections, None, False, 0.0, False, False, on_class)
@@ -501,7 +502,7 @@ def _evaluate(
         gts = _join(gt_rows, below)
         gts = gts[np.argsort(truth.image[gts], kind="stable")]
         if verified_only:
-            # A negative label holds for all descendants, so those of the class and its ancestors count.
+            # A negative label holds for all descendants, so labels of the class and of its ancestors apply.
             labels = np.concatenate([_join(positive_rows, below), _join(negative_rows, np.flatnonzero(related[c]))])
             verified = np.zeros(len(truth.image_ids), bool)
             verified[truth.label_image[labels]] = True
@@ -538,8 +539,9 @@ def _join(rows: list[np.ndarray], classes: Iterable[int]) -> np.ndarray:
 def _settle_class(truth, detections, dets, gts, has_mask, group_weight, overlaps):
     """Matches one class. dets [D] and gts [G] are rows, gts sorted by image; has_mask bool [G].
 
-    Returns scores float64 [S], weights float64 [S] (0 = false positive) and image int [S] of what counts, and the
-    number of ground truths. The four steps are the protocol's: objects, group-of, and for masks the objects and groups
+    Returns scores float64 [S], weights float64 [S] (0 = false positive) and image int [S] of the scored detections, and
+    the number of ground truths. The four steps are the protocol's: objects, group-of, and for masks the objects and
+    groups
     without a mask.
     """
     image, score, group = detections.image[dets], detections.score[dets], truth.group_of[gts]
@@ -699,7 +701,7 @@ class _MaskOverlaps(_BoxOverlaps):
 
 
 def resize_run(run: dict[str, Any], size: Sequence[int]) -> dict[str, Any]:
-    """The run lengths of a mask resampled to `size` (height, width), of the nearest pixels."""
+    """The run lengths of a mask resampled to `size` (height, width) by nearest neighbour."""
     if list(run["size"]) == list(size):
         return run
     bitmap = cv2.resize(mask_utils.decode(run), (size[1], size[0]), interpolation=cv2.INTER_NEAREST)

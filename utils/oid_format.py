@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 _LARGEST_MASK = 64 << 20  # bytes of run lengths
-# Rows of the csv files are read in blocks of this size, so that memory follows the columns kept, not the file.
+# csv files are read in blocks of this size, so that memory depends on the columns kept, not on the file.
 _BLOCK_BYTES = 16 << 20
 
 
@@ -46,7 +46,7 @@ class FileSet(NamedTuple):
     masks: Path | None  # csv of segmentation masks
 
 
-# What each release calls its files; {s} is the split. The first pattern with a match counts.
+# File names of the releases; {s} is the split. The first pattern with a match is used.
 _PATTERNS = {
     "classes": ["class-descriptions-boxable.csv", "*class-descriptions-boxable.csv", "*class*-description*-500.csv",
                 "*classes-description-segmentable.csv", "*class*-description*.csv"],
@@ -98,8 +98,8 @@ def read_classes(path: str | Path) -> tuple[list[str], list[str]]:
 def read_ancestors(path: str | Path, labels: Sequence[str]) -> np.ndarray:
     """bool [C, C]: element [c, a] says that class a is a proper ancestor of class c by `Subcategory` edges.
 
-    The root is no class, `Part` edges are not followed, and a class that occurs at several places has the ancestors
-    of all of them. A class missing from the hierarchy is an error, as in the official tool.
+    The root is not a class, `Part` edges are not followed, and a class that occurs several times has the ancestors of
+    all its occurrences. A class missing from the hierarchy is an error, as in the official tool.
     """
     root = read_json(path, "class hierarchy")
     if not isinstance(root, dict) or not isinstance(root.get("Subcategory", []), list):
@@ -126,7 +126,7 @@ def read_ancestors(path: str | Path, labels: Sequence[str]) -> np.ndarray:
 
 
 def positions(known: pa.Array, values: pa.Array) -> np.ndarray:
-    """int32: where each of `values` stands in `known`, or -1."""
+    """int32: the index in `known` of each of `values`, or -1."""
     return pc.fill_null(pc.index_in(values, value_set=known), -1).to_numpy(zero_copy_only=False).astype(np.int32)
 
 
@@ -176,7 +176,7 @@ def read_columns(
             for name in wanted:
                 column = block.column(name)
                 if name in numbers:
-                    # Numbers are parsed as float64 whatever they become: some releases write flags as 0.0 and 1.0.
+                    # All numbers are parsed as float64 first, because some releases write flags as 0.0 and 1.0.
                     column = pc.fill_null(column, 0.0).to_numpy(zero_copy_only=False)
                     parts[name].append(column.astype(numbers[name], copy=False))
                 elif name in texts:
@@ -186,7 +186,7 @@ def read_columns(
                     if name in known:
                         parts[name].append(positions(known[name], column.dictionary)[codes])
                     else:
-                        # The dictionary of this block; all blocks' are merged below.
+                        # This block's distinct values; those of all blocks are merged below.
                         words = np.array(column.dictionary.to_pylist(), dtype=np.bytes_)
                         values[name].append(words)
                         parts[name].append(codes.astype(np.int32) + np.int32(offsets[name]))
@@ -214,7 +214,7 @@ def encode_mask(counts: bytes) -> str:
 
 
 def decode_mask(text: bytes | str) -> bytes:
-    """The inverse of `encode_mask`; raises ValueError for text that is none."""
+    """The inverse of `encode_mask`; raises ValueError for other text."""
     try:
         decompressor = zlib.decompressobj()
         counts = decompressor.decompress(base64.b64decode(text, validate=True), _LARGEST_MASK)

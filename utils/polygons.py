@@ -64,7 +64,7 @@ def ring_areas(vertices: np.ndarray, ring_sizes: np.ndarray) -> np.ndarray:
     if len(ring_sizes) == 0:
         return np.zeros(0)
     starts = np.cumsum(ring_sizes) - ring_sizes
-    # Relative to each ring's first vertex: no cancellation far from the origin.
+    # Relative to each ring's first vertex, to avoid cancellation far from the origin.
     local = vertices.astype(np.float64) - np.repeat(vertices[starts].astype(np.float64), ring_sizes, axis=0)
     after = local[_next_vertex(ring_sizes)]
     return np.add.reduceat(local[:, 0] * after[:, 1] - after[:, 0] * local[:, 1], starts) / 2
@@ -92,7 +92,7 @@ def pack_edges(edges: np.ndarray, owners: np.ndarray, count: int) -> np.ndarray:
     """Edges of several objects as one array [count, E, 4] with zero-length padding; E >= 1.
 
     edges [n, 4]; owners [n] non-decreasing, the object of each edge. Vertical edges are left out: they cross no
-    column's centre, so they say nothing to the graph's rasteriser, which works by columns as COCO's does.
+    column's centre, so the graph's rasteriser, which works by columns like COCO's, does not need them.
     """
     slanted = edges[:, 0] != edges[:, 2]
     edges, owners = edges[slanted], owners[slanted]
@@ -106,11 +106,11 @@ def pack_edges(edges: np.ndarray, owners: np.ndarray, count: int) -> np.ndarray:
 def boxes_inside(edges: np.ndarray, owners: np.ndarray, count: int, height: float, width: float) -> np.ndarray:
     """Tight boxes [count, 4] (float64) of the parts of objects that lie in the window [0, width] x [0, height].
 
-    edges [n, 4]; owners [n], the object of each edge. An object without a part inside gets zeros. The part of an
-    outline inside the window is bounded by the parts of its edges inside and by corners of the window inside of it.
+    edges [n, 4]; owners [n], the object of each edge. An object without a part inside gets zeros. The visible part is
+    bounded by the parts of edges in the window and by those window corners that lie inside the outline.
     """
-    # An outline that runs along the window's border has its object on one side: looked at just inside of the border,
-    # those of objects outside vanish, and those of objects inside are replaced by what crosses to them.
+    # For outlines that run along the window's border, points just inside of the border are tested: edges of objects
+    # outside then vanish, and edges of objects inside are replaced by the parts that reach the border.
     margin = 1e-3
     low, high = np.full(2, margin), np.array([width, height]) - margin
     edges = edges.astype(np.float64)
@@ -145,8 +145,8 @@ def boxes_inside(edges: np.ndarray, owners: np.ndarray, count: int, height: floa
 def clip_edges(edges: np.ndarray, height: float, width: float) -> tuple[np.ndarray, np.ndarray]:
     """Outlines confined to the window [0, width] x [0, height]: edges [m, 4], and for each which of `edges` it was.
 
-    Edges are cut at the window's border, and what is outside is moved onto it: that leaves the winding number of each
-    point inside as it was, and makes it zero outside.
+    Edges are cut at the window's border, and parts outside are moved onto it. This keeps the winding number of each
+    point inside and makes it zero outside.
     """
     start = edges[:, None, :2].astype(np.float64)
     step = edges[:, 2:] - start[:, 0]
@@ -179,10 +179,10 @@ def decode_mask(rle: dict) -> np.ndarray:
 
 
 def decode_part(rle: dict) -> tuple[np.ndarray, int, int]:
-    """As `decode_mask`, the smallest part that holds the object: bool [h, w], and its left and top in the image."""
+    """As `decode_mask`, but only the object's bounding rectangle: bool [h, w], and its left and top in the image."""
     height = int(rle["size"][0])
     ends = np.cumsum(decode_runs(rle["counts"]))
-    first, beyond = ends[:-1:2], ends[1::2]  # of each run of the object; a last background run has no partner
+    first, beyond = ends[:-1:2], ends[1::2]  # ends of the object's runs; a last background run has none
     some = beyond > first
     first, beyond = first[some], beyond[some]
     if len(first) == 0:
@@ -197,7 +197,7 @@ def decode_part(rle: dict) -> tuple[np.ndarray, int, int]:
 def rle_runs(rle: dict, height: int, width: int) -> np.ndarray:
     """Checked run lengths, int64, of alternating background and object; ValueError as for `decode_rle`.
 
-    pycocotools checks nothing: what it decodes must have been here before.
+    pycocotools checks nothing, so RLEs must be checked here before it decodes them.
     """
     size = rle.get("size")
     if size is not None and list(size) != [height, width]:
@@ -249,12 +249,12 @@ def encode_mask(mask: np.ndarray) -> dict[str, Any]:
 
 
 def encode_part(mask: np.ndarray, left: int, top: int, height: int, width: int) -> dict[str, Any]:
-    """COCO run lengths of a height x width image whose part from (left, top) on is `mask`."""
+    """COCO run lengths of a height x width image in which `mask` lies at (left, top)."""
     columns = np.zeros((mask.shape[1], mask.shape[0] + 2), bool)
     columns[:, 1:-1] = mask.T
     column, row = np.nonzero(columns[:, 1:] != columns[:, :-1])
     ends = (column + left) * height + row + top
-    # A run that goes on in the next column ends and begins at the same pixel: both go.
+    # A run that continues in the next column has an end and a start at the same pixel: both are removed.
     again = np.flatnonzero(ends[1:] == ends[:-1])
     ends = np.delete(ends, np.concatenate([again, again + 1]))
     size = height * width
@@ -262,15 +262,15 @@ def encode_part(mask: np.ndarray, left: int, top: int, height: int, width: int) 
     return encode_runs(counts, height, width)
 
 
-# Polygons that reach farther than this beyond the image, in sides of it, are clipped before they are rasterised:
-# pycocotools walks along every edge, pixel by pixel.
+# Polygons that reach farther than this many image sides beyond the image are clipped first, because pycocotools walks
+# along every edge pixel by pixel.
 _FAR = 1.0
 
 
 def encode_segmentation(segmentation: Any, height: int, width: int) -> dict[str, Any]:
     """COCO's compressed RLE (`counts` is bytes) of what utils/coco_format.py read: polygons, one RLE or several.
 
-    Polygons and RLEs are united. Nothing (None, [] or {}) is a mask without a pixel.
+    Polygons and RLEs are united. None, [] or {} gives a mask without a pixel.
     """
     parts = [segmentation] if isinstance(segmentation, dict) else list(segmentation or ())
     rings = [_bounded(p, height, width) for p in parts if not isinstance(p, dict)]
@@ -333,9 +333,9 @@ def _trace(runs: np.ndarray, height: int) -> list:
     column = np.arange(int(columns.sum())) - np.repeat(np.cumsum(columns) - columns - begin // height, columns)
     low = np.maximum(np.repeat(begin, columns) - column * height, 0)
     high = np.minimum(np.repeat(end, columns) - column * height, height)
-    # Along a vertical line of the pixel grid let +1 mean that the object lies left of it alone, -1 right of it alone.
-    # Each piece changes this at its ends, on the line to its right and, the other way, on the one to its left; a change
-    # of 2 is where pixels touch at a corner. A run of +1 or -1 is a border, which runs down or up.
+    # Along a vertical line of the pixel grid, +1 means that the object lies only to its left, -1 only to its right.
+    # Each piece changes this value at its ends on the line to its right and, with opposite sign, on the line to its
+    # left. A change of 2 means that pixels touch at a corner. A run of +1 or -1 is a border that runs down or up.
     stride = height + 1
     right = column + 1
     keys = np.concatenate([right * stride + low, right * stride + high, column * stride + low, column * stride + high])
@@ -347,14 +347,14 @@ def _trace(runs: np.ndarray, height: int) -> list:
     start, stop = kept[0::2], kept[1::2]
     x, y_low, y_high = keys[start] // stride, keys[start] % stride, keys[stop] % stride
     down = change[start] > 0
-    # Horizontal borders join neighbouring border ends of a row in pairs. Where two vertical ones meet at one corner,
-    # that whose object lies to the left belongs to the horizontal one on the left.
+    # Horizontal borders join neighbouring border ends of a row in pairs. Where two vertical borders meet at a corner,
+    # the one whose object lies to its left joins the horizontal border on the left.
     count = len(x)
     ends_x, ends_y = np.concatenate([x, x]), np.concatenate([y_low, y_high])
     order = np.lexsort((np.concatenate([~down, ~down]), ends_x, ends_y))
     partner = np.empty(2 * count, np.int64)
     partner[order[0::2]], partner[order[1::2]] = order[1::2], order[0::2]
-    following = (partner[np.arange(count) + np.where(down, count, 0)] % count).tolist()  # from a border's head on
+    following = (partner[np.arange(count) + np.where(down, count, 0)] % count).tolist()  # from the start of each border
     tail_y, head_y = np.where(down, y_low, y_high), np.where(down, y_high, y_low)
     corners = np.stack([x, tail_y, x, head_y], 1).astype(np.float32).reshape(count, 2, 2)
     seen = [False] * count
@@ -379,7 +379,7 @@ def smooth_ring(ring: np.ndarray) -> np.ndarray:
         return ring
     after = np.roll(ring, -1, axis=0)
     long = np.abs(after - ring).sum(1) > 1
-    # The middles of a staircase's steps lie on the outline that was drawn; what two long sides meet at is a corner.
+    # The midpoints of a staircase's steps lie on the drawn outline; a point where two long sides meet is a corner.
     points = np.stack([ring, (ring + after) / 2], 1)
     used = np.stack([long & np.roll(long, 1), np.ones(len(ring), bool)], 1)
     points = points[used][:, None].astype(np.float32)

@@ -1,6 +1,6 @@
-"""The processes ("ranks") that train together under Horovod: who they are, and what they tell each other by itself.
+"""The processes ("ranks") that train together under Horovod: who they are, and messages between them.
 
-Sums over ranks inside the training graph are the trainer's and SyncBN's; here are objects, outside of it.
+Sums inside the training graph are in trainers.py and model_syncbn.py; here Python objects are exchanged.
 """
 
 import contextlib
@@ -17,20 +17,20 @@ __all__ = [
 ]  # fmt: skip
 
 
-# What a reduction fails with when another rank is gone: of Horovod itself, its gloo on CPUs, and NCCL.
+# Messages of reductions that fail because another rank has ended: from Horovod, gloo (CPUs) and NCCL.
 _LOST = re.compile(
     r"Horovod has been shut down|gloo/transport|remote process exited|(nccl|NCCL).*unhandled system error"
 )
 
 
 class LostRank(Exception):
-    """Another rank of the job has ended, so that this one cannot go on."""
+    """Another rank of the job has ended, so this one cannot continue."""
 
 
 def start() -> tuple[int, int]:
     """(rank, number of ranks) of this process, after connecting to the others; (0, 1) when no launcher started it.
 
-    Ranks other than the first keep what is not a warning to themselves.
+    Ranks other than the first log only warnings and errors.
     """
     if "HOROVOD_RANK" not in os.environ:
         return 0, 1
@@ -48,33 +48,33 @@ def horovod() -> Any:
     try:
         import horovod.tensorflow as hvd
     except ImportError:
-        raise UserError("TRAINER=horovod: horovod is missing in this environment; run `make horovod`") from None
+        raise UserError("TRAINER=horovod: horovod is not installed in this environment; run `make horovod`") from None
     return hvd
 
 
 def use_own_gpu(config: Any) -> None:
-    """Gives the sessions of a tf.ConfigProto the GPU of this rank among those of its machine."""
-    from utils.tf_v1 import gpu_count  # whoever has a ConfigProto has TensorFlow
+    """Assigns this rank's GPU to the sessions of a tf.ConfigProto."""
+    from utils.tf_v1 import gpu_count  # TensorFlow is already imported if there is a ConfigProto
 
     if gpu_count() and "HOROVOD_LOCAL_RANK" in os.environ:
         config.gpu_options.visible_device_list = os.environ["HOROVOD_LOCAL_RANK"]
 
 
 def from_first(value: Any) -> Any:
-    """Rank 0's value, in every rank; all must call it."""
+    """Returns rank 0's value in every rank; all ranks must call it."""
     with _session() as (hvd, session):
         return hvd.broadcast_object(value, session=session, name="value")
 
 
 def gather(value: Any) -> list[Any]:
-    """Every rank's value, in every rank; all must call it."""
+    """Returns all ranks' values in every rank; all ranks must call it."""
     with _session() as (hvd, session):
         return hvd.allgather_object(value, session=session, name="values")
 
 
 @contextlib.contextmanager
 def lost_rank_in_one_line(size: int) -> Iterator[None]:
-    """Turns what TensorFlow raises when a reduction finds one of `size` ranks gone into LostRank."""
+    """Turns TensorFlow's error for a reduction in which one of `size` ranks is gone into LostRank."""
     if size == 1:
         yield
         return
@@ -90,7 +90,7 @@ def lost_rank_in_one_line(size: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _session() -> Iterator[tuple[Any, Any]]:
-    """Horovod and a session on the CPU, with a graph of its own since that of the training is finished."""
+    """Horovod and a session on the CPU with its own graph, because the training graph is finalized."""
     from utils.tf_v1 import tf
 
     with tf.Graph().as_default(), tf.Session(config=tf.ConfigProto(device_count={"GPU": 0})) as session:

@@ -1,8 +1,8 @@
 """A run directory has one owner: the process that trains in it.
 
-The owner holds a lock of the operating system on a file in the directory, which ends with the process however it ends.
-Where such locks do not reach other machines (some network file systems), the file itself tells: the owner touches it
-every few seconds, and one that nobody touches any more is taken over after a short wait. Nothing is cleaned by hand.
+The owner holds an operating system lock on a file in the directory, which is released when the process ends for any
+reason. On some network file systems such locks do not work between machines. So the owner also touches the file every
+few seconds, and a file that is no longer touched is taken over after a short wait. Nobody has to clean up by hand.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ PATIENCE_SECONDS = 20.0  # how long an owner on another machine may be silent
 
 
 class RunLock:
-    """The ownership of a run directory, from the constructor to `release`; UserError names an owner that is there."""
+    """The ownership of a run directory, from the constructor to `release`; a UserError names another owner."""
 
     def __init__(self, folder: str | os.PathLike):
         self._path = Path(folder) / LOCK_NAME
@@ -48,8 +48,8 @@ class RunLock:
                 except OSError as e:
                     if e.errno in (errno.EWOULDBLOCK, errno.EACCES, errno.EAGAIN):
                         raise self._refusal(_read(file)) from None
-                    locks_work = False  # of a file system without locks
-                if not self._is_still(file):  # its owner removed it between our opening and locking it
+                    locks_work = False  # the file system has no locks
+                if not self._is_still(file):  # its owner removed it after it was opened here
                     os.close(file)
                     continue
                 self._check(owner, file, locks_work)
@@ -65,19 +65,19 @@ class RunLock:
                 raise
 
     def _check(self, owner: dict[str, Any], file: int, locks_work: bool) -> None:
-        """Refuses if the owner that the file names still lives, as far as can be seen from here."""
+        """Raises UserError if the owner named in the file seems to be still running."""
         if not owner:
             return
         if owner.get("host") == socket.gethostname():
             alive = _start(owner.get("process")) is not None and _start(owner["process"]) == owner.get("start")
-            # A lock that was free here cannot belong to another process of this machine.
+            # The lock was free, so no other process of this machine owns it.
             if alive and not locks_work and owner["process"] != os.getpid():
                 raise self._refusal(owner)
             return
         logger.warning(
             f"{self._path.parent} was last used by {_name(owner)}: waiting {PATIENCE_SECONDS:.0f} s for a sign of life"
         )
-        # Only changes are looked at: clocks of machines differ.
+        # Only changes of the time stamp are used, because the clocks of machines differ.
         before, deadline = os.fstat(file).st_mtime_ns, time.monotonic() + PATIENCE_SECONDS
         while time.monotonic() < deadline:
             time.sleep(min(0.5, PATIENCE_SECONDS / 4))
@@ -101,7 +101,7 @@ class RunLock:
                 os.utime(self._file)
 
     def release(self) -> None:
-        """Ends the ownership; a directory that was made for it and stayed empty is removed."""
+        """Ends the ownership; removes the directory if it was created for it and is still empty."""
         if self._stop.is_set():
             return
         self._stop.set()
@@ -128,7 +128,7 @@ def _name(owner: dict[str, Any]) -> str:
 
 
 def _start(process: Any) -> int | None:
-    """When a process of this machine started, in ticks since the machine did; None if there is none of this number."""
+    """Start time of a process of this machine, in ticks since boot; None if there is no such process."""
     try:
         return int(Path(f"/proc/{int(process)}/stat").read_text().rpartition(")")[2].split()[19])
     except (OSError, ValueError, TypeError, IndexError):
