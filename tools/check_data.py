@@ -3,7 +3,8 @@
     python tools/check_data.py --data train.json train/ --data val.json val/ --json findings.json
     python tools/check_data.py --config DATA.BASEDIR=data/coco --page check/
 
-Every image is opened (all of it, unless --quick) and every annotation looked at: ids, sizes, boxes, outlines,
+Every image is decoded completely (unless --quick is given) and every annotation is checked: ids, sizes, boxes,
+outlines,
 categories, duplicates, and images that two sets share. The exit code is 0 when nothing is wrong, 1 when there are
 errors, 2 when a set cannot be read. --fix writes cleaned annotation files and never touches the original; --page
 writes a page of pictures with their annotations drawn.
@@ -54,7 +55,7 @@ from viz import draw_annotations
 
 __all__ = ["DataSource", "check_source", "check_leakage", "fixed_content"]
 
-# Every check, whether it is an error or only worth a look, and what it means.
+# Every check: whether it is an error or only a warning, and its meaning.
 CHECKS = {
     "image id used twice": "error",
     "image file used twice": "error",
@@ -91,14 +92,14 @@ CHECKS = {
     "refused by training": "error",
 }
 PICTURE_SIDE = 1000  # pixels
-TOLERANCE = 1.0  # pixels by which rounding may carry a coordinate beyond the border
+TOLERANCE = 1.0  # pixels by which a coordinate may exceed the border due to rounding
 
 
 class DataSource(NamedTuple):
-    """A set in COCO's form: what its annotation file holds, and where its images are.
+    """A set in COCO's form: the content of its annotation file and the folder of its images.
 
-    `split`, if given, is the loaded set, whose annotations are drawn because `content` has no outlines. `training` is
-    what training refuses, or leaves out, of the set.
+    `split`, if given, is the loaded set, whose annotations are drawn because `content` has no outlines. `training`
+    lists what training refuses or leaves out.
     """
 
     name: str
@@ -114,7 +115,7 @@ def image_path(source: DataSource, image: ImageEntry) -> str:
 
 
 def read_images(source: DataSource) -> list[tuple[dict[str, Any], ImageEntry | None, str]]:
-    """Of each entry of "images": as it stands, typed, and what makes it unusable."""
+    """For each entry of "images": (raw entry, typed entry, reason why it cannot be used)."""
     result = []
     for raw in source.content["images"]:
         try:
@@ -125,7 +126,7 @@ def read_images(source: DataSource) -> list[tuple[dict[str, Any], ImageEntry | N
 
 
 def read_annotations(source: DataSource) -> Iterable[tuple[Any, Annotation | None, Unusable | None]]:
-    """Of each entry of "annotations": as it stands, as training reads it, and why training leaves it out."""
+    """For each entry of "annotations": (raw entry, entry as read for training, reason why training leaves it out)."""
     for raw in source.content["annotations"]:
         try:
             yield raw, read_annotation(raw), None
@@ -175,14 +176,14 @@ def _check_images(source: DataSource, facts: dict[Any, ImageFacts]) -> Iterable[
 
 
 def _plain(value: Any) -> Any:
-    """An id that may be of any type, as something that can be a key and be printed."""
+    """An id of any type in a form that can be a dictionary key and be printed."""
     return value if isinstance(value, (int, str, float, type(None))) else str(value)[:60]
 
 
 def check_leakage(
     first: str, facts: dict[Any, ImageFacts], second: str, others: dict[Any, ImageFacts]
 ) -> list[Finding]:
-    """Images of the second set that the first has too: equal files, and pictures that look the same.
+    """Images of the second set that also occur in the first: equal files, and pictures that look the same.
 
     Similar means that a 256-bit gradient hash shares one of its sixteen 16-bit parts and the 16 x 16 thumbnails
     differ by less than 3 grey levels on average: copies that were resized or compressed again.
@@ -210,14 +211,15 @@ def check_leakage(
         if not len(near):
             continue
         difference = np.abs(thumbnails[near] - thumbnail).mean((1, 2))
-        if difference.min() < 3 and thumbnail.std() > 3:  # flat pictures are alike without being copies
+        if difference.min() < 3 and thumbnail.std() > 3:  # plain pictures look alike without being copies
             detail = f"looks like image {keys[near[difference.argmin()]]} of {first}"
             findings.append(Finding("similar image in two sets", second, key, None, detail))
     return findings
 
 
 def _gradient_hashes(thumbnails: np.ndarray) -> np.ndarray:
-    """uint16 [n, 16]: for each line of a 16 x 16 thumbnail which pixels are darker than their right neighbour."""
+    """uint16 [n, 16]: for each row of a 16 x 16 thumbnail, bits of the pixels that are darker than their right
+    neighbour."""
     darker = thumbnails < np.roll(thumbnails, -1, axis=2)
     return np.packbits(darker, axis=2).view(np.uint16)[..., 0]
 
@@ -365,16 +367,16 @@ def _check_categories(source: DataSource) -> Iterable[Finding]:
 
 
 def check_source(source: DataSource, facts: dict[Any, ImageFacts]) -> list[Finding]:
-    """Everything that can be said about one set; `facts` from `look_at_images`, or {} to look at no image."""
+    """All findings in one set; `facts` comes from `look_at_images`, or is {} to check no images."""
     found = [*_check_categories(source), *_check_images(source, facts), *_check_annotations(source)]
-    if any(CHECKS[f.check] == "error" for f in found):  # which say more than training's counts
+    if any(CHECKS[f.check] == "error" for f in found):  # these are more detailed than training's counts
         return [*found, *(f for f in source.training if f.check != "left out of training")]
     return [*found, *source.training]
 
 
 # ------------------------------------------------------------------------------------------------ repair
 def fixed_content(source: DataSource, facts: dict[Any, ImageFacts]) -> tuple[dict[str, Any], Counter]:
-    """A cleaned copy of the set's content, and how often what was done. The original content is not changed.
+    """A cleaned copy of the set's content, and the number of changes of each kind. The original content is not changed.
 
     Left out: images that are missing, unreadable, cut off or listed again, and annotations of them, of unknown
     categories, without a usable box, and second copies of an object. Corrected: declared sizes (to the file's), boxes
@@ -459,7 +461,7 @@ def fixed_content(source: DataSource, facts: dict[Any, ImageFacts]) -> tuple[dic
 
 
 def _fix_outline(a: dict[str, Any], typed: Annotation, height: int, width: int, done: Counter) -> list[float] | None:
-    """Sets an annotation's segmentation to what of it can be used; the extent of that."""
+    """Reduces an annotation's segmentation to its usable parts; returns their extent."""
     if not a.get("segmentation"):
         return None
     rings = [r for r in typed.rings if _outline_problem([r], (), height, width)[0] in ("", "outline outside the image")]
@@ -537,7 +539,7 @@ def write_page(folder: str | Path, sources: Sequence[DataSource], findings: Sequ
     head = f'<!DOCTYPE html><html><head><meta charset="utf-8"><title>Data check</title><style>{style}</style></head>'
     content = f"{head}<body><h1>Data check</h1>{''.join(body)}</body></html>\n"
     with atomic_write(folder / "index.html", "wb") as f:
-        f.write(content.encode(errors="replace"))  # ids and names of files may be of half a character
+        f.write(content.encode(errors="replace"))  # ids and file names may contain incomplete characters
     logger.info(f"pictures: {folder / 'index.html'}")
 
 
@@ -546,7 +548,8 @@ def _rows_in_split(split: Any, image_ids: set) -> dict[Any, int]:
 
 
 def _shrunk(image: np.ndarray, drawable: dict, class_names: Sequence[str], bad: Sequence[Annotation]) -> np.ndarray:
-    """The image at PICTURE_SIDE pixels a side at most, with its annotations, and striped frames around the bad."""
+    """The image with sides of at most PICTURE_SIDE pixels and its annotations, those with findings in striped
+    frames."""
     height, width = image.shape[:2]
     scale = min(1.0, PICTURE_SIDE / max(height, width))
     if scale < 1:
@@ -570,7 +573,7 @@ def _shrunk(image: np.ndarray, drawable: dict, class_names: Sequence[str], bad: 
 
 
 def _frame(picture: np.ndarray, x1: int, y1: int, x2: int, y2: int) -> None:
-    """A frame striped in black and white, which no class's colour is."""
+    """A frame striped in black and white, colours that no class has."""
     frame = np.zeros(picture.shape[:2], np.uint8)
     cv2.rectangle(frame, (x1, y1), (x2, y2), 1, 5)
     rows, columns = np.nonzero(frame)
@@ -578,7 +581,7 @@ def _frame(picture: np.ndarray, x1: int, y1: int, x2: int, y2: int) -> None:
 
 
 def _drawable(objects: Sequence[Annotation], height: int, width: int, labels: dict) -> dict[str, Any]:
-    """Annotations as viz.draw_annotations wants them; what cannot be drawn is left out."""
+    """Annotations in the form that viz.draw_annotations takes; those that cannot be drawn are left out."""
     boxes, numbers, crowds, outlines = [], [], [], []
     for a in objects:
         check, _, extent = _outline_problem(a.rings, a.masks, height, width)
@@ -601,7 +604,7 @@ def _drawable(objects: Sequence[Annotation], height: int, width: int, labels: di
 
 # ------------------------------------------------------------------------------------------------ command line
 def sets_table(sources: Sequence[DataSource], findings: Sequence[Finding]) -> str:
-    """What was looked at."""
+    """A table of the checked sets."""
     kinds = Counter((f.data, CHECKS[f.check]) for f in findings)
     rows = [
         [s.name, *(len(s.content[key]) for key in ("images", "annotations", "categories")),
@@ -612,7 +615,7 @@ def sets_table(sources: Sequence[DataSource], findings: Sequence[Finding]) -> st
 
 
 def summary_table(findings: Sequence[Finding]) -> str:
-    """How often each check found something, and the first time."""
+    """A table with the number of findings of each check and the first one."""
     counts = Counter((f.data, f.check) for f in findings)
     first = {(f.data, f.check): f for f in reversed(findings)}
     order = list(CHECKS)
@@ -628,7 +631,7 @@ def summary_table(findings: Sequence[Finding]) -> str:
 
 
 def printable(text: str) -> str:
-    """Text that any terminal and page can show: file names may hold bytes that are no text."""
+    """Text that any terminal and page can show: file names may contain bytes that are not text."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
@@ -644,12 +647,12 @@ def read_source(name: str, annotation_file: str, folder: str) -> DataSource:
     return DataSource(name, content, folder, None, training_findings(cfg, name)[1])
 
 
-# Missing images are findings of the check itself.
+# Missing images are reported by the check itself.
 _ANY_IMAGES = ["DATA.KEEP_MISSING_IMAGES=True"]
 
 
 def training_findings(cfg: Any, name: str) -> tuple[DatasetSplit | None, list[Finding]]:
-    """The set as training loads it, and what training refuses or leaves out of it, with how often."""
+    """The set as training loads it, and the reasons and numbers of annotations that training refuses or leaves out."""
     try:
         split = load_split(cfg, name, training=name in cfg.DATA.TRAIN)
     except UserError as e:

@@ -5,8 +5,9 @@
 
 The system is recognised by the names inside the file, whatever the file is called: tensorpack (R-CNN and ImageNet
 .npz), detectron2 (.pkl, .pth), Detectron/Caffe2 (.pkl), maskrcnn-benchmark (.pth), torchvision (detection and
-ImageNet .pth), Keras applications (.h5). Every tensor must find its place and every place its tensor, otherwise
-nothing is written and the exit code is 3 (unless allowed by flags). The settings that the model needs are derived from
+ImageNet .pth), Keras applications (.h5). Every tensor of the file must be used and every tensor of the model must be
+found; otherwise nothing is written and the exit code is 3 (flags allow exceptions). The settings that the model needs
+are derived from
 the tensors, printed, and stored in the .npz, so that --load applies them.
 """
 
@@ -41,8 +42,8 @@ from utils.weight_files import check_tensor_name, file_kind, is_number_type, one
 
 __all__ = ["convert", "Report", "expected_names", "legacy_cell_anchors"]
 
-_BN_EPSILON = 1e-5  # of this project's batch norms unless BACKBONE.BN_EPSILON says otherwise
-_GAPS_IN_COCO_IDS = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)  # category ids 1..90 without a category
+_BN_EPSILON = 1e-5  # of this project's batch norms unless BACKBONE.BN_EPSILON is set
+_GAPS_IN_COCO_IDS = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)  # numbers among 1..90 that are not COCO category ids
 # fmt: off
 _COCO_NAMES = [
     "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light",
@@ -61,12 +62,12 @@ _NORM_LEAVES = {"weight": "gamma", "bias": "beta", "running_mean": "mean/EMA", "
 
 @dataclass
 class Report:
-    """What became of each tensor of the file."""
+    """The result for each tensor of the file."""
 
     system: str = ""
     mapped: dict[str, str] = field(default_factory=dict)  # name in the file -> name here
     ignored: list[tuple[str, str]] = field(default_factory=list)  # (name in the file, why it carries no weights)
-    unused: list[str] = field(default_factory=list)  # names in the file that have no place
+    unused: list[str] = field(default_factory=list)  # names in the file that the model does not use
     missing: list[str] = field(default_factory=list)  # names here that the model needs, missing from the file
     notes: list[str] = field(default_factory=list)
     class_names: list[str] = field(default_factory=list)
@@ -92,22 +93,23 @@ def convert(
     class_names: list[str] | None = None,
     drop_unused_classes: bool = False,
 ) -> tuple[dict[str, np.ndarray], dict[str, Any], Report]:
-    """(variables under this project's names, float32; flat settings the model needs; report) of a weights file.
+    """Reads a weights file -> (variables under this project's names, float32; flat settings that the model needs;
+    report).
 
-    overrides: KEY=VAL strings that win over the derived settings (the stride position, for one, cannot be seen in
-    tensors). drop_unused_classes: of torchvision's 90 COCO ids keep the 80 that are categories.
+    overrides: KEY=VAL strings that win over the derived settings, e.g. for the stride position, which tensors do not
+    show. drop_unused_classes: of torchvision's 90 COCO ids keep the 80 that are categories.
     """
     tensors, facts = _read(Path(path))
     report = Report()
     system, translate = _recognise(tensors, facts, Path(path))
     report.system = system
-    with one_line(path, f"a model of {system}"):  # tensors may have the right names and any shapes
+    with one_line(path, f"a model of {system}"):  # tensors with the right names may still have wrong shapes
         variables, settings = translate(tensors, facts, report)
         _check_known_structure(variables, path)
         settings = {**_derive_settings(variables), **settings}
         if sum(settings["BACKBONE.RESNET_NUM_BLOCK"]) > len(variables):
             raise UserError(f"{path}: its settings describe more blocks than it has tensors; leave out its settings")
-    if settings["BACKBONE.BLOCK"] == "basic":  # where a system's habit was taken for an answer: there is no 1x1
+    if settings["BACKBONE.BLOCK"] == "basic":  # basic blocks have no 1x1 convolution
         settings["BACKBONE.STRIDE_1X1"] = False
     classes = settings.get("DATA.NUM_CATEGORY", 0)
     names = _default_class_names(system, classes, report) if class_names is None else class_names
@@ -120,7 +122,7 @@ def convert(
             f"{path} has {settings.get('DATA.NUM_CATEGORY', 0)} classes, --class-names gives {len(names)}; correct it"
         )
     report.class_names = list(names)
-    # Stored settings may be only those that differ from the defaults.
+    # Files may store only the settings that differ from the defaults.
     complete = {**default_config().to_dict(), **settings} if "MODE_FPN" in settings else settings
     expected, optional = expected_names(complete)
     report.missing = sorted(expected - set(variables))
@@ -149,9 +151,9 @@ def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 
 
 def _unwrap(content: Any, path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The dictionary of arrays inside the layers that training programs put around it."""
+    """The dictionary of arrays, unwrapped from the dictionaries that training programs put around it."""
     facts: dict[str, Any] = {}
-    for _ in range(4):  # a dictionary may hold itself
+    for _ in range(4):  # a dictionary may contain itself
         layers = ("model", "state_dict", "blobs", "model_state")
         inner = next((k for k in layers if isinstance(content, dict) and isinstance(content.get(k), dict)), "")
         if not inner:
@@ -193,7 +195,8 @@ def _recognise(tensors: Mapping[str, Any], facts: Mapping[str, Any], path: Path)
         if has("conv1_conv/kernel", "conv2_block1_1_conv/kernel"):
             return "Keras applications ResNet", _from_keras
         raise UserError(
-            f"{path}: this HDF5 file is no Keras applications ResNet50, 101 or 152 (v1); Keras' other networks need no "
+            f"{path}: this HDF5 file is not a Keras applications ResNet50, 101 or 152 (v1); Keras' other networks "
+            "need no "
             "conversion: BACKBONE.NAME=keras:NETWORK BACKBONE.WEIGHTS=FILE_notop.h5"
         )
     if "conv0/W" in names or "conv0/W:0" in names:
@@ -243,7 +246,8 @@ def _torch_resnet_rules(stem: str, body: str) -> Rules:
 
 
 def _translate(tensors: Mapping[str, np.ndarray], rules: Rules, ignore: Mapping[str, str], report: Report) -> dict:
-    """Renames every tensor a rule knows and brings it into this project's layout; the others go to the report."""
+    """Renames tensors by the rules and converts them to this project's layout; tensors without a rule go to the
+    report."""
     compiled = [(re.compile(pattern), rename) for pattern, rename in rules]
     ignored = [(re.compile(pattern), why) for pattern, why in ignore.items()]
     variables: dict[str, np.ndarray] = {}
@@ -271,7 +275,7 @@ def _translate(tensors: Mapping[str, np.ndarray], rules: Rules, ignore: Mapping[
 def _put(variables: dict[str, np.ndarray], target: str, value: np.ndarray, source: str, report: Report) -> None:
     if target in variables:
         if not np.array_equal(variables[target], value):
-            raise UserError(f"{source} and another tensor both stand for {target} and differ; which one is right?")
+            raise UserError(f"{source} and another tensor both belong to {target} but differ: remove the wrong one")
         report.ignored.append((source, "the same tensor under a second name"))
         return
     variables[target] = value
@@ -327,10 +331,11 @@ def _from_detectron2(tensors: dict, facts: dict, report: Report) -> tuple[dict, 
     plain = groups == 1 and any("/bn/" in name for name in variables)
     mean, std = (tensors[k].reshape(-1).tolist() if k in tensors else None for k in ("pixel_mean", "pixel_std"))
     if facts.get("__author__") == "torchvision":
-        # Its ImageNet files in this naming keep the channel order of torchvision.
+        # Its ImageNet files with these names keep torchvision's channel order.
         settings = _rgb_settings(variables, report)
     else:
-        # The model zoo's plain ResNets descend from MSRA's: stride in the 1x1, deviations folded into conv1.
+        # The model zoo's plain ResNets come from MSRA: stride in the 1x1 convolution, standard deviations folded into
+        # conv1.
         std = std or ([1.0, 1.0, 1.0] if plain else [57.375, 57.12, 58.395])
         mean = mean or [103.53, 116.28, 123.675]
         settings = {
@@ -454,10 +459,10 @@ def _from_torchvision_imagenet(tensors: dict, facts: dict, report: Report) -> tu
 
 
 def _rgb_settings(variables: dict[str, np.ndarray], report: Report) -> dict[str, Any]:
-    """Turns conv0's input channels from R,G,B to B,G,R, and gives torchvision's settings."""
+    """Reverses conv0's input channels from R,G,B to B,G,R, and returns torchvision's settings."""
     if "conv0/W" in variables:
         variables["conv0/W"] = variables["conv0/W"][:, :, ::-1]
-        report.notes.append("trained on R,G,B images in 0..1: conv0's input channels are turned to B,G,R")
+        report.notes.append("trained on R,G,B images in 0..1: conv0's input channels are reversed to B,G,R")
     return {
         "BACKBONE.STRIDE_1X1": False,
         "PREPROC.PIXEL_MEAN": [123.675, 116.28, 103.53],
@@ -512,14 +517,14 @@ def _from_caffe2(tensors: dict, facts: dict, report: Report) -> tuple[dict, dict
         if scope is None:
             report.unused.append(name)
         elif split[2] == "b" and scope in normalised:
-            # A convolution before a batch norm has no bias in these networks; some files carry a zero one.
+            # Convolutions before a batch norm have no bias in these networks; some files contain a bias of zeros.
             if np.any(value):
                 report.unused.append(name)
             else:
                 report.ignored.append((name, "zero bias before a batch norm"))
         else:
             _put(variables, f"{scope}/{leaves[split[2]]}", _to_native_layout(value), name, report)
-    # The batch norms are stored as scale and shift: with variance 1 - ε and mean 0 a batch norm is exactly that.
+    # Batch norms are stored as scale and shift, which equals a batch norm with variance 1 - ε and mean 0.
     for scope in [n[: -len("gamma")] for n in list(variables) if n.endswith("/bn/gamma")]:
         size = variables[f"{scope}gamma"].shape
         variables.setdefault(f"{scope}mean/EMA", np.zeros(size, np.float32))
@@ -597,7 +602,7 @@ def _from_keras(tensors: dict, facts: dict, report: Report) -> tuple[dict, dict]
 
 
 def _from_tensorpack(tensors: dict, facts: dict, report: Report, path: Path) -> tuple[dict, dict]:
-    """Already this project's names and layout (but for ':0' and the names of group norms)."""
+    """Names and layout are this project's, except for ':0' and the names of group norms."""
     variables = {}
     for old, value in tensors.items():
         name = next(iter(native_names({old: value}, path)))
@@ -639,12 +644,12 @@ def _background_first(variables: dict[str, np.ndarray], report: Report) -> None:
             boxes = variables.get(name)
             if boxes is None or boxes.shape[-1] != 4 * classes or (cascade and classes == 1):
                 continue
-            # With a single class both kinds of regressor look alike; the class-specific one is the default here.
+            # With a single class both kinds of regressor have equal shapes; the class-specific one is the default here.
             variables[name] = np.concatenate([np.zeros_like(boxes[..., :4]), boxes], -1)
 
 
 def _agnostic_columns(variables: dict[str, np.ndarray]) -> None:
-    """Class-agnostic regressors with two groups (background, foreground) keep the foreground's."""
+    """Of class-agnostic regressors with two groups (background, foreground) keeps the foreground's."""
     for scope in _output_scopes(variables):
         classes = variables[f"{scope}class/W"].shape[-1]
         for leaf in ("W", "b"):
@@ -654,7 +659,7 @@ def _agnostic_columns(variables: dict[str, np.ndarray]) -> None:
 
 
 def _without_mask_background(variables: dict[str, np.ndarray], report: Report) -> None:
-    """Mask logits that have a channel for the background, which no prediction reads, lose it."""
+    """Removes the mask logits' channel for the background, which no prediction uses."""
     scopes = _output_scopes(variables)
     classes = variables[f"{scopes[0]}class/W"].shape[-1] if scopes else 0
     if "maskrcnn/conv/W" in variables and variables["maskrcnn/conv/W"].shape[-1] == classes:
@@ -676,7 +681,7 @@ def _ratio_major_anchors(variables: dict[str, np.ndarray], ratios: int = 3) -> N
 
 
 def legacy_cell_anchors(stride: int, sizes: Iterable[float], ratios: Iterable[float] = (0.5, 1.0, 2.0)) -> np.ndarray:
-    """Anchors of Detectron's line of systems, float64 [sizes·ratios, 4], sizes outermost, in continuous coordinates.
+    """Anchors of Detectron and its successors, float64 [sizes·ratios, 4], sizes outermost, in continuous coordinates.
 
     They derive from a stride × stride cell whose sides are rounded to whole pixels per ratio and then scaled, centred
     in the middle of the cell (pixel indices there: the last coordinate is inclusive).
@@ -740,7 +745,7 @@ def _drop_gaps(variables: dict[str, np.ndarray], settings: dict[str, Any], names
 
 
 def _coco_ids(system: str, classes: int) -> list[int]:
-    """Category ids of models whose number of classes tells that they were trained on COCO."""
+    """Category ids of models whose number of classes shows that they were trained on COCO."""
     if classes == 90 and system.startswith("torchvision"):
         return list(range(1, 91))
     return [i for i in range(1, 91) if i not in _GAPS_IN_COCO_IDS] if classes == 80 else []
@@ -748,7 +753,9 @@ def _coco_ids(system: str, classes: int) -> list[int]:
 
 def _default_class_names(system: str, classes: int, report: Report) -> list[str]:
     if classes == 80:
-        report.notes.append("80 classes are taken for COCO's, in the order of their ids; --class-names gives others")
+        report.notes.append(
+            "80 classes are assumed to be COCO's, in the order of their ids; set others with --class-names"
+        )
         return list(_COCO_NAMES)
     if classes == 90 and system.startswith("torchvision"):
         names = iter(_COCO_NAMES)
@@ -835,7 +842,7 @@ def _derive_settings(variables: Mapping[str, np.ndarray]) -> dict[str, Any]:
         settings["FPN.CASCADE"] = cascade
     else:
         settings["MODE_RPN_ONLY"] = True
-        blocks[3] = blocks[3] or blocks[0]  # C4: a last stage that the file does not have, as deep as published ones
+        blocks[3] = blocks[3] or blocks[0]  # C4: a last stage missing from the file; published models have this depth
     if scopes and f"{scopes[0]}class/W" in names and f"{scopes[0]}box/W" in names:
         classes = out_channels(f"{scopes[0]}class/W") - 1
         settings["DATA.NUM_CATEGORY"] = classes
@@ -871,7 +878,7 @@ def _derive_settings(variables: Mapping[str, np.ndarray]) -> dict[str, Any]:
 
 
 def expected_names(settings: Mapping[str, Any]) -> tuple[set[str], set[str]]:
-    """(variables that a model with these settings has, variables that it may have besides)."""
+    """(variables that a model with these settings must have, further variables that it may have)."""
     expected: set[str] = set()
 
     def layer(scope: str, norm: str | None = None, bias: bool = False) -> None:
@@ -938,7 +945,8 @@ def expected_names(settings: Mapping[str, Any]) -> tuple[set[str], set[str]]:
 
 
 def _known_settings(settings: dict[str, Any], overrides: Iterable[str], report: Report) -> dict[str, Any]:
-    """The settings in the configuration's types with the user's `overrides`; what has no key becomes a note."""
+    """The settings as values of this configuration, with the user's `overrides`; settings without a key here become
+    notes."""
     cfg = default_config()
     known = cfg.to_dict()
     for key in [k for k in settings if k not in known]:
@@ -952,7 +960,7 @@ def _known_settings(settings: dict[str, Any], overrides: Iterable[str], report: 
 
 
 def _rounded(values: Iterable[float]) -> list[float]:
-    """float32 numbers as the decimals that were meant."""
+    """float32 numbers as the shortest decimals that give them."""
     return [float(f"{v:.6g}") for v in values]
 
 

@@ -18,7 +18,8 @@ DEFAULT_KEYS = ["total_loss", "bbox/AP", "bbox/AP50", "segm/AP", "segm/AP50", "k
 
 
 def read_log(run: Path) -> dict[str, tuple[list[int], list[float]]]:
-    """The run's log.jsonl as {key: (steps, values)}; of a step that was logged twice, after a resumption, the last."""
+    """The run's log.jsonl as {key: (steps, values)}. If a step was logged twice after a resumption, the last is
+    used."""
     path = run / "log.jsonl" if run.is_dir() else run
     if not path.is_file():
         raise UserError(f"{path} does not exist; give the log directory of a training run")

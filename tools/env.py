@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Prints what a bug report needs: versions, processor, GPUs and revision, one line each.
+"""Prints the facts that a bug report needs: versions, processor, GPUs and revision, one line each.
 
 python -m tools.env
 python -m tools.env --quick     # without importing TensorFlow; packages and GPUs as the files on disk say
@@ -24,7 +24,7 @@ PACKAGES = [
     "tensorflow", "tf_keras", "tensorpack", "numpy", "opencv-python-headless", "pycocotools", "pyarrow", "h5py",
     "horovod", "protobuf",
 ]  # fmt: skip
-# Instructions that decide how fast convolutions are, as /proc/cpuinfo names them; the last two make bfloat16 fast.
+# CPU features (names of /proc/cpuinfo) that determine the speed of convolutions; the last two speed up bfloat16.
 CPU_FEATURES = ["avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16"]
 # Variables that change what TensorFlow, Horovod or this program does. Their values are printed.
 VARIABLES = re.compile(

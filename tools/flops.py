@@ -5,7 +5,7 @@
 
 Counted are convolutions and matrix products of one prediction, from the shapes in its graph, without running it: the
 image at --size, padded to a multiple of 32; the box head on --proposals; mask and keypoint heads on --detections.
-One multiplication with its addition counts 1, as in detectron2's tables (fvcore). Not counted, as there: norms and
+A multiplication with its addition is counted as 1, as in detectron2's tables (fvcore). Not counted, as there: norms and
 activations, RoIAlign, non-maximum suppression. Parameters are weights, biases and affine parameters of norms.
 """
 
@@ -40,7 +40,7 @@ _STATISTICS = re.compile(r"/(mean|variance)/EMA$")
 
 def count(cfg: Config, height: int, width: int, proposals: int = 1000, detections: int = 100) -> dict[str, Any]:
     """{parameters, trainable, macs, parts: {part: the same three}, size: [height, width] after padding, proposals,
-    detections} for an image of height x width; settings without classes count as COCO's 80."""
+    detections} for an image of height x width; settings without classes use COCO's 80."""
     from model_rcnn import build_inference
     from utils.tf_v1 import tf
 
@@ -70,7 +70,10 @@ def count(cfg: Config, height: int, width: int, proposals: int = 1000, detection
         rows, macs = _MULTIPLY_ADDS[op.type](op)
         if rows is None and part in _HEADS:
             if op in after_detection:
-                part, rows = (part if part != "box head" else "mask head"), detections  # C4 shares its stage 5
+                part, rows = (
+                    (part if part != "box head" else "mask head"),
+                    detections,
+                )  # C4 shares stage 5 with the box head
             else:
                 rows = proposals
         if rows is None or macs is None:
@@ -82,14 +85,14 @@ def count(cfg: Config, height: int, width: int, proposals: int = 1000, detection
 
 
 def _part(name: str, cfg: Config) -> str | None:
-    """The part of the model that a variable or an operation is of; None for what is none's, e.g. post-processing."""
+    """The part of the model to which a variable or operation belongs; None for others, e.g. post-processing."""
     if cfg.MODE_FPN and name.startswith("group3"):
         return "backbone"
     return next((part for pattern, part in _PARTS if re.match(rf"({pattern})(_\d+)?/", name)), None)
 
 
 def _consumers(op: Any) -> set[Any]:
-    """All operations that something is passed to, directly or not, by `op`."""
+    """All operations that depend on `op`, directly or indirectly."""
     todo, found = [op], set()
     while todo:
         for output in todo.pop().outputs:

@@ -36,7 +36,7 @@ __all__ = ["Golden", "compare_inference", "compare_training", "load_golden", "se
 DEFAULT_DIRECTORY = "../shared/golden"
 BATCHES = {"b0": [0], "b1": [1], "b01": [0, 1]}
 
-# What each quantity may differ by. Relative errors are ||a - b|| / ||b||.
+# The tolerance of each quantity. Relative errors are ||a - b|| / ||b||.
 TOLERANCES = {
     "features (relative)": 2e-4,
     "RPN logits (relative)": 2e-4,
@@ -92,12 +92,12 @@ class Row(NamedTuple):
 
     @property
     def good(self) -> bool:
-        return bool(self.error <= self.tolerance)  # a NaN is not good
+        return bool(self.error <= self.tolerance)  # NaN is an error
 
 
 def make_row(golden: Golden, batch: str, quantity: str, error: float, detail: str) -> Row:
-    """The tolerance of gradients is wider with a mask branch, and never below twice what the recorded system moves
-    against itself: a single ReLU input that rounding puts on the other side of zero is worth 2e-2 (docs/FIDELITY.md).
+    """The tolerance of gradients is wider with a mask branch, and at least twice the recorded system's difference from
+    itself: a single ReLU input that rounding moves across zero changes gradients by 2e-2 (docs/FIDELITY.md).
     """
     tolerance = TOLERANCES[quantity]
     if quantity.startswith("gradient"):
@@ -110,7 +110,7 @@ def make_row(golden: Golden, batch: str, quantity: str, error: float, detail: st
 
 # ------------------------------------------------------------------------------------------------------------- reading
 def golden_names(directory: str | os.PathLike) -> list[str]:
-    """Models of which all three files are there, sorted."""
+    """The sorted names of models with all three files."""
     directory = Path(directory)
     names = [p.name.removesuffix(".weights.npz") for p in sorted(directory.glob("*.weights.npz"))]
     return [n for n in names if (directory / f"{n}.json").exists() and (directory / f"{n}.golden.npz").exists()]
@@ -125,7 +125,7 @@ def load_golden(directory: str | os.PathLike, name: str) -> Golden:
 
 
 def settings_from_golden(meta: dict[str, Any]) -> list[str]:
-    """KEY=VAL settings under which the graph is the recorded model."""
+    """KEY=VAL settings with which the graph equals the recorded model."""
     config = meta["config"]
     backbone, rpn, heads, box = config["backbone"], config["rpn"], config["roi_heads"], config["box_head"]
     fpn, anchors, mask, keypoint = config["fpn"], config["anchors"], config["mask_head"], config["keypoint_head"]
@@ -217,7 +217,7 @@ def golden_config(golden: Golden, precision: str = "float32") -> Config:
 
 
 def polygons_of(golden: Golden, image: int) -> list[list[np.ndarray]]:
-    """Per object its polygons, float64 [k,2] each."""
+    """The polygons of each object, float64 [k,2] each."""
     prefix = f"data/{image}/"
     lengths, owners = golden.arrays[prefix + "poly_len"], golden.arrays[prefix + "poly_owner"]
     parts = np.split(golden.arrays[prefix + "poly_xy"], np.cumsum(lengths)[:-1])
@@ -268,7 +268,8 @@ def convert_weights(path: Path) -> dict[str, np.ndarray]:
 
 @functools.lru_cache(maxsize=1)
 def element_map(weights: Path) -> tuple[dict[str, np.ndarray], dict[str, tuple]]:
-    """Where the converter puts every element: {native name: int array, 0 or 1 + number of the source element}, and
+    """The destination of every element in the conversion: {native name: int array, 0 or 1 + number of the source
+    element}, and
     {source name: (first number, shape)}. Found by converting numbers instead of weights, so that gradients can be
     carried back without knowing the converter's rules."""
     spans, numbers, start = {}, {}, 0
@@ -366,7 +367,7 @@ def unpack(packed: np.ndarray, height: int, width: int) -> np.ndarray:
 
 # ----------------------------------------------------------------------------------------------------------- inference
 def inference_graph(cfg: Config) -> tuple[dict, dict]:
-    """Placeholders and everything that is compared: the outputs and what they were made of."""
+    """Placeholders and all compared tensors: outputs and intermediate results."""
     import model_rcnn
     from basemodel import preprocess_image, resnet_stages
     from model_rpn import rpn_anchors, rpn_head, rpn_proposals
@@ -493,7 +494,7 @@ def _detection_rows(outputs: dict, own: dict, image_hw, detail: str) -> Iterator
     if "post_keypoints" in own:
         yield from _keypoint_rows(outputs["keypoints"][order[rows]], own["post_keypoints"][rows], "", detail)
     if "orig_hw" in own:
-        # Boxes without area are dropped in any frame: scores that number the rows tell which are left.
+        # Boxes without area are dropped in any frame: row numbers passed as scores show which are left.
         numbered = outputs | {"scores": np.arange(len(boxes), dtype=np.float32)}
         moved = to_original_frame(numbered, (h, w), tuple(own["orig_hw"]))
         place = {int(number): row for row, number in enumerate(moved.scores)}
@@ -513,8 +514,8 @@ def _detection_rows(outputs: dict, own: dict, image_hw, detail: str) -> Iterator
 
 
 def _keypoint_rows(ours: np.ndarray, theirs: np.ndarray, where: str, detail: str) -> Iterator[tuple[str, float, str]]:
-    """[D,K,3] each. Where two cells of a map are equally good up to rounding, the point may jump: those that did are
-    counted, the others measured."""
+    """[D,K,3] each. If two cells of a map are equal up to rounding, the point may jump. Points that jumped are counted,
+    others measured."""
     distance = np.abs(ours[..., :2].astype(np.float64) - theirs[..., :2]).max(-1)  # [D, K]
     near = distance <= TOLERANCES["keypoints (px)"]
     yield f"keypoints{where} (px)", distance[near].max(initial=0.0), detail
@@ -561,7 +562,7 @@ def training_graph(cfg: Config, size: int) -> tuple[dict, dict]:
 def compare_training(
     golden: Golden, variables: dict[str, np.ndarray], batches=BATCHES, precision: str = "float32"
 ) -> Iterator[Row]:
-    """Yields the differences of losses, gradients and what they were made of."""
+    """Yields the differences of losses, gradients and intermediate results."""
     from utils.tf_v1 import tf
 
     cfg = golden_config(golden, precision)
@@ -620,7 +621,7 @@ def _loss_rows(result, recorded, golden: Golden) -> Iterator[tuple[str, float, s
         names = golden.arrays["param_names"]
         known = norms >= 0
         ours = np.array([np.linalg.norm(flat[str(name)]) for name in names[known]])
-        # A shift of all logits of a softmax changes nothing: that bias has no gradient but rounding.
+        # Shifting all logits of a softmax changes nothing, so the gradient of that bias is only rounding error.
         floor = 1e-6 * np.linalg.norm(norms[known])
         errors = np.abs(ours - norms[known]) / np.maximum(norms[known], floor)
         worst = int(np.argmax(errors))
@@ -711,7 +712,7 @@ def run(directory: str, models: list[str] | None = None, precision: str = "float
     names = golden_names(directory)
     if not names:
         raise UserError(
-            f"no recordings in {directory}: they are no part of this repository (docs/FIDELITY.md says what they are); "
+            f"no recordings in {directory}: they are not part of this repository (see docs/FIDELITY.md); "
             "make parity GOLDEN=DIR names another directory"
         )
     unknown = sorted(set(models or []) - set(names))

@@ -40,7 +40,7 @@ class Section(NamedTuple):
 
 
 def read_recipes(text: str) -> list[Section]:
-    """The sections of a recipes file. A recipe without its line of facts, or with a name used before, is an error."""
+    """The sections of a recipes file. A recipe without a line of facts, or with a repeated name, is an error."""
     sections: list[Section] = []
     facts = None
     names = set()
@@ -89,7 +89,7 @@ def tables(sections: list[Section]) -> str:
 
 
 def page(current: str, recipes: str) -> str:
-    """The page `current` with its tables written anew from the text of a recipes file."""
+    """The page `current` with its tables replaced by those of the text of a recipes file."""
     before, found, rest = current.partition(START)
     _, ended, after = rest.partition(END)
     if not (found and ended):

@@ -3,7 +3,7 @@
     python tools/score.py --protocol coco --gt instances_val2017.json --detections results.json --json scores.json
     python tools/score.py --protocol oid-challenge --gt open_images/ --detections detections.csv --json scores.json
 
-What --gt and --detections may be:
+Values of --gt and --detections:
     coco, lvis      COCO or LVIS v1 json; COCO results json
     voc07, voc12    a VOC folder (Annotations/*.xml) or COCO json; COCO results json or a folder of VOC's *_<class>.txt
     cityscapes      the folder that holds gtFine/, or COCO json; COCO results json with masks, or a folder of the
@@ -12,7 +12,7 @@ What --gt and --detections may be:
                     or a COCO json and a COCO results json
 
 The json written holds mAP, per_class_AP by class name (null: the class has no ground truth) and the protocol's other
-numbers, as fractions. `ignore: 1` of an annotation means what `iscrowd: 1` does.
+numbers, as fractions. `ignore: 1` of an annotation means the same as `iscrowd: 1`.
 """
 
 import import_path
@@ -33,7 +33,7 @@ from utils.cityscapes_eval import read_cityscapes_detections
 from utils.coco_format import as_truth, in_pixels, read_document
 from utils.oid_format import read_ancestors
 
-# Which protocols a flag is for, by the beginnings of their names.
+# Flags and the protocols to which they apply, by the first letters of the protocols' names.
 _FLAGS = {
     "iou_type": ("coco", "lvis"), "split": ("oid", "voc", "cityscapes"), "classes": ("oid",), "hierarchy": ("oid",),
     "masks": ("oid",), "expand_detections": ("oid-challenge",),
@@ -49,7 +49,7 @@ def read_content(args: argparse.Namespace, need_size: bool = False) -> dict[str,
 
 
 def by_protocol(metrics: dict[str, float], mark: str) -> dict[str, Any]:
-    """The numbers of VOC's and Open Images' protocols as written to the json: mAP and by class."""
+    """The numbers of VOC's and Open Images' protocols in the form of the json: mAP and values by class."""
     plain = _without_nan(metrics)
     kinds = {"AP_per_class": "per_class_AP", "num_gt": "num_gt", "num_scored_detections": "num_scored_detections",
              "num_true_positives": "num_true_positives"}  # fmt: skip

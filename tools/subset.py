@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes a COCO-format annotation file with some of another one's images: for over-fitting checks and quick trials.
+"""Writes a COCO-format annotation file with some of another file's images: for over-fitting checks and quick trials.
 
 tools/subset.py annotations/instances_train2017.json eight.json --images 8 --max-objects 6 --min-area 3000
 """
@@ -18,8 +18,8 @@ __all__ = ["subset"]
 
 
 def subset(content: dict[str, Any], images: int, max_objects: int, min_area: float) -> dict[str, Any]:
-    """The first `images` images by id that have 1 to `max_objects` objects, none a crowd nor smaller than `min_area`
-    square pixels; all categories stay."""
+    """The first `images` images by id with 1 to `max_objects` objects, none of them a crowd or smaller than `min_area`
+    square pixels; all categories are kept."""
     objects, bad = defaultdict(list), set()
     for annotation in content["annotations"]:
         typed = read_annotation(annotation)

@@ -125,8 +125,7 @@ def _average_precision(parts: list[tuple], threshold: float) -> float:
     if not len(scores):
         return 0.0
     order = np.argsort(-scores, kind="stable")
-    last = np.flatnonzero(np.diff(scores[order], append=-np.inf))  # detections of equal scores are one point of the
-    curve
+    last = np.flatnonzero(np.diff(scores[order], append=-np.inf))  # equal scores are one point of the curve
     true = np.cumsum(right[order])[last]
     precision, recall = np.append(1.0, true / (last + 1)), np.append(0.0, true / number)
     return float(np.sum(np.diff(recall) * (precision[1:] + precision[:-1]) / 2))

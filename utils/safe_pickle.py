@@ -1,9 +1,10 @@
 """Reads pickles and PyTorch files (.pkl, .pth: zip, or the older stream) without running any code they contain.
 
-A pickle is a program for a small stack machine, and may call whatever it can import. The machine here is our own
-(opcodes as Python's pickletools documents them): it imports a fixed list of names, each of which is a function of this
-file, builds plain containers, and charges every step to the budget of the file, so a program of a few bytes can neither
-ask for gigabytes nor run for hours. Arrays and tensors are rebuilt from their recorded bytes after the program's end.
+A pickle is a program for a small stack machine, which can call anything that it can import. This file has its own stack
+machine (opcodes as documented in Python's pickletools). It imports only a fixed list of names, each mapped to a
+function of this file, builds plain containers, and charges every step to the budget of the file, so that a program of a
+few bytes can neither take gigabytes nor run for hours. Arrays and tensors are rebuilt from their recorded bytes after
+the program has ended.
 """
 
 import codecs
@@ -23,13 +24,13 @@ from utils.weight_files import Budget, file_kind, one_line, open_archive, read_e
 
 __all__ = ["read_pickle"]
 
-# The first object of PyTorch's stream format (before version 1.6), and the version this reader knows.
+# The first object of PyTorch's stream format (before version 1.6), and the version that this reader supports.
 _STREAM_MAGIC = 0x1950A86A20F9469CFC6C
 _STREAM_PROTOCOL = 1001
 
-_STEP = 64  # bytes that a step of a program is charged: what a small object takes
+_STEP = 64  # bytes charged for each step of a program: the size of a small object
 _MAX_INTEGER = 64  # bytes of an integer
-_MAX_KEY = 16  # members of a tuple that is a key
+_MAX_KEY = 16  # most members of a tuple used as a key
 
 _DTYPES = {"f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1", "c8", "c16"}
 _TORCH_DTYPES = {
@@ -48,9 +49,9 @@ _TORCH_STORAGES = {
 def read_pickle(path: str | os.PathLike) -> Any:
     """The object stored in a pickle or PyTorch file, of plain containers, numbers, strings and NumPy arrays.
 
-    Tensors become contiguous arrays of their type (bfloat16 becomes float32), which may share memory: they are not to
-    be written to. Python 2 strings are read as latin-1. A file that refers to anything else is refused with a UserError
-    that names it; nothing of it has run then. The memory taken is limited as utils/weight_files.py says.
+    Tensors become contiguous arrays of their type (bfloat16 becomes float32). They may share memory, so do not write to
+    them. Python 2 strings are read as latin-1. A file that refers to anything else is refused with a UserError that
+    names it, and nothing of it is run. Memory is limited as described in utils/weight_files.py.
     """
     path = Path(path)
     kind = file_kind(path)
@@ -116,7 +117,7 @@ def _read_stream(f: IO[bytes], budget: Budget) -> Any:
 
 
 def _take(f: IO[bytes], size: int, budget: Budget) -> bytes:
-    """The next `size` bytes, charged before they are asked for."""
+    """The next `size` bytes, charged to the budget before they are read."""
     if size < 0:
         raise ValueError("a negative length")
     budget.spend(size)
@@ -128,13 +129,13 @@ def _take(f: IO[bytes], size: int, budget: Budget) -> bytes:
 
 # ------------------------------------------------------------------------------------------------------- the program
 class _Mark:
-    """Where a group of items on the stack begins."""
+    """Marks the start of a group of items on the stack."""
 
 
 class _Program:
     """Runs one pickle program read from `file`, up to its STOP.
 
-    storage_of(key, type, number of values) gives the storage that a persistent id names; None: there are none.
+    storage_of(key, type, number of values) returns the storage of a persistent id; None: there are no storages.
     """
 
     def __init__(
@@ -175,7 +176,7 @@ class _Program:
 
     # ---------------------------------------------------------------- the stack
     def items(self) -> list[Any]:
-        """Takes what lies above the last mark, and the mark."""
+        """Removes the last mark and the items above it, and returns these."""
         for at in range(len(self.stack) - 1, -1, -1):
             if self.stack[at] is _Mark:
                 items = self.stack[at + 1 :]
@@ -191,20 +192,20 @@ class _Program:
     def append(self, items: list[Any]) -> None:
         target = self.stack[-1]
         if type(target) is not list:
-            raise ValueError("items are added to what is no list")
+            raise ValueError("items are added to an object that is not a list")
         target.extend(items)
 
     def set_items(self, items: list[Any]) -> None:
         target = self.stack[-1]
         if not isinstance(target, dict):
-            raise ValueError("entries are added to what is no dictionary")
+            raise ValueError("entries are added to an object that is not a dictionary")
         for key, value in zip(items[::2], items[1::2], strict=True):
             self.budget.spend(_STEP)
             target[self.key(key)] = value
 
     def add_items(self, items: list[Any]) -> None:
         if type(self.stack[-1]) is not set:
-            raise ValueError("members are added to what is no set")
+            raise ValueError("members are added to an object that is not a set")
         self.budget.spend(_STEP * len(items))
         self.stack[-1].update(map(self.key, items))
 
@@ -223,12 +224,12 @@ class _Program:
 
     def call(self, function: Any, arguments: Any) -> None:
         if type(function) is not _Function or type(arguments) is not tuple:
-            raise ValueError("a call of what is no function")
+            raise ValueError("a call of an object that is not a function")
         self.push(function.body(*arguments))
 
     def build(self) -> None:
         state, target = self.stack.pop(), self.stack[-1]
-        # Other objects' states are attributes, such as the _metadata of a state_dict.
+        # The state of any other object holds attributes, such as the _metadata of a state_dict, which are ignored.
         if isinstance(target, (_Array, _DType)):
             target.set_state(state)
 
@@ -256,11 +257,11 @@ def _key(value: Any, budget: Budget) -> Any:
     """`value`, if it may be a key: hashing it and comparing it with others must be cheap."""
     if type(value) in (str, bytes, float, bool, type(None)):
         return value
-    # From 2^61 - 1 on, as many integers as one likes have the same hash.
+    # From 2^61 - 1 on, any number of integers can have the same hash.
     if type(value) is int and abs(value) < (1 << 61) - 1:
         return value
     if type(value) is tuple and len(value) <= _MAX_KEY and not any(type(v) is tuple for v in value):
-        budget.spend(64 * _STEP)  # nor is it hard to find tuples with the same
+        budget.spend(64 * _STEP)  # tuples with equal hashes are easy to construct, too
         return tuple(_key(v, budget) for v in value)
     raise ValueError(f"an unusual key of type {type(value).__name__}")
 
@@ -293,7 +294,7 @@ def _boolean_or_integer(text: bytes) -> int | bool:
 
 
 def _steps() -> dict[bytes, Callable[[_Program], Any]]:
-    """Instruction -> what it does."""
+    """Instruction -> its function."""
 
     def constant(make: Callable[[], Any]) -> Callable[[_Program], None]:
         return lambda p: p.push(make())
@@ -302,12 +303,12 @@ def _steps() -> dict[bytes, Callable[[_Program], Any]]:
         return lambda p: p.push(p.number(form))
 
     def data(form: str, make: Callable[[bytes], Any]) -> Callable[[_Program], None]:
-        """Data behind its length."""
+        """Data preceded by its length."""
 
         def step(p: _Program) -> None:
             value = make(p.take(p.number(form)))
             if type(value) is str and not value.isascii():
-                p.budget.spend(3 * len(value))  # one wide character makes all of them wide
+                p.budget.spend(3 * len(value))  # one wide character makes a Python string store all characters wide
             p.push(value)
 
         return step
@@ -348,7 +349,7 @@ def _steps() -> dict[bytes, Callable[[_Program], Any]]:
         p.push(frozenset(map(p.key, items)))
 
     def empty_set(p: _Program) -> None:
-        p.budget.spend(3 * _STEP)  # an empty set is that large
+        p.budget.spend(3 * _STEP)  # size of an empty set
         p.push(set())
 
     def put(number_of: Callable[[_Program], int]) -> Callable[[_Program], None]:
@@ -362,7 +363,7 @@ def _steps() -> dict[bytes, Callable[[_Program], Any]]:
 
     def text_of(value: Any) -> str:
         if type(value) is not str:
-            raise ValueError("a name that is no text")
+            raise ValueError("a name that is not a text")
         return value
 
     def import_line(p: _Program) -> None:
@@ -437,7 +438,7 @@ _MODULE_ALIASES = {
 
 
 class _Function:
-    """What a program gets when it imports a name: it can be called, and nothing else."""
+    """The value of an imported name: it can only be called."""
 
     __slots__ = ("body",)
 
@@ -446,7 +447,7 @@ class _Function:
 
 
 def _importable(budget: Budget) -> dict[tuple[str, str], Any]:
-    """(module, name) -> what a program gets when it imports it."""
+    """(module, name) -> the value that a program gets by importing it."""
     origin = budget.origin
 
     def reconstruct(_subtype, _shape, _typecode):
@@ -494,7 +495,7 @@ def _importable(budget: Budget) -> dict[tuple[str, str], Any]:
         return None
 
     def plain(kind: type) -> Callable:
-        """int(x), str(x) and the like of what is small, or already is one."""
+        """int(x), str(x) and the like for small values, or values that already have that type."""
 
         def make(*arguments):
             if len(arguments) > 1 or any(type(a) not in (str, int, float, complex, bool) for a in arguments):
@@ -582,7 +583,7 @@ def _importable(budget: Budget) -> dict[tuple[str, str], Any]:
 
 
 class _TorchType:
-    """Stands for torch.float32 and the like, or for a typed storage class."""
+    """Represents torch.float32 and the like, or a typed storage class."""
 
     __slots__ = ("name",)
 
@@ -591,7 +592,7 @@ class _TorchType:
 
 
 class _DType:
-    """A NumPy type as recorded: a type name, then by its state its byte order."""
+    """A NumPy type as recorded: a type name, then its byte order in the state."""
 
     def __init__(self, name: Any, origin: str):
         if type(name) is not str or len(name) > 10:
@@ -635,7 +636,7 @@ class _Array:
     def content(self) -> Any:
         if self._content is None:
             raise UserError(f"{self._budget.origin}: an array without content; copy the file again")
-        # Many of them may share their bytes: whoever computes with them will need memory for each.
+        # Many arrays may share their bytes, but computing with them takes memory for each.
         self._budget.spend(self._content.nbytes)
         native = self._content.astype(self._content.dtype.newbyteorder("="), copy=False)
         return native[()] if self.is_scalar else native
@@ -656,7 +657,7 @@ class _Storage:
         self.itemsize = 2 if dtype == "bfloat16" else np.dtype(_TORCH_DTYPES[dtype]).itemsize
 
     def values(self, dtype: str | None = None) -> np.ndarray:
-        """All of them, as they are stored; bfloat16 as the uint16 of its bits."""
+        """All values as stored; bfloat16 as uint16 bits."""
         dtype = dtype or self.dtype
         if self.raw is None or len(self.raw) < self.numel * self.itemsize:
             raise UserError("a tensor's data is cut off; copy the file again")
@@ -677,7 +678,7 @@ class _StorageView:
 
 
 class _Tensor:
-    """A strided view of a storage, resolved once the storage's bytes are there."""
+    """A strided view of a storage, resolved once the storage's bytes are read."""
 
     def __init__(self, storage: Any, offset: Any, size: Any, stride: Any, dtype: Any, budget: Budget):
         self._storage, self._size, self._stride = storage, _sizes(size), _sizes(stride)
@@ -698,12 +699,12 @@ class _Tensor:
         if count == 0:
             return np.zeros(size, _native(values[:0], dtype).dtype)
         last = offset + sum((n - 1) * step for n, step in zip(size, stride))
-        # Each value is used at most once: a tensor repeated by zero strides could claim any amount of memory.
+        # Each value may be used at most once: a tensor with zero strides could otherwise claim any amount of memory.
         if len(size) != len(stride) or last >= values.size or count > values.size:
             raise UserError(
                 f"{self._budget.origin}: a tensor of shape {list(size)} exceeds its storage; copy the file again"
             )
-        # Many tensors may share a storage: whoever computes with them will need memory for each.
+        # Many tensors may share a storage, but computing with them takes memory for each.
         self._budget.spend(count * max(values.itemsize, 4 * (dtype == "bfloat16")))
         steps = tuple(s * values.itemsize for s in stride)
         view = np.lib.stride_tricks.as_strided(values[offset:], size, steps, writeable=False)
@@ -711,7 +712,8 @@ class _Tensor:
 
 
 def _native(values: np.ndarray, dtype: str | None) -> np.ndarray:
-    """Values of a storage in this machine's byte order, those of bfloat16 as float32, of which they are the half."""
+    """Values of a storage in this machine's byte order; bfloat16, which is the upper half of float32, becomes
+    float32."""
     if dtype == "bfloat16":
         return (values.astype(np.uint32) << 16).view(np.float32)
     return values.astype(values.dtype.newbyteorder("="), copy=False)
@@ -748,6 +750,6 @@ def _resolve(content: Any, budget: Budget, done: dict[int, Any]) -> Any:
         result = tuple(_resolve(value, budget, done) for value in content)
     elif isinstance(content, _Function) or content is _Mark:
         result = None
-    # The content is kept with its result, so that its id stays taken.
+    # The content is kept with its result, so that its id is not reused.
     done[id(content)] = (content, result)
     return result

@@ -1,7 +1,7 @@
-"""Signals that ask the program to stop: an exception where there is nothing to save, a flag where there is.
+"""Signals that ask the program to stop: they raise an exception if nothing is to be saved, else call a handler.
 
-SIGINT (Ctrl-C), SIGTERM (schedulers) and SIGHUP (a terminal that closed) are treated alike. One that the program was
-started to ignore, as by nohup, stays ignored. Only the main thread can have handlers: elsewhere nothing changes.
+SIGINT (Ctrl-C), SIGTERM (schedulers) and SIGHUP (a terminal that closed) are treated alike. A signal that was ignored
+at the start, e.g. by nohup, stays ignored. Only the main thread can have handlers; in other threads nothing changes.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal asked to stop where nothing was to be saved."""
+    """A signal asked to stop while there was nothing to save."""
 
     def __init__(self, number: int):
         self.number = number
@@ -40,7 +40,7 @@ def _handlers(handler: Callable) -> Iterator[bool]:
 
 @contextlib.contextmanager
 def stop_by_exception() -> Iterator[None]:
-    """A signal raises `Stopped` in the block."""
+    """Within the block a signal raises `Stopped`."""
 
     def handler(number: int, _frame: object) -> None:
         raise Stopped(number)
@@ -51,9 +51,8 @@ def stop_by_exception() -> Iterator[None]:
 
 @contextlib.contextmanager
 def on_stop(handler: Callable[[int], None], at_once: Callable[[], None]) -> Iterator[None]:
-    """In the block a signal calls handler(number) between two Python instructions of the main thread.
-
-    It also calls at_once() from another thread at any moment, even while the main thread waits inside of TensorFlow."""
+    """Within the block a signal calls handler(number) between two Python instructions of the main thread. It also calls
+    at_once() immediately from another thread, even while the main thread waits inside TensorFlow."""
 
     def watch() -> None:
         numbers = {int(n) for n in _SIGNALS}

@@ -64,12 +64,13 @@ tf.enable_resource_variables()
 
 @functools.cache
 def gpu_count() -> int:
-    """How many GPUs TensorFlow has in this process."""
+    """The number of GPUs that TensorFlow can use in this process."""
     return len(tf.config.list_physical_devices("GPU"))
 
 
 def gpu_problem() -> str | None:
-    """One line, where TensorFlow has no GPU although this machine has one or CUDA_VISIBLE_DEVICES names one."""
+    """A message of one line if TensorFlow has no GPU although this machine has one or CUDA_VISIBLE_DEVICES names
+    one."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES", "").strip()
     if gpu_count() or named.startswith("-1"):
         return None
@@ -83,7 +84,8 @@ def gpu_problem() -> str | None:
 
 
 def onednn_enabled() -> bool:
-    """Whether CPU convolutions run in oneDNN, which differentiates grouped ones; TensorFlow's own kernels do not."""
+    """Whether CPU convolutions run in oneDNN, which has gradients of grouped convolutions; TensorFlow's own kernels do
+    not."""
     try:
         from tensorflow.python.util import _pywrap_util_port
     except ImportError:

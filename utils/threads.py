@@ -11,7 +11,8 @@ __all__ = ["in_threads"]
 
 
 def in_threads(function: Callable[[Any], Any], items: Sequence, threads: int, what: str) -> list:
-    """function(item) of every item, in order. Handed out by the hundred: a task of its own takes longer than many."""
+    """function(item) of every item, in order. Items are grouped by the hundred, because a task costs more than many
+    items."""
     parts = [items[start : start + 256] for start in range(0, len(items), 256)]
     with ThreadPoolExecutor(threads) as pool:
         found = pool.map(lambda part: [function(item) for item in part], parts)

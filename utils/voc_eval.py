@@ -1,8 +1,8 @@
 """Pascal VOC average precision (Everingham et al., "The PASCAL Visual Object Classes Challenge", IJCV 2010, section 4).
 
-VOC2007 interpolates precision at eleven recall levels; since VOC2010 it is the area under the whole curve. VOC's own
-coordinates are 1-based inclusive pixels; here a box spans [x1 - 1, x2), which gives the devkit's overlap without its
-added ones.
+VOC2007 interpolates precision at eleven recall levels; since VOC2010 it is the area under the whole curve. VOC's
+coordinates are 1-based inclusive pixels; here a box spans [x1 - 1, x2), which gives the devkit's overlap without adding
+1 to widths and heights.
 """
 
 from collections.abc import Callable
@@ -24,8 +24,8 @@ def evaluate_voc(
 ) -> dict:
     """Returns mAP and for each class id per_class_AP (None: no object), num_gt and num_true_positives.
 
-    `truth.group_of` marks the difficult objects: they are not counted, and a detection whose best overlap is with one
-    is neither right nor wrong. A detection is compared only with the object that it overlaps most. `on_class` is called
+    `truth.group_of` marks the difficult objects: they are not scored, and a detection that overlaps one of them most is
+    neither right nor wrong. A detection is compared only with the object that it overlaps most. `on_class` is called
     as by utils.oid_eval.evaluate.
     """
     result: dict[str, Any] = {"mAP": None, "per_class_AP": {}, "num_gt": {}, "num_true_positives": {}}

@@ -1,8 +1,8 @@
-"""What a file of weights is, told by its content, and readers of .npz, HDF5 and TensorFlow's index within limits.
+"""Recognises weight files by their content; reads .npz, HDF5 and TensorFlow's index within limits.
 
-Weights come from anywhere, so a file is believed in nothing: whatever it declares is compared with its size before
-memory is taken for it, and any damage ends in one line. Reading a file takes at most `MULTIPLE` times its size plus
-`ALLOWANCE` (docs/SAFETY.md); deflated zeros, shapes without data and data that many tensors share end there.
+Weights may come from untrusted sources, so declared sizes are compared with the file's size before memory is allocated,
+and damage gives an error of one line. Reading a file takes at most `MULTIPLE` times its size plus
+`ALLOWANCE` (docs/SAFETY.md); this stops deflated zeros, shapes without data, and data shared by many tensors.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ __all__ = [
 MULTIPLE = 8
 ALLOWANCE = 64 << 20  # bytes
 
-# Formats that no reader here takes, by what their files begin with and by their suffix.
+# Formats that cannot be read here, by the first bytes of their files and by suffix.
 _EXPORTS = "save the weights it was exported from (.pth, .pkl, .h5 or .npz) and convert those"
 _CAFFE = "convert Caffe2's or detectron2's .pkl of the same model"
 _SAFETENSORS = "torch.save(safetensors.torch.load_file(FILE), 'model.pth') makes a file of it that is read"
@@ -66,7 +66,7 @@ _MAX_NAME = 1024  # characters of a tensor's name
 
 
 class Budget:
-    """The bytes that reading one file may still take."""
+    """The memory in bytes that reading a file may still take."""
 
     def __init__(self, path: str | os.PathLike):
         self.origin = str(path)
@@ -83,7 +83,7 @@ class Budget:
 
 @contextlib.contextmanager
 def one_line(path: str | os.PathLike, what: str) -> Iterator[None]:
-    """Whatever goes wrong in the block is a UserError that names the file, and what it should have been."""
+    """Turns any error in the block into a UserError that names the file and its expected format."""
     try:
         yield
     except UserError:
@@ -93,7 +93,7 @@ def one_line(path: str | os.PathLike, what: str) -> Iterator[None]:
     except MemoryError:
         raise UserError(f"{path} does not fit into memory; use a machine that has more") from None
     except Exception as e:
-        # A hostile or damaged file can make a reader fail in any way.
+        # For a hostile or damaged file a reader may raise any exception.
         reason = " ".join(str(getattr(e, "message", None) or e).split())
         if not reason or isinstance(e, (LookupError, TypeError, AttributeError)):
             reason = f"{type(e).__name__} {reason}".strip()
@@ -121,8 +121,8 @@ def file_kind(path: str | os.PathLike) -> str:
     """One of "npz", "torch" (a zip archive of torch.save), "hdf5", "pickle" (a plain one or PyTorch's older stream) and
     "unknown" (which may be a pickle of protocol 0, as text).
 
-    The content decides; the suffix only names what a file may be that looks like none of them. UserError for files of
-    systems that are not read here, for damaged downloads, and for what is no regular file.
+    The content decides; the suffix is used only if the content is not recognised. UserError for formats that are not
+    read here, for damaged downloads, and if it is not a regular file.
     """
     path = Path(path)
     check_regular(path)
@@ -179,16 +179,16 @@ def is_number_type(dtype: np.dtype) -> bool:
 
 def check_tensor_name(name: str, origin: str | os.PathLike) -> str:
     if not name.isprintable() or not 0 < len(name) <= _MAX_NAME:
-        raise UserError(f"{origin}: a tensor is called {name[:40]!r}, which is no name of a variable; copy it again")
+        raise UserError(f"{origin}: the tensor name {name[:40]!r} is not a valid variable name; copy the file again")
     return name
 
 
 # ----------------------------------------------------------------------------------------------------- zip and .npz
 @contextlib.contextmanager
 def open_archive(path: Path, budget: Budget) -> Iterator[zipfile.ZipFile]:
-    """The zip archive, of entries that lie side by side and are stored or deflated."""
+    """Opens the zip archive and checks that its entries do not overlap and are stored or deflated."""
     with one_line(path, "a zip archive"):
-        # zipfile makes an object of each of its entries, which takes 46 bytes and a name in the file.
+        # zipfile makes an object for each entry, which takes only 46 bytes and a name in the file.
         budget.spend(16 * _directory_size(path))
     with one_line(path, "a zip archive"), zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
@@ -203,7 +203,7 @@ def open_archive(path: Path, budget: Budget) -> Iterator[zipfile.ZipFile]:
 
 
 def _directory_size(path: Path) -> int:
-    """Bytes of the list of entries at the archive's end, as zipfile may read them: the largest of what is there."""
+    """Size in bytes of the archive's list of entries; the largest size that zipfile may read."""
     with open(path, "rb") as f:
         f.seek(max(0, os.stat(path).st_size - (1 << 17)))
         tail = f.read()
@@ -214,12 +214,13 @@ def _directory_size(path: Path) -> int:
         long = tail.rfind(b"PK\x06\x06", 0, max(at, 0))
         if long >= 0 and len(tail) >= long + 56:
             sizes.append(struct.unpack_from("<Q", tail, long + 40)[0])
-    # A size that is more than the file has is zipfile's to refuse.
+    # A size larger than the file is refused by zipfile.
     return max(size for size in sizes if size <= os.stat(path).st_size)
 
 
 def read_entry(archive: zipfile.ZipFile, name: str, budget: Budget) -> bytes:
-    """The content of one entry, charged before it is read; zipfile stops at the declared size and checks the CRC."""
+    """The content of one entry, charged to the budget before it is read; zipfile stops at the declared size and checks
+    the CRC."""
     budget.spend(archive.getinfo(name).file_size)
     return archive.read(name)
 
@@ -258,7 +259,7 @@ def _read_npy(
         flat = np.empty(math.prod(shape), dtype)
         left = memoryview(flat.view(np.uint8) if size else np.empty(0, np.uint8))
         while left:
-            # Deflated data arrives in small pieces: larger requests would copy what is there again and again.
+            # Deflated data arrives in small pieces; larger requests would copy the data repeatedly.
             piece = f.read(min(len(left), 1 << 20))
             if not piece:
                 raise UserError(f"{origin} is cut off; copy the file again")
@@ -282,7 +283,7 @@ def _npy_header(f: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
 
 # -------------------------------------------------------------------------------------------------------------- HDF5
 def check_hdf5(path: Path) -> None:
-    """Raises UserError where reading everything in the HDF5 file would exceed its budget, or other files."""
+    """Raises UserError if reading the HDF5 file would exceed its budget or access other files."""
     _walk_hdf5(path, lambda name, item: None)
 
 
@@ -313,7 +314,7 @@ def _walk_hdf5(path: Path, visit: Callable[[str, Any], None]) -> None:
         filters = {properties.get_filter(i)[0] for i in range(properties.get_nfilters())}
         if item.external or item.is_virtual or not filters <= _HDF5_FILTERS:
             raise UserError(f"{path}: {name[:80]!r} is kept in other files or packed in an unusual way; save it again")
-        # Of a chunked one HDF5 unpacks whole chunks, which can be larger than the data set.
+        # HDF5 unpacks whole chunks, which can be larger than the data set.
         chunk = math.prod(item.chunks or ()) * item.dtype.itemsize
         budget.spend(max(item.id.get_space().get_simple_extent_npoints() * item.dtype.itemsize, chunk))
         visit(name, item)
@@ -325,7 +326,7 @@ def _walk_hdf5(path: Path, visit: Callable[[str, Any], None]) -> None:
 # ------------------------------------------------------------------------------------------- TensorFlow's checkpoints
 @dataclass(frozen=True)
 class TensorEntry:
-    """What the index of a TensorFlow checkpoint says of a tensor. `dtype` is TensorFlow's number of the type."""
+    """A tensor's entry in the index of a TensorFlow checkpoint. `dtype` is TensorFlow's type number."""
 
     dtype: int
     shape: tuple[int, ...]
@@ -339,10 +340,10 @@ _MAX_SHARDS = 1000
 def read_tensor_index(prefix: str) -> dict[str, TensorEntry]:
     """{name: entry} of the checkpoint `prefix`, every entry of which lies inside its data files.
 
-    TensorFlow itself believes an index: it ends the process at a shape that it cannot hold, and takes memory for any
-    that it can. The index is a sorted table of LevelDB's format, its values are protocol buffers.
+    TensorFlow does not check an index: it aborts the process for an impossible shape and allocates memory for any
+    other. The index is a sorted table of LevelDB's format, its values are protocol buffers.
     """
-    # Not at the top of the file: the other formats do without TensorFlow.
+    # Not at the top of the file: the other formats do not need TensorFlow.
     from utils.tf_v1 import tensor_bundle_pb2
 
     index = Path(f"{prefix}.index")
@@ -366,7 +367,7 @@ def read_tensor_index(prefix: str) -> dict[str, TensorEntry]:
             shards.append(os.path.getsize(shard))
         total = 0
         for key, value in table:
-            budget.spend(512)  # what an entry takes here
+            budget.spend(512)  # memory of an entry in this program
             name = check_tensor_name(key.decode(), index)
             entry = tensor_bundle_pb2.BundleEntryProto.FromString(value)
             shape = tuple(d.size for d in entry.shape.dim)
