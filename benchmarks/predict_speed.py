@@ -41,13 +41,13 @@ HEIGHT, WIDTH, COUNT = 800, 1333, 100
 
 
 def median_ms(functions: dict[str, Callable], repeats: int, clock: Callable = time.perf_counter) -> dict[str, float]:
-    """Median milliseconds of a call of each, called in turn, so that other load on the machine meets all alike."""
+    """Median milliseconds per call of each function, called in turn, so that other load affects all of them equally."""
     times: dict[str, list[float]] = {name: [] for name in functions}
     for round_number in range(repeats + 1):
         for name, function in functions.items():
             start = clock()
             function()
-            if round_number:  # the first does not count
+            if round_number:  # the first call is not timed
                 times[name].append(1e3 * (clock() - start))
     return {name: float(np.median(values)) for name, values in times.items()}
 
@@ -123,7 +123,7 @@ def graph_report(args: argparse.Namespace) -> str:
         batch, stages = read(), {"read and resize": read}
     else:
         rng = np.random.default_rng(0)
-        # Blurred noise: white noise has no structure for a proposal to hold on to.
+        # Blurred noise: white noise has no structures that give proposals.
         noise = cv2.GaussianBlur(rng.integers(0, 256, (HEIGHT, WIDTH, 3), np.uint8), (0, 0), 7)
         image = np.zeros((1, -(-HEIGHT // 32) * 32, -(-WIDTH // 32) * 32, 3), np.uint8)
         image[0, :HEIGHT, :WIDTH] = cv2.normalize(noise, None, 0, 255, cv2.NORM_MINMAX)
@@ -183,7 +183,7 @@ def augmentation_report(args: argparse.Namespace) -> str:
 
 
 def nms_report(repeats: int) -> str:
-    """Every kind of final NMS on boxes and scores like those of a trained model, and with every class a candidate."""
+    """Every kind of final NMS on boxes and scores like a trained model's, and with every class a candidate."""
     from model_frcnn import decode_detections
     from utils.tf_v1 import tf
 

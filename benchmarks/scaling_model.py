@@ -106,7 +106,7 @@ def _reduced_at(phase, ready, sizes, reduce, coordination, fusion, period):
             wait = math.ceil(missing / period - 1e-9) * period if period else missing
             now, done = now + wait, min(work, done + wait)
         last, total = first, 0.0
-        # Sums of seconds are compared: what misses by a rounding error is ready.
+        # Sums of seconds are compared: a gradient within rounding error is ready.
         while last < len(ready) and ready[last] <= done + 1e-9 and (last == first or total + sizes[last] <= fusion):
             total += sizes[last]
             last += 1

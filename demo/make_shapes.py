@@ -3,8 +3,8 @@
     python -m demo.make_shapes --output demo/data
 
 Five classes with gaps in their category ids; polygons for instances in one or more pieces, RLE for instances with
-holes and for crowd regions, which are clusters of tiny shapes of one class. What one shape hides of another is not
-part of the other's annotation.
+holes and for crowd regions, which are clusters of tiny shapes of one class. Hidden parts of a shape are not part of its
+annotation.
 """
 
 import import_path
@@ -28,7 +28,7 @@ HUE_DEVIATION = 18
 SPLITS = ("train", "val")  # annotations/instances_{split}.json and the image folder {split}/
 SIDES = (160, 224)  # of a picture, pixels
 DIAMETERS = (26, 110)  # of a shape's circumscribed circle, log-uniform
-MIN_VISIBLE = 0.6  # a shape of which less would be seen is left out of picture and annotations
+MIN_VISIBLE = 0.6  # a shape with a smaller visible share is left out
 CROWD_PROBABILITY = 0.1
 SUBPIXELS = 4  # masks are drawn this much finer than the picture
 
@@ -192,7 +192,7 @@ def _paint(picture: np.ndarray, shapes: list[Shape], rng: np.random.Generator) -
 
         under = window[coverage > 0.5].mean(0)
         colours = [_colour(rng, (0.45, 0.95), (0.35, 1.0), HUES[shape.kind]) for _ in range(12)]
-        # The first that stands out enough; else the one that does most.
+        # The first one with enough contrast, else the one with the most.
         contrast = [float(np.abs(c - under).sum()) for c in colours]
         colour = colours[next((i for i, c in enumerate(contrast) if c > 0.6), int(np.argmax(contrast)))]
         y, x = np.mgrid[y1:y2, x1:x2].astype(np.float32)

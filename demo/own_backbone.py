@@ -12,7 +12,8 @@ from basemodel import conv2d
 def stages(image, cfg):
     """Normalised image [N,H,W,3] of the compute type -> [C2, C3, C4, C5], [N,H/4,W/4,64] to [N,H/32,W/32,512].
 
-    Any TensorFlow 1 graph code may stand here whose variables come from tf.get_variable; kernels named W decay.
+    Any TensorFlow 1 graph code may be used if its variables come from tf.get_variable; kernels named W get weight
+    decay.
     """
     norm = cfg.BACKBONE.NORM
     x = conv2d("stem", image, 32, 3, 2, norm=norm, relu=True)

@@ -57,7 +57,7 @@ TRAINING = [
     "RPN.TRAIN_FPN_NMS_TOPK=300",
     "RPN.TEST_PER_LEVEL_NMS_TOPK=300",
     "RPN.TEST_FPN_NMS_TOPK=200",
-    "FRCNN.BATCH_PER_IM=256",  # few would seldom show the parts of large shapes, which look like whole ones
+    "FRCNN.BATCH_PER_IM=256",  # fewer would rarely show parts of large shapes, which look like whole ones
 ]
 
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Starts this machine's Horovod ranks, where a scheduler and not ssh starts one process per machine.
 
-Slurm, Kubernetes and SageMaker start the same command on every machine; `horovodrun` instead wants to log in to each.
-So run this once per machine with the command to train with, all of them naming the same first machine:
+Slurm, Kubernetes and SageMaker start the same command on every machine, while `horovodrun` has to log in to each.
+So run this once per machine with the training command, naming the same first machine everywhere:
 
     scripts/horovod_node.py --nodes 2 --master HOST0 --slots 8 -- ./train.py --config TRAINER=horovod MODE_FPN=True
 
@@ -10,8 +10,8 @@ Machine 0 holds the key-value store through which Horovod's gloo connects, and n
 machines may differ in their number of slots. A rank that fails ends the ranks of every machine within seconds, and the
 command's exit code is that rank's on all of them (137 for one killed by SIGKILL); it is 75 when a machine is lost: the
 same command can continue there or elsewhere. SIGTERM or SIGINT to any of them (preemption, a drained machine) reaches
-every rank as SIGTERM, which saves a checkpoint, and the exit code is 143. The store trusts its network, as the one of
-horovodrun does: keep the port inside the cluster.
+every rank as SIGTERM, which saves a checkpoint, and the exit code is 143. Like horovodrun's, the store has no
+authentication: keep the port inside the cluster.
 """
 
 import argparse
@@ -35,13 +35,13 @@ from typing import IO, Any
 # Exit codes: of a wrong command line; when a machine is lost (EX_TEMPFAIL of sysexits.h, which no rank uses); of a
 # stopped job (128 + 15).
 USAGE, LOST, STOPPED = 2, 75, 143
-# train.py's exit code when a rank elsewhere has ended: the consequence of a failure, not its cause.
+# train.py's exit code after a rank elsewhere has ended: a consequence of a failure, not its cause.
 FOLLOWED = 4
-# A machine that does not report for so many rounds of --poll is lost: under a minute, since it holds up all others.
+# A machine that does not report for this many rounds of --poll is lost: under a minute, since all others wait for it.
 SILENT_ROUNDS = 40
 # The same when ranks here have already noticed that another is gone.
 SILENT_ROUNDS_AFTER_LOSS = 8
-# What ranks get to react when the job has failed: they may be inside a reduction that never ends.
+# Seconds for ranks to react when the job has failed: they may be inside a reduction that never ends.
 ENDING_SECONDS = 5.0
 # Environment variables in which schedulers number their machines.
 NODE_RANK_VARIABLES = ("JOB_COMPLETION_INDEX", "SLURM_NODEID")
@@ -54,7 +54,7 @@ def say(text: str) -> None:
 
 
 class Failure(Exception):
-    """One line for the user, and the exit code."""
+    """An error with one line for the user, and the exit code."""
 
     def __init__(self, text: str, code: int = LOST):
         super().__init__(text)
@@ -66,7 +66,7 @@ class Store:
 
     def __init__(self, host: str, port: int):
         self.url = f"http://{host}:{port}"
-        # A proxy of the environment must not see requests within the cluster.
+        # Requests within the cluster must not go through a proxy from the environment.
         self.opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
     def get(self, key: str) -> Any:
@@ -91,7 +91,7 @@ class Store:
 
 
 def serve(port: int) -> int:
-    """Starts the store in a thread of this process, with which it ends; its port, a free one for 0."""
+    """Starts the store in a daemon thread; returns its port, a free one for 0."""
     from horovod.runner.http.http_server import RendezvousHandler, RendezvousHTTPServer
 
     try:
@@ -129,7 +129,8 @@ def interface_towards(host: str) -> str:
 
 
 def rank_environments(node: int, slots: Sequence[int], master: str, port: int, interface: str) -> list[dict[str, str]]:
-    """What Horovod reads from the environment, for each rank of machine `node`; `slots` is the ranks of each machine.
+    """Horovod's environment variables for each rank of machine `node`; `slots` are the numbers of ranks of the
+    machines.
 
     Ranks count up machine by machine. "cross" is the group of the ranks with the same number on their machines.
     """
@@ -191,14 +192,14 @@ def join(store: Store, args: argparse.Namespace, stopped: Callable[[], bool]) ->
 
 
 class Ranks:
-    """The rank processes of this machine, each the head of its own process group (with its data workers)."""
+    """The rank processes of this machine, each the leader of its own process group (with its data workers)."""
 
     def __init__(self, command: Sequence[str], environments: Sequence[dict[str, str]]):
         self.numbers = [int(e["HOROVOD_RANK"]) for e in environments]
         # Rank 0 keeps a terminal, for its progress bar.
         direct = [number == 0 and sys.stderr.isatty() for number in self.numbers]
         self.processes = [
-            # A session of its own: Ctrl-C at a terminal must come through this launcher, once.
+            # Its own session: Ctrl-C at a terminal must reach the rank only once, through this launcher.
             subprocess.Popen(
                 command, env={**os.environ, **environment}, start_new_session=True, preexec_fn=die_with_parent,
                 stderr=None if terminal else subprocess.PIPE,
@@ -217,7 +218,7 @@ class Ranks:
         return [process.poll() for process in self.processes]
 
     def failed(self) -> tuple[str, int] | None:
-        """(what happened, exit code) of the rank that ended badly; where several did, of one that followed no other."""
+        """(what happened, exit code) of the rank that failed; if several failed, of one that failed first."""
         bad = [(code == FOLLOWED, code > 0, number, code) for number, code in zip(self.numbers, self.codes()) if code]
         if not bad:
             return None
@@ -231,11 +232,11 @@ class Ranks:
         for process in self.processes:
             with contextlib.suppress(ProcessLookupError):
                 if process.poll() is None:
-                    # SIGTERM is for the rank, which then ends its workers; SIGKILL is for all that is left.
+                    # SIGTERM goes to the rank, which then ends its workers; SIGKILL goes to all remaining processes.
                     (os.killpg if number == signal.SIGKILL else os.kill)(process.pid, number)
 
     def end(self, seconds: float) -> None:
-        """SIGTERM, `seconds` to react, SIGKILL to what is left, workers included."""
+        """Sends SIGTERM, waits up to `seconds`, then sends SIGKILL to the remaining processes, including workers."""
         self.signal(signal.SIGTERM)
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline and None in self.codes():
@@ -249,10 +250,10 @@ class Ranks:
 
 
 def relay(stream: IO[bytes], rank: int) -> None:
-    """Passes a rank's messages on line by line, marked with its number unless it is 0."""
+    """Prints a rank's messages line by line, marked with its number unless it is 0."""
     mark = b"[%d] " % rank if rank else b""
     for line in stream:
-        # How Horovod tells that another rank is gone, just before the rank ends for that reason.
+        # Horovod's message that another rank is gone, just before the rank ends for that reason.
         if b"background loop uncaught exception" in line and b"by peer" in line:
             continue
         sys.stderr.buffer.write(mark + line)
@@ -260,7 +261,7 @@ def relay(stream: IO[bytes], rank: int) -> None:
 
 
 def die_with_parent() -> None:
-    """In a new process: has Linux kill it when its parent dies, so that no rank of a lost job keeps a GPU."""
+    """Runs in a new process: Linux kills it when its parent dies, so that no rank of a lost job keeps a GPU."""
     _libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
@@ -274,7 +275,7 @@ def signal_name(number: int) -> str:
 def supervise(
     ranks: Ranks, store: Store, args: argparse.Namespace, addresses: Sequence[str], stopped: Callable[[], bool]
 ) -> int:
-    """Waits for the ranks of all machines; the exit code. Machines tell each other their state through the store."""
+    """Waits for the ranks of all machines; returns the exit code. Machines exchange their states through the store."""
     node, nodes = args.node_rank, args.nodes
     machines = [f"machine {i} ({address})" for i, address in enumerate(addresses)]
     # Machine 0 holds the store: it leaves last, when the others have read how the job ended.
@@ -294,7 +295,8 @@ def supervise(
         done = all(code == 0 for code in codes)
         problem = ranks.failed() if stopping_since is None else None
         if problem and problem[1] == FOLLOWED:
-            # The cause is a rank that is still ending here, or is on another machine, which says it or falls silent.
+            # The cause is a rank that is still ending here, or one on another machine, which reports it or stops
+            # answering.
             followed_since = followed_since or time.monotonic()
             problem = None
         saved = problem is not None and problem[1] in (128 + signal.SIGHUP, 128 + signal.SIGINT, 128 + signal.SIGTERM)
@@ -303,7 +305,7 @@ def supervise(
             problem = None
         if problem:
             if problem[1] < 128:
-                # Of another program, this may be a consequence as well: let that machine say first why.
+                # A failure of another program may be a consequence as well: wait for that machine's reason first.
                 time.sleep(args.poll)
             earlier = stop = None
             with contextlib.suppress(ConnectionError):
@@ -343,7 +345,7 @@ def supervise(
         if failure:
             return end(f"{failure[0]}; ending the ranks here", failure[1])
         if followed_since is not None and time.monotonic() - followed_since > 3 * silent_seconds:
-            return end("ranks here miss another one and no machine says why; ending the ranks here", LOST)
+            return end("another rank is gone and no machine reports why; ending the ranks here", LOST)
         if stop and stopping_since is None:
             stopping_since = time.monotonic()
             say(f"stopping: SIGTERM to the ranks, {args.grace:.0f} s to save")
@@ -410,17 +412,17 @@ def main(argv: Sequence[str]) -> int:
         raise Failure(f"horovod is missing in {sys.executable}: run `make horovod`", USAGE) from None
     if args.node_rank == 0:
         args.port = serve(args.port)
-    # Machine 0 may not find itself under the name that the others know it by.
+    # Machine 0 may be unable to resolve the name by which others reach it.
     store = Store("127.0.0.1" if args.node_rank == 0 else args.master, args.port)
     slots, addresses = join(store, args, stop.is_set)
-    # Machine 0's own name may lead to a loopback address there, through which no other machine would find it.
+    # Machine 0's own name may resolve to a loopback address there, which no other machine can reach.
     peer = args.master if args.node_rank else (addresses[1] if args.nodes > 1 else "127.0.0.1")
     try:
         address = address_of(args.master) if args.node_rank else "127.0.0.1"
         interface = args.interface or interface_towards(peer)
     except ConnectionError as e:
         raise Failure(str(e), USAGE) from None
-    # NCCL, too, must take the network that connects the machines.
+    # NCCL must also use the network that connects the machines.
     os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
     # Ranks that start while others still read their annotations must not give up after Horovod's 30 s.
     os.environ.setdefault("HOROVOD_GLOO_TIMEOUT_SECONDS", "300")

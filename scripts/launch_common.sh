@@ -1,7 +1,8 @@
 # shellcheck shell=bash disable=SC2034
-# What the launchers share: the words of a training run, read from the command line, as the train.py command they make.
+# Shared by the launchers: turns the arguments of a training run into the train.py command.
 #
-# A launcher sources this, hands every word that is not its own to `training_word`, and calls `make_train_command`.
+# A launcher sources this, passes every argument that it does not know to `training_word`, and calls
+# `make_train_command`.
 
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 launcher=$(basename "$0")

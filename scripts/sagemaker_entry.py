@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""What each container of a SageMaker training job runs: its Horovod ranks, with the words it is given for train.py.
+"""Runs in each container of a SageMaker training job: starts its Horovod ranks with the given arguments of train.py.
 
 SageMaker describes the machines in /opt/ml/input/config/resourceconfig.json and mounts a data channel NAME at
 /opt/ml/input/data/NAME. Channel "coco" becomes DATA.BASEDIR and the one .npz of channel "weights" BACKBONE.WEIGHTS,
-unless the words set them. Checkpoints go to /opt/ml/checkpoints, which SageMaker copies to and from S3, so that a
+unless the arguments set them. Checkpoints go to /opt/ml/checkpoints, which SageMaker copies to and from S3, so that a
 spot instance that is taken away costs no more than the steps since the last one. scripts/train_sagemaker.py starts it.
 """
 
@@ -63,7 +63,7 @@ def main(argv: Sequence[str]) -> None:
         print(shlex.join(command))
         return
     os.chdir(REPOSITORY)
-    # In place of this process, so that SageMaker's SIGTERM reaches the launcher of the ranks.
+    # Replaces this process, so that SageMaker's SIGTERM reaches the launcher of the ranks.
     os.execv(command[0], command)
 
 

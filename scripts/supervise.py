@@ -6,15 +6,15 @@
     scripts/supervise.py --hosts ./list_hosts.sh --np 8,16,32 -- \\
         scripts/train_hosts.sh {hosts} r50-fpn TRAIN.TOTAL_BATCH=32 --data /data/coco --logdir DIR
 
-A run of train.py continues from its newest checkpoint when the same command is given again, so a rank, a process of
-the launcher or a machine that dies costs no more than the steps since then. The job is given up when it fails
+A run of train.py continues from its newest checkpoint when the same command is given again, so if a rank, a launcher
+process or a machine dies, only the steps since then are lost. The job is given up when it fails
 --attempts times in a row without writing a new checkpoint, or at once when its exit code is 2, a mistake in the command
-line. Whatever processes a failed job leaves behind are ended before the next start. With --stall a job that is alive
-but writes nothing into its run directory for so long counts as failed. SIGTERM and SIGINT are passed on, and the job
-that saves its checkpoint then is not started again. The exit code is the last job's.
+line. Processes that a failed job leaves behind are ended before the next start. With --stall, a running job that writes
+nothing into its run directory for that many seconds is treated as failed. SIGTERM and SIGINT are passed on; the job
+then saves a checkpoint and is not started again. The exit code is the last job's.
 
-With --hosts the job follows machines that come and go: the program prints those there are, one HOST:SLOTS a line, as
-for horovodrun --host-discovery-script, and {hosts} and {np} in the command become what is used of them. When that
+With --hosts the set of machines may change: the given program prints the available ones, one HOST:SLOTS per line, as
+for horovodrun --host-discovery-script; {hosts} and {np} in the command become the machines and slots used. When that
 changes, the job is told to save its checkpoint (SIGTERM) and starts again on the new machines, so that nothing is lost.
 TRAIN.TOTAL_BATCH makes the run the same on any number of them; --np lists the numbers that divide it.
 """
@@ -43,7 +43,7 @@ def say(text: str) -> None:
 
 
 def newest_step(logdir: Path) -> int:
-    """Step of the checkpoint from which a run goes on, 0 without one."""
+    """Step of the checkpoint from which a run continues, 0 without one."""
     try:
         found = re.search(r'^model_checkpoint_path: ".*-(\d+)"', (logdir / "checkpoint").read_text(), re.M)
     except OSError:
@@ -52,7 +52,7 @@ def newest_step(logdir: Path) -> int:
 
 
 def last_write(logdir: Path) -> float:
-    """When anything in the run directory was written last; 0 if there is nothing."""
+    """Time of the last write into the run directory; 0 if it is empty or missing."""
     times = [0.0]
     with contextlib.suppress(OSError):
         for entry in os.scandir(logdir):
@@ -62,7 +62,7 @@ def last_write(logdir: Path) -> float:
 
 
 def descendants() -> list[int]:
-    """Processes that this one has brought about and that still run."""
+    """Running processes that descend from this one."""
     parents = {}
     for entry in os.scandir("/proc"):
         with contextlib.suppress(OSError, ValueError):
@@ -78,7 +78,7 @@ def descendants() -> list[int]:
 
 
 def end_all(seconds: float) -> None:
-    """Ends them: SIGTERM, `seconds` to react, SIGKILL."""
+    """Ends them: SIGTERM, up to `seconds` to react, then SIGKILL."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         for pid in descendants():
             with contextlib.suppress(ProcessLookupError):
@@ -92,7 +92,8 @@ def end_all(seconds: float) -> None:
 
 
 def end_with_parent() -> None:
-    """In a new process: has Linux send it SIGTERM when its parent dies, so that it saves and does not run unwatched."""
+    """Runs in a new process: Linux sends it SIGTERM when its parent dies, so that it saves and does not run
+    unsupervised."""
     _libc.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
@@ -120,7 +121,8 @@ def discover(program: str) -> dict[str, int] | None:
 
 
 def choose(found: dict[str, int], sizes: Sequence[int], running: dict[str, int]) -> dict[str, int]:
-    """Slots to use: the largest of `sizes` there are (empty: all), on machines in use before others; {} if too few."""
+    """Slots to use: the largest of `sizes` available (empty: all), preferring machines in use; {} if there are too
+    few."""
     total = sum(found.values())
     left = max((n for n in sizes if n <= total), default=0) if sizes else total
     chosen = {}
@@ -136,7 +138,7 @@ def as_text(hosts: dict[str, int]) -> str:
 
 
 class Machines:
-    """Those to run on, asked for every so many seconds; without a program there is nothing to ask."""
+    """The machines to run on, asked for every few seconds from the program, if one is given."""
 
     def __init__(self, program: str | None, sizes: Sequence[int], seconds: float):
         self._program, self._sizes, self._seconds = program, sizes, seconds
@@ -145,7 +147,7 @@ class Machines:
         self.used: dict[str, int] = {}
 
     def find(self) -> bool:
-        """Asks and chooses anew; False if there are too few."""
+        """Asks the program and chooses machines again; False if there are too few."""
         if self._program is None:
             return True
         chosen = choose(discover(self._program) or {}, self._sizes, self.used)
@@ -153,7 +155,7 @@ class Machines:
         return bool(chosen)
 
     def changed(self) -> bool:
-        """Whether the job should run on others now; only what was found twice in a row counts."""
+        """Whether the job should now run on other machines; a change must be found twice in a row."""
         if self._program is None or time.monotonic() - self._asked < self._seconds:
             return False
         self._asked = time.monotonic()
@@ -162,7 +164,7 @@ class Machines:
             return False
         wanted = choose(found, self._sizes, self.used)
         before, self._seen = self._seen, wanted
-        # With too few left the job goes on while it can, and is not restarted before there are enough.
+        # With too few machines left the job continues while it can, and is not restarted before there are enough.
         return bool(wanted) and wanted == before and wanted != self.used
 
     def put_into(self, command: Sequence[str]) -> list[str]:
@@ -177,7 +179,7 @@ class Job:
 
     def __init__(self, command: Sequence[str]):
         self.started = time.time()
-        # A session of its own: Ctrl-C at a terminal comes through this program, once.
+        # Its own session: Ctrl-C at a terminal reaches the job only once, through this program.
         self.process = subprocess.Popen(command, start_new_session=True, preexec_fn=end_with_parent)
         self.stopped = False
         self.moving = False  # stopped for other machines
@@ -188,7 +190,7 @@ class Job:
             self.process.send_signal(number)
 
     def wait(self, logdir: Path, stall: float, machines: Machines, save: float) -> tuple[int, str]:
-        """Until the job ends, or has had `save` seconds to since machines changed -> (exit code, how it ended)."""
+        """Waits until the job ends, or `save` seconds after machines changed -> (exit code, how it ended)."""
         deadline = None
         while True:
             if deadline is None and not self.stopped and machines.changed():
@@ -217,16 +219,22 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--stall", type=float, default=0, metavar="S", help="seconds without a sign of life; 0 = for ever"
     )
     parser.add_argument(
-        "--grace", type=float, default=10, metavar="S", help="seconds for what a failed job leaves behind"
+        "--grace", type=float, default=10, metavar="S", help="seconds to end processes that a failed job leaves behind"
     )
     parser.add_argument("--logdir", type=Path, metavar="DIR", help="the run; default: the command's --logdir")
-    parser.add_argument("--hosts", metavar="PROGRAM", help="prints the machines there are, one HOST:SLOTS a line")
+    parser.add_argument(
+        "--hosts", metavar="PROGRAM", help="program that prints the available machines, one HOST:SLOTS per line"
+    )
     parser.add_argument(
         "--np", metavar="N,N…", default="", help="numbers of processes that fit; the largest with slots is used"
     )  # fmt: skip
-    parser.add_argument("--poll", type=float, default=10, metavar="S", help="seconds between looks at the machines")
+    parser.add_argument("--poll", type=float, default=10, metavar="S", help="seconds between checks of the machines")
     parser.add_argument(
-        "--save", type=float, default=120, metavar="S", help="seconds to save in when they change (default %(default)s)"
+        "--save",
+        type=float,
+        default=120,
+        metavar="S",
+        help="seconds to save a checkpoint when machines change (default %(default)s)",
     )
     parser.add_argument("command", nargs=argparse.REMAINDER, help="-- and the command of the job")
     args = parser.parse_args(argv)
@@ -262,7 +270,7 @@ def main(argv: Sequence[str]) -> int:
         nonlocal asked
         asked = number
         if job is not None:
-            # Launchers do not all pass a hangup on.
+            # Some launchers do not pass on SIGHUP.
             job.stop(signal.SIGTERM if number == signal.SIGHUP else number)
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -303,7 +311,7 @@ def main(argv: Sequence[str]) -> int:
             return code
         step = newest_step(args.logdir)
         text = f"the job {how}; its newest checkpoint is of step {step}"
-        if job.moving:  # after a 0 too: launchers may answer SIGTERM with it, and a finished run ends at once again
+        if job.moving:  # after exit code 0 too: launchers may return it after SIGTERM, and a finished run ends at once
             say(text)
             continue
         failures = 0 if step > before else failures + 1

@@ -146,5 +146,5 @@ for ((i = 1; i < ${#names[@]}; i++)); do
     "${command[@]}" &
 done
 make_machine_command 0
-# In place of this shell, so that signals reach it; it tells the other machines.
+# Replaces this shell, so that signals reach it; it informs the other machines.
 exec "${command[@]}"
