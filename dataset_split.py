@@ -197,10 +197,6 @@ class DatasetSplit:
         """The category id of a class label 1..C; None when this set's annotation file does not have the class."""
         return self.category_ids[label - 1]
 
-    def category_id_to_label(self, category_id: int | str) -> int | None:
-        """The inverse of `label_to_category_id`; None for a category that is not among the classes."""
-        return self.category_ids.index(category_id) + 1 if category_id in self.category_ids else None
-
     def content(self) -> dict[str, Any]:
         """The ground truth as read from its files, in COCO's form."""
         return self.read_content() if self.read_content else read_document(self.annotation_file)

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from box_reference import decode_boxes, encode_boxes, pairwise_iou
 
 import model_frcnn
 from tests.graph import constants, evaluate, make_batch, tiny_config
 from tests.test_model_box import reference_giou
-from utils.np_box_ops import decode_boxes, encode_boxes, pairwise_iou
 from utils.tf_v1 import tf
 
 pytestmark = pytest.mark.quick

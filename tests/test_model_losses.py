@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
+from box_reference import decode_boxes as numpy_decode
 
 import model_losses
 from tests.graph import evaluate
 from tests.test_model_box import reference_giou
-from utils.np_box_ops import decode_boxes as numpy_decode
 from utils.tf_v1 import tf
 
 pytestmark = pytest.mark.quick

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from box_reference import decode_boxes as numpy_decode
+from box_reference import pairwise_iou as numpy_iou
 
 import model_rpn
 from tests.graph import constants, evaluate, make_batch, tiny_config
 from tests.test_model_box import reference_giou
-from utils.np_box_ops import decode_boxes as numpy_decode
-from utils.np_box_ops import pairwise_iou as numpy_iou
 from utils.tf_v1 import tf
 
 pytestmark = pytest.mark.quick

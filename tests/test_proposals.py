@@ -8,6 +8,7 @@ import re
 
 import numpy as np
 import pytest
+from box_reference import pairwise_iou
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools.coco import COCO
@@ -19,7 +20,6 @@ import model_rcnn
 import train
 from tests.graph import constants, evaluate, make_batch, tiny_config
 from utils.checkpoint import load_weights, save_npz
-from utils.np_box_ops import pairwise_iou
 from utils.tf_v1 import tf
 
 LIMITS = (100, 1000)

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from box_reference import pairwise_iou
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
@@ -9,7 +10,6 @@ import model_box
 import model_frcnn
 from common import UserError
 from tests.graph import evaluate, tiny_config
-from utils.np_box_ops import pairwise_iou
 from utils.tf_v1 import tf
 
 pytestmark = pytest.mark.quick

@@ -6,6 +6,7 @@ import zlib
 import cv2
 import numpy as np
 import pytest
+from box_reference import pairwise_iou
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,7 +18,6 @@ from data import stack_images
 from inference import Predictor, start_session
 from model_keypoint import decode_keypoints
 from tests.graph import evaluate, tiny_config
-from utils.np_box_ops import pairwise_iou
 from utils.tf_v1 import tf
 
 KEYPOINT_FLIP = [0, 2, 1]
