@@ -169,7 +169,7 @@ from test_data import mini
 split, cfg = mini("DATA.NUM_WORKERS=2", "DATA.PREFETCH=1")
 flow = training_dataflow(split, cfg)
 batches = iter(flow)
-next(batches)
+next(batches), next(batches)  # one of each worker, which have then all started
 child = os.fork() if {fork} else 1  # a child that shares the parent's end of the connection
 if child == 0:
     time.sleep(60)
