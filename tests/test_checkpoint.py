@@ -487,7 +487,7 @@ HEADER = (b"", b"\x08\x01")  # one data file
         ([(b"w", tensor([4], 16, shard=7))], "outside the data file"),
         ([(f"w{k:03d}".encode(), tensor([16], 64)) for k in range(250)], "overlap"),
         ([(b"w", tensor([16], 64)), (b"w", tensor([16], 64))], "not in order"),
-        ([(b"w\n", tensor([16], 64))], "no name of a variable"),
+        ([(b"w\n", tensor([16], 64))], "not a valid variable name"),
         ([(b"w", tensor([16], 64, dtype=999))], "damaged or incomplete"),
         ([(b"w", b"\xff\xff\xff")], "damaged or incomplete"),
         ([(b"w", tensor([16], 64, crc=1))], "damaged or incomplete"),

@@ -237,7 +237,7 @@ def test_hostile_hdf5_files(tmp_path, which):
             properties.set_filter(305, h5py.h5z.FLAG_OPTIONAL)
             space = h5py.h5s.create_simple((4,))
             h5py.h5d.create(f.id, b"kernel", h5py.h5t.IEEE_F32LE, space, properties)
-    refused(convert, path, "more than 8 times its size|other files|no Keras applications")
+    refused(convert, path, "more than 8 times its size|other files|not a Keras applications")
     assert peak_memory(convert, path) < MULTIPLE * path.stat().st_size + ALLOWANCE + SLACK
 
 
