@@ -61,9 +61,11 @@ def train_rank(record: Path, arguments: list[str]) -> int:
     trigger_step = Callbacks.trigger_step
 
     def trigger_and_record(self):
-        trigger_step(self)
-        with open(record, "a") as f:
-            f.write(f"{time.monotonic()}\n")
+        try:
+            trigger_step(self)  # raises after the last step
+        finally:
+            with open(record, "a") as f:
+                f.write(f"{time.monotonic()}\n")
 
     Callbacks.trigger_step = trigger_and_record
     return train.main(arguments)
