@@ -427,7 +427,7 @@ def _backbone_weights(cfg: Config) -> dict[str, Any]:
         from model_backbones import load_backbone_weights  # imports TensorFlow
 
         return load_backbone_weights(cfg)
-    return load_weights(os.path.expanduser(cfg.BACKBONE.WEIGHTS))[0]
+    return load_weights(os.path.expanduser(cfg.BACKBONE.WEIGHTS), is_model_tensor)[0]
 
 
 def begin_with_the_others(request: Request, rank: int) -> Start:
