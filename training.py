@@ -136,6 +136,18 @@ class ProgressLog(Callback):
         if _identity(self._logdir) != self._folder:
             raise UserError(f"{self._logdir} was deleted or moved while this run trained in it; the run ends")
 
+    @contextlib.contextmanager
+    def writing(self, what: str) -> Iterator[None]:
+        """Errors of writing `what` into the run directory become a UserError, which says so if the directory is gone,
+        be it before or meanwhile."""
+        self.check_folder()
+        try:
+            with _one_line(what):
+                yield
+        except UserError:
+            self.check_folder()
+            raise
+
     def write_metrics(self, step: int, metrics: dict[str, float]) -> None:
         """Writes evaluation results to TensorBoard and the jsonl log."""
         if self._chief:
@@ -144,8 +156,7 @@ class ProgressLog(Callback):
     def _write(self, step: int, values: dict[str, float]) -> None:
         summary = tf.Summary(value=[tf.Summary.Value(tag=k, simple_value=v) for k, v in values.items()])
         line = json.dumps(without_nan({"step": step, **{k: round(v, 6) for k, v in values.items()}}), allow_nan=False)
-        self.check_folder()
-        with _one_line(f"the log in {self._logdir}"):
+        with self.writing(f"the log in {self._logdir}"):
             with open(self._logdir / "log.jsonl", "a") as f:
                 f.write(f"{line}\n")
             self._writer.add_summary(summary, step)
@@ -253,9 +264,8 @@ class Checkpoints(Callback):
     def save(self) -> None:
         step = self.global_step
         if self._chief and self._saved_at != step:
-            self._log.check_folder()
             meta = {**self._meta, "step": step, "smooth": without_nan(self._log.smooth)}
-            with _one_line(f"checkpoint {self._logdir}/model-{step}"):
+            with self._log.writing(f"checkpoint {self._logdir}/model-{step}"):
                 self.last_path = save_tf_checkpoint(
                     self._saver, self.trainer.sess, self._logdir, step, meta, keep=self._keep
                 )
