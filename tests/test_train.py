@@ -292,9 +292,7 @@ def test_a_frozen_pattern_stays_as_loaded(others, trained, tmp_path):
 
 
 def test_nan_stops_the_run_with_the_names_of_the_images(tmp_path, capsys):
-    assert (
-        train_tiny(tmp_path / "run", "TRAIN.BASE_LR=100", "TRAIN.WARMUP=0", "TRAIN.GRADIENT_CLIP=None", steps=5) == 3
-    )
+    assert train_tiny(tmp_path / "run", "TRAIN.BASE_LR=100", "TRAIN.WARMUP=0", "TRAIN.GRADIENT_CLIP=None", steps=5) == 3
     message = last_error(capsys)
     ids = [str(i["id"]) for i in json.loads((COCO_MINI / "annotations/instances_train2017.json").read_text())["images"]]
     assert "images of the batch" in message
