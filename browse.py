@@ -15,19 +15,19 @@ from urllib.parse import quote
 import cv2
 import numpy as np
 
+from batch_pictures import draw_batch, draw_boxes
 from common import UserError, atomic_write, logger
 from config import Config
 from data import read_split_image, training_keys
 from data_workers import training_dataflow
 from dataset_split import DatasetSplit
 from report_page import STYLE
-from viz import Style, class_color, draw_annotations
+from viz import Style, draw_annotations
 
-__all__ = ["SIZES", "Filter", "choose_images", "draw_batch", "draw_boxes", "write_batches", "write_images"]
+__all__ = ["SIZES", "Filter", "choose_images", "write_batches", "write_images"]
 
 SIZES = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, 1e10)}  # area of the box, as COCO's
 SIDE = 720  # longest side of a picture
-MOST_NAMED = 24  # foreground RoIs that are named in a picture
 
 
 class Filter(NamedTuple):
@@ -141,64 +141,6 @@ def write_batches(
             entries.append(_write(out, f"batch{number}-{n}-rois", _scaled(picture), text))
     what = ["As the network gets them. Hatched: padding. Dashed grey: ignored regions."]
     _write_page(out, f"{split.name}: training batches", what, entries)
-
-
-def draw_batch(batch: dict[str, np.ndarray], n: int, class_names: Sequence[str]) -> np.ndarray:
-    """Image n of a training batch, see data.make_batch, with what belongs to it; padding is hatched."""
-    canvas, times = _enlarged(batch["image"][n])
-    height, width = (times * batch["image_shape"][n]).tolist()
-    y, x = np.ogrid[: canvas.shape[0], : canvas.shape[1]]
-    outside = (y >= height) | (x >= width)
-    canvas[outside & ((x + y) % 12 < 2)] = (90, 90, 90)
-    line = max(1, round(max(height, width) / 500))
-    for k in np.flatnonzero(batch["gt_labels"][n] > 0).tolist():
-        label, box = int(batch["gt_labels"][n, k]), times * batch["gt_boxes"][n, k]
-        crowd = bool(batch["gt_is_crowd"][n, k])
-        color = (150, 150, 150) if crowd else class_color(label)
-        x1, y1, x2, y2 = (round(float(v)) for v in box)
-        if crowd:
-            for corner, other in (
-                ((x1, y1), (x2, y1)),
-                ((x1, y2), (x2, y2)),
-                ((x1, y1), (x1, y2)),
-                ((x2, y1), (x2, y2)),
-            ):
-                steps = np.linspace(corner, other, 2 * max(2, round(np.hypot(*np.subtract(other, corner)) / 12)))
-                for a, b in zip(steps[::2], steps[1::2]):
-                    cv2.line(canvas, np.round(a).astype(int), np.round(b).astype(int), color, line)
-        else:
-            cv2.rectangle(canvas, (x1, y1), (x2, y2), color, line)
-        for a1, b1, a2, b2 in (times * batch["gt_edges"][n, k]).tolist() if "gt_edges" in batch else ():
-            cv2.line(canvas, (round(a1), round(b1)), (round(a2), round(b2)), color, line + 1, cv2.LINE_AA)
-        for px, py, shown in batch["gt_keypoints"][n, k].tolist() if batch.get("gt_keypoints") is not None else ():
-            if shown > 0:
-                px, py = times * px, times * py
-                cv2.circle(canvas, (round(px), round(py)), 2 * line, (255, 255, 255), -1, cv2.LINE_AA)
-                cv2.circle(canvas, (round(px), round(py)), line + 1, color, -1, cv2.LINE_AA)
-        name = class_names[label - 1] + (" (ignored)" if crowd else "")
-        cv2.putText(canvas, name, (x1 + 2, y1 + 14), (0, 0, 0), cv2.FontFace("sans"), 14, 800)
-        cv2.putText(canvas, name, (x1 + 1, y1 + 13), (255, 255, 255), cv2.FontFace("sans"), 14, 600)
-    return canvas
-
-
-def _enlarged(image: np.ndarray) -> tuple[np.ndarray, int]:
-    """A copy, a whole number of times larger where names would cover it, and that number."""
-    times = max(1, -(-SIDE // 2 // max(image.shape[:2])))
-    return cv2.resize(image, None, fx=times, fy=times, interpolation=cv2.INTER_NEAREST), times
-
-
-def draw_boxes(image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, class_names: Sequence[str]) -> np.ndarray:
-    """Boxes [B, 4] with labels [B]: foreground in the colour of its class and named, background (0) thin and grey."""
-    canvas, times = _enlarged(image)
-    named = (labels > 0).sum() <= MOST_NAMED
-    for box, label in sorted(zip((times * boxes).tolist(), labels.tolist()), key=lambda item: item[1] > 0):
-        x1, y1, x2, y2 = (round(v) for v in box)
-        color = class_color(label) if label else (170, 170, 170)
-        cv2.rectangle(canvas, (x1, y1), (x2, y2), color, 2 if label else 1)
-        if label and named:
-            cv2.putText(canvas, class_names[label - 1], (x1 + 2, y1 + 14), (0, 0, 0), cv2.FontFace("sans"), 13, 800)
-            cv2.putText(canvas, class_names[label - 1], (x1 + 1, y1 + 13), color, cv2.FontFace("sans"), 13, 600)
-    return canvas
 
 
 # ------------------------------------------------------------------------------------------------ pages

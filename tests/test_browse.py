@@ -14,7 +14,6 @@ from tiny import COCO_MINI
 import browse
 from common import UserError
 from config import default_config, finalize_config
-from data import make_batch, training_keys
 from dataset import load_split
 from tools import browse as tool
 
@@ -67,44 +66,6 @@ def test_a_page_shows_the_chosen_images_with_their_objects(split, tmp_path):
         picture = cv2.imread(str(tmp_path / name)).astype(int)
         photo = cv2.resize(cv2.imread(split.image_file(i)), picture.shape[1::-1]).astype(int)
         assert (np.abs(picture - photo).max(2) > 60).mean() > 0.01  # something is drawn
-
-
-def test_a_batch_is_drawn_where_its_boxes_are_and_its_padding_is_hatched(split):
-    cfg = configured("MODE_MASK=True", "MODE_FPN=True", "PREPROC.SHORT_EDGE_SIZE=[400]", "PREPROC.MAX_SIZE=600")
-    batch = dict(zip(training_keys(cfg), make_batch(split, [0, 5], [[1], [2]], cfg)))
-    for n in range(2):
-        picture = browse.draw_batch(batch, n, split.class_names)
-        assert picture.shape == batch["image"][n].shape
-        changed = (picture != batch["image"][n]).any(2)
-        height, width = batch["image_shape"][n]
-        if (height, width) != picture.shape[:2]:
-            outside = changed.copy()
-            outside[:height, :width] = False
-            share = outside.sum() / (changed.size - height * width)
-            assert 0.1 < share < 0.25
-        for box, label, crowd in zip(batch["gt_boxes"][n], batch["gt_labels"][n], batch["gt_is_crowd"][n]):
-            if label > 0 and not crowd:
-                x1, y1, x2, y2 = np.clip(np.round(box), 0, [width - 1, height - 1] * 2).astype(int)
-                assert changed[y1 : y2 + 1, x1].mean() > 0.9 and changed[y1, x1 : x2 + 1].mean() > 0.9
-
-
-def test_a_small_batch_is_enlarged_with_all_that_belongs_to_it():
-    batch = {"image": np.zeros((1, 40, 60, 3), np.uint8), "image_shape": np.array([[40, 60]]),
-             "gt_boxes": np.array([[[10, 20, 50, 35]]], np.float32), "gt_labels": np.array([[1]]),
-             "gt_is_crowd": np.array([[False]])}  # fmt: skip
-    picture = browse.draw_batch(batch, 0, [""])
-    times = picture.shape[0] // 40
-    assert times > 1 and picture.shape == (40 * times, 60 * times, 3)
-    rows, columns = np.flatnonzero(picture.any((1, 2))), np.flatnonzero(picture.any((0, 2)))
-    assert (rows[0], columns[0]) == pytest.approx((20 * times, 10 * times), abs=1)
-    assert (rows[-1], columns[-1]) == pytest.approx((35 * times, 50 * times), abs=1)
-
-
-def test_foreground_lies_over_background_in_its_class_colour():
-    image = np.full((400, 400, 3), 20, np.uint8)
-    boxes = np.array([[50, 50, 300, 300], [50, 50, 300, 300]], np.float32)
-    picture = browse.draw_boxes(image, boxes, np.array([2, 0]), ["a", "b"])
-    assert tuple(picture[300, 200].tolist()) == browse.class_color(2)
 
 
 def test_the_tool_writes_the_batches_that_training_reads(tmp_path, split):
