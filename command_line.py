@@ -13,7 +13,7 @@ __all__ = ["parse_args", "warn_without_effect"]
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="train.py",
+        prog="packrcnn" if __package__ else "train.py",
         description="Train a detector, or run one: --predict for pictures, --evaluate for scores.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="""examples:

@@ -222,6 +222,8 @@ def path_argument(text: str) -> str:
 def git_revision() -> str:
     """Commit of the source directory, with "+" for uncommitted changes; "unknown" outside a checkout."""
     here = Path(__file__).resolve().parent
+    if not (here / ".git").exists():  # installed, maybe inside of somebody else's checkout
+        return "unknown"
     try:
         sha = subprocess.run(
             ["git", "-C", str(here), "describe", "--always", "--dirty=+", "--abbrev=12"],
@@ -251,9 +253,11 @@ def import_function(name: str, setting: str) -> Callable:
     try:
         found = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as e:
-        raise UserError(
-            f"{where}: {e}; give module:function; the module must be importable from the working directory"
-        ) from None
+        hint = "give module:function; the module must be importable from the working directory"
+        missing = getattr(e, "name", None)
+        if __package__ and missing and (Path(__file__).parent / f"{missing}.py").exists():
+            hint = f"the installed package has it as {__package__}.{missing}, which works in a checkout too"
+        raise UserError(f"{where}: {e}; {hint}") from None
     except Exception as e:  # a module may raise any exception
         raise UserError(f"{where}: importing {module} raised {describe_error(e)}") from None
     if not callable(found):

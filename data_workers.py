@@ -152,8 +152,8 @@ class TrainingFlow:
 # arrays) or ("error", is the user's, text). To a worker: the number of a slot that may be written again, as one byte.
 _LENGTH = struct.Struct("<Q")
 _WORKER_CODE = (
-    "import sys; sys.path[:] = {path!r}; import data_workers; "
-    "data_workers._work({memory}, {shared}, {socket}, {slots}, {first_batch}, {parent})"
+    "import importlib, sys; sys.path[:] = {path!r}; "
+    "importlib.import_module({module!r})._work({memory}, {shared}, {socket}, {slots}, {first_batch}, {parent})"
 )
 _PARENT_CHECK_SECONDS = 5.0
 _POLL_SECONDS = 0.5
@@ -207,8 +207,10 @@ class _Worker:
         try:
             os.truncate(memory, self._slot_bytes * slots)  # sparse: a page takes memory once it is written
             self._memory = mmap.mmap(memory, 0)
+            # The installed package is found there as it is here.
+            own = [] if __package__ else [str(Path(__file__).parent)]
             code = _WORKER_CODE.format(
-                path=[str(Path(__file__).parent), *sys.path], memory=memory, shared=shared, socket=theirs.fileno(),
+                path=[*own, *sys.path], module=__name__, memory=memory, shared=shared, socket=theirs.fileno(),
                 slots=slots, first_batch=first_batch, parent=os.getpid(),
             )  # fmt: skip
             self.process = subprocess.Popen(

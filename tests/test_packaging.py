@@ -75,6 +75,7 @@ def test_every_import_is_of_this_repository_the_standard_library_or_a_direct_req
     own = {p.stem for p in files} | {p.name for p in ROOT.iterdir() if p.is_dir()}
     direct = {r.name for name in ("requirements.txt", "requirements-dev.txt") for r in requirements(name)}
     direct |= {"packaging"}  # pytest and TensorFlow need it; only tests import it
+    direct |= {"setuptools"}  # TensorBoard needs it; scripts/build_package.py imports it
     strange = {}
     for path in files:
         for node in ast.walk(ast.parse(path.read_text())):
@@ -125,3 +126,19 @@ def test_imports_make_no_circle():
     while free := [name for name, needs in below.items() if not needs]:
         below = {name: needs - set(free) for name, needs in below.items() if name not in free}
     assert not below, f"these import each other: {sorted(below)}"
+
+
+def test_the_package_asks_for_ranges_around_the_pins():
+    text = (ROOT / "pyproject.toml").read_text()
+    ranges = {}
+    for line in re.search(r"(?ms)^dependencies = \[\n(.*?)^\]", text)[1].splitlines():
+        requirement = Requirement(line.strip().strip('",'))
+        ranges[requirement.name] = requirement.specifier
+    pins = requirements("requirements.txt")
+    assert set(ranges) == {pin.name for pin in pins}
+    for pin in pins:
+        (version,) = (specifier.version for specifier in pin.specifier)
+        assert ranges[pin.name].contains(version), pin
+    assert 'requires-python = ">=3.10,<3.14"' in text and PYTHONS[-1] == "3.13"
+    (gpu,) = requirements("requirements-gpu.txt")
+    assert f'gpu = ["tensorflow[and-cuda]{ranges["tensorflow"]}"]' in text and gpu.extras == {"and-cuda"}
