@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 
 from common import logger, path_argument
+from video_options import VIDEO_OPTIONS, add_video_options
 
 __all__ = ["parse_args", "warn_without_effect"]
 
@@ -82,7 +83,8 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         nargs="+",
         type=path_argument,
         metavar="IMAGE",
-        help="images or folders; detections of score TEST.RESULT_SCORE_THRESH_VIS (a setting) or more are drawn",
+        help="images, folders, videos, cameras (0) or streams (rtsp://…); detections of score "
+        "TEST.RESULT_SCORE_THRESH_VIS (a setting) or more are drawn",
     )
     parser.add_argument(
         "--evaluate", type=path_argument, metavar="OUT.json", help="score on DATA.VAL and write the results there"
@@ -103,6 +105,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--cut-outs", action="store_true", help="--predict: also every object as a PNG with alpha")
     parser.add_argument("--no-window", action="store_true", help="--predict: never open a window")
+    add_video_options(parser)
     parser.add_argument("--print-config", action="store_true", help="explain the settings in effect and stop")
     parser.add_argument("--verbose-tf", action="store_true", help="show TensorFlow's start-up messages")
     parser.add_argument(
@@ -147,6 +150,7 @@ def warn_without_effect(args: argparse.Namespace) -> None:
         "--contour": bool(args.predict), "--truth": bool(args.predict), "--cut-outs": bool(args.predict),
         "--logdir": not (runs and args.load), "--match-classes": new and bool(args.load),
         "--trim-heads": bool(runs or new and args.load), "--partial-load": bool(runs or new),
+        **{option: bool(args.predict) for option in VIDEO_OPTIONS},
     }  # fmt: skip
     idle = [name for name, part in plays.items() if getattr(args, name[2:].replace("-", "_")) and not part]
     if idle:

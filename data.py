@@ -42,6 +42,7 @@ __all__ = [
     "padded_size",
     "read_image",
     "read_split_image",
+    "resize_for_test",
     "stack_images",
     "training_keys",
 ]
@@ -298,6 +299,14 @@ def batch_image_ids(
 
 
 # ------------------------------------------------------------------------------------------------ inference
+def resize_for_test(image: np.ndarray, cfg: Config) -> np.ndarray:
+    """The image in the size in which the network sees it; test-time augmentation resizes by itself."""
+    if cfg.TEST.AUG_SHORT_EDGES:
+        return image
+    height, width = resized_shape(*image.shape[:2], cfg.PREPROC.TEST_SHORT_EDGE_SIZE, cfg.PREPROC.MAX_SIZE)
+    return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
+
+
 def stack_images(images: Sequence[np.ndarray], cfg: Config) -> tuple[np.ndarray, np.ndarray]:
     """N images uint8 [h, w, 3] -> image [N, H, W, 3] zero-padded at the bottom and right, image_shape int32 [N, 2]."""
     shapes = [image.shape[:2] for image in images]
@@ -330,14 +339,10 @@ def inference_batches(
     if isinstance(images, DatasetSplit) and cfg.TEST.BATCH_SIZE > 1:
         sizes = images.image_sizes()[mine]
         mine = mine[np.argsort(sizes[:, 0] > sizes[:, 1], kind="stable")]
-    short_edge = cfg.PREPROC.TEST_SHORT_EDGE_SIZE
 
     def read(i: int) -> tuple[np.ndarray, tuple[int, int]]:
         image = read_split_image(images, i) if isinstance(images, DatasetSplit) else read_image(images[i])
-        if cfg.TEST.AUG_SHORT_EDGES:
-            return image, image.shape[:2]
-        height, width = resized_shape(image.shape[0], image.shape[1], short_edge, cfg.PREPROC.MAX_SIZE)
-        return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR), image.shape[:2]
+        return resize_for_test(image, cfg), image.shape[:2]
 
     chunks = [c.tolist() for c in np.split(mine, range(cfg.TEST.BATCH_SIZE, len(mine), cfg.TEST.BATCH_SIZE)) if len(c)]
     ahead: deque = deque()

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from common import UserError, atomic_write, logger
 from config import Config
-from data import inference_batches, read_image, resized_shape, stack_images
+from data import inference_batches, read_image, resize_for_test, stack_images
 from dataset_build import COCO_KEYPOINTS, mirrored_keypoints
 from dataset_split import DatasetSplit
 from detections import Detections, coco_results, to_original_frame
@@ -101,13 +101,7 @@ class LoadedPredictor:
         """Detects the objects of an image: a file, or pixels uint8 [H,W,3] in OpenCV's order BGR."""
         pixels = image if isinstance(image, np.ndarray) else read_image(image)
         height, width = pixels.shape[:2]
-        resized = pixels
-        if not self.cfg.TEST.AUG_SHORT_EDGES:
-            new_height, new_width = resized_shape(
-                height, width, self.cfg.PREPROC.TEST_SHORT_EDGE_SIZE, self.cfg.PREPROC.MAX_SIZE
-            )
-            resized = cv2.resize(pixels, (new_width, new_height), interpolation=cv2.INTER_LINEAR)
-        batch, shapes = stack_images([resized], self.cfg)
+        batch, shapes = stack_images([resize_for_test(pixels, self.cfg)], self.cfg)
         outputs = self.predict_batch(batch, shapes)
         return to_original_frame({k: v[0] for k, v in outputs.items()}, shapes[0], (height, width))
 

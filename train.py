@@ -37,6 +37,7 @@ try:
     from dataset import class_count_table, load_training_split, load_validation_splits
     from dataset_split import DatasetSplit
     from eval import write_results
+    from predict_video import open_views, predict_videos
     from report import write_report
     from report_files import problem_of_split
     from run_start import (
@@ -57,6 +58,8 @@ try:
     from utils import ranks
     from utils.checkpoint import make_meta, read_meta
     from utils.stopping import Stopped, stop_by_exception
+    from video_options import VideoOptions, video_options
+    from video_source import find_sources, open_source
     from viz import Drawing, Style
 except ModuleNotFoundError as e:
     sys.exit(f"train.py: the Python package {e.name} is missing; run `make venv`, then `. .venv/bin/activate`")
@@ -100,7 +103,8 @@ def _run(args: argparse.Namespace, fitting: Fitting) -> int:
         if args.predict:
             style = Style(args.draw, args.contour, args.colors, smallest=320)
             drawing = Drawing(style, args.truth, args.cut_outs)
-            predict(args.predict, model, args.config, output, not args.no_window, fitting, args.trust_code, drawing)
+            window, videos = not args.no_window, video_options(args)
+            return predict(args.predict, model, args.config, output, window, fitting, args.trust_code, drawing, videos)
         elif args.evaluate:
             evaluate(Path(args.evaluate), model, args.config, fitting, args.report, args.trust_code)
         else:
@@ -134,16 +138,29 @@ def predict(
     fitting: Fitting,
     trusted: Sequence[str],
     drawing: Drawing = Drawing(),  # noqa: B008
-) -> None:
-    """Runs the model on images, or on all images of folders, and draws its detections."""
+    videos: VideoOptions = VideoOptions(),  # noqa: B008
+) -> int:
+    """Runs the model on images, on all images of folders and on videos, and draws its detections; returns the exit
+    code."""
     check_output_folder(output, "--output")
-    files = list_images(images)
+    images, sources = find_sources(images, videos.frames)
+    files = list_images(images) if images else []
+    for source in sources:
+        open_source(source, videos.fps)  # so that errors come before expensive work
     model = load_model(load, settings, trusted)
 
     from predict import LoadedPredictor, predict_files
 
-    logger.info(f"{len(files)} images; building the model")
-    predict_files(LoadedPredictor(model, fitting), files, output, window, drawing)
+    views = open_views(videos if sources else VideoOptions())
+    try:
+        what = [f"{len(files)} images"] * bool(files) + [s.name for s in sources[:5]] + ["…"] * (len(sources) > 5)
+        logger.info(f"{', '.join(what)}; building the model")
+        predictor = LoadedPredictor(model, fitting)
+        if files:
+            predict_files(predictor, files, output, window, drawing)
+        return predict_videos(predictor, sources, output, videos, drawing.style, views, load)
+    finally:
+        views.close()
 
 
 def evaluate(

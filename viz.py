@@ -105,8 +105,9 @@ def draw_detections(
     class_names: Sequence[str],
     threshold: float = 0.5,
     style: Style = Style(),  # noqa: B008
+    ids: Sequence[int | None] | None = None,
 ) -> np.ndarray:
-    """`image` with the detections of at least `threshold`."""
+    """`image` with the detections of at least `threshold`; ids: numbers of objects in a video, one for each."""
     items = []
     for number, i in enumerate(np.flatnonzero(detections.scores >= threshold).tolist(), 1):
         label = int(detections.labels[i])
@@ -115,10 +116,14 @@ def draw_detections(
             points = detections.keypoints[i].astype(np.float64)
             points[:, 2] = 2
         mask = None if detections.masks is None else functools.partial(decode_part, detections.masks[i])
-        text = f"{_class_name(class_names, label)} {detections.scores[i]:.2f}"
-        color = class_color(number if style.colors == "instance" else label)
+        known = None if ids is None else ids[i]
+        mark = "" if known is None else f"#{known} "
+        text = f"{mark}{_class_name(class_names, label)} {detections.scores[i]:.2f}"
+        color = class_color((known or number) if style.colors == "instance" else label)
+        if known is not None and style.colors == "class":
+            color = _shade(color, TONES[known % len(TONES)])  # the same in all frames
         items.append(_Item(detections.boxes[i], color, text, mask, points))
-    return _draw(*_enlarged(image, _toned(items), style.smallest), style)
+    return _draw(*_enlarged(image, items if ids else _toned(items), style.smallest), style)
 
 
 def draw_annotations(

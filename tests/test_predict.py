@@ -14,10 +14,12 @@ import numpy as np
 import pycocotools.mask as coco_mask
 import pytest
 from graph import tiny_config
+from small_videos import read_video, write_video
 from tiny import COCO_MINI
 
 import eval as scoring
 import predict
+import train
 from common import UserError
 from config import default_config, finalize_config
 from data import inference_batches, list_images
@@ -75,6 +77,23 @@ def test_sides_of_keypoints_come_with_the_weights_or_are_cocos_or_are_asked_for(
         keypoint_flip(other, {"settings": {}})
     unflipped = tiny_config(*model, "KRCNN.NUM_KEYPOINT=3", "TEST.AUG_FLIP=False")
     assert keypoint_flip(unflipped, None) == []
+
+
+def test_a_video_from_the_command_line_has_the_detections_of_its_frames(model_file, tmp_path):
+    video = write_video(tmp_path / "walk.avi", 5)
+    settings = ["TEST.BATCH_SIZE=2", "TEST.RESULT_SCORE_THRESH_VIS=0"]
+    words = ["--predict", str(video), "--load", str(model_file), "--output", str(tmp_path / "out"), "--track"]
+    assert train.main([*words, "--every", "2", "--config", *settings]) == 0
+    entries = [json.loads(line) for line in (tmp_path / "out/walk.jsonl").read_text().splitlines()]
+    assert [e["frame"] for e in entries] == [0, 2, 4]
+    predictor = load_predictor(model_file, settings)
+    for entry, pixels in zip(entries, read_video(video)[::2]):
+        found = predictor(pixels)
+        assert len(found.scores) == len(entry["detections"]) > 0
+        for d, box, mask in zip(entry["detections"], found.boxes, found.masks):
+            np.testing.assert_allclose(d["box"], box, atol=0.02)
+            assert d["mask"]["size"] == mask["size"] and "track" in d
+    assert len(read_video(tmp_path / "out/walk.avi")) == 3
 
 
 # ------------------------------------------------------------------------------------------ data sets
