@@ -193,31 +193,35 @@ def roi_align(padded, boxes, image_index, spatial_scale, resolution, samples=2, 
     aligned=False is the original operation: pixel i's centre at coordinate i, sides of at least one feature cell.
     -> [R,resolution,resolution,C] in the features' type.
     """
-    boxes = tf.stop_gradient(boxes) * spatial_scale
-    sides = boxes[:, 2:] - boxes[:, :2]
-    if not aligned:
-        sides = tf.maximum(sides, 1.0)
-    # Pixel i's centre lies at i + 0.5 in continuous coordinates and at index i + 1 of the padded map.
-    shift = 0.5 if aligned else 1.0
-    padded32 = tf.cast(padded, tf.float32)
-    if samples == 0:
-        crops = _adaptive_samples(padded32, boxes[:, :2], sides, shift, image_index, resolution)
-    else:
-        n = resolution * samples
-        crops = _sample_grid(padded32, boxes[:, :2], sides, shift, image_index, [n, n])
-        if samples > 1:
-            crops = tf.nn.avg_pool2d(crops, samples, samples, "VALID")
-        crops.set_shape([None, resolution, resolution, None])
-    return tf.cast(crops, padded.dtype)
+    # The scope and the names in it say to export_onnx.py what is computed here.
+    with tf.name_scope(f"roi_align_{resolution}x{samples}"):
+        boxes = tf.stop_gradient(boxes) * spatial_scale
+        sides = boxes[:, 2:] - boxes[:, :2]
+        if not aligned:
+            sides = tf.maximum(sides, 1.0)
+        # Pixel i's centre lies at i + 0.5 in continuous coordinates and at index i + 1 of the padded map.
+        shift = 0.5 if aligned else 1.0
+        padded32 = tf.identity(tf.cast(padded, tf.float32), "padded")
+        start = tf.identity(boxes[:, :2] + (shift - 0.5), "start")  # where pixel i covers [i, i + 1)
+        sides, image_index = tf.identity(sides, "sides"), tf.identity(image_index, "image_index")
+        if samples == 0:
+            crops = _adaptive_samples(padded32, start, sides, image_index, resolution)
+        else:
+            n = resolution * samples
+            crops = _sample_grid(padded32, start, sides, image_index, [n, n])
+            if samples > 1:
+                crops = tf.nn.avg_pool2d(crops, samples, samples, "VALID")
+            crops.set_shape([None, resolution, resolution, None])
+        return tf.cast(tf.identity(crops, "crops"), padded.dtype)
 
 
-def _sample_grid(padded, start, sides, shift, image_index, counts):
+def _sample_grid(padded, start, sides, image_index, counts):
     """Bilinear samples in the middle of counts = (y, x) equal cells of each RoI, ints or int32 [2]: start, sides [R,2]
-    as x, y; shift: from there to indices of `padded` -> [R,counts[0],counts[1],C]."""
+    as x, y in cells of the map without padding -> [R,counts[0],counts[1],C]."""
     size = tf.cast(tf.shape(padded)[1:3], tf.float32)  # [2]
     number = np.asarray(counts[::-1], np.float32) if isinstance(counts, list) else tf.cast(counts[::-1], tf.float32)
     spacing = sides / number  # [R, 2] x, y distance of samples
-    first = start + 0.5 * spacing + shift
+    first = start + 0.5 * spacing + 0.5  # indices of the padded map
     last = first + spacing * (number - 1.0)
     # crop_and_resize takes y1 x1 y2 x2, where 0 and 1 are the centres of the first and the last pixel.
     corners = tf.concat([first[:, ::-1], last[:, ::-1]], 1) / (tf.concat([size, size], 0) - 1.0)
@@ -227,7 +231,7 @@ def _sample_grid(padded, start, sides, shift, image_index, counts):
 _ADAPTIVE_BUDGET = 1 << 16  # samples of one step of the loop: 64 MB at 256 channels
 
 
-def _adaptive_samples(padded, start, sides, shift, image_index, resolution):
+def _adaptive_samples(padded, start, sides, image_index, resolution):
     """Means [R,M,M,C] over ceil(bin size) samples per axis and bin; RoIs with equal counts are pooled together."""
     m = resolution
     channels = padded.shape[3]
@@ -248,7 +252,7 @@ def _adaptive_samples(padded, start, sides, shift, image_index, resolution):
         alike -= tf.reduce_sum(tf.cast(tf.equal(key[:position], key[position]), tf.int32))
         end = position + tf.minimum(alike, tf.maximum(1, _ADAPTIVE_BUDGET // (m * m * per_bin[0] * per_bin[1])))
         rows = slice(position, end)
-        crops = _sample_grid(padded, start[rows], sides[rows], shift, image_index[rows], per_bin * m)
+        crops = _sample_grid(padded, start[rows], sides[rows], image_index[rows], per_bin * m)
         crops = tf.reshape(crops, [end - position, m, per_bin[0], m, per_bin[1], int(channels)])
         return end, tf.concat([pooled, tf.reduce_mean(crops, [2, 4])], 0)
 
@@ -296,11 +300,14 @@ def roi_pool(features, boxes, image_index, spatial_scale, resolution):
     each bin is the maximum over its cells inside the map, or 0 without cells. The gradient goes to the largest cell, in
     equal parts to ties; no gradient to the boxes. -> [R,resolution,resolution,C] in the features' type.
     """
-    shape = tf.shape(features)
-    bins = _pooling_bins(tf.stop_gradient(boxes) * spatial_scale, image_index, shape, resolution)
-    cells = tf.reshape(tf.cast(features, tf.float32), [-1, int(features.shape[3])])  # [N·H·W, C]
-    pooled = tf.reshape(_max_over_bins(cells, *bins), [-1, resolution, resolution, int(features.shape[3])])
-    return tf.cast(pooled, features.dtype)
+    with tf.name_scope(f"roi_pool_{resolution}"):  # as in `roi_align`
+        wide = tf.identity(tf.cast(features, tf.float32), "features")
+        boxes = tf.identity(tf.stop_gradient(boxes) * spatial_scale, "boxes")
+        image_index = tf.identity(image_index, "image_index")
+        bins = _pooling_bins(boxes, image_index, tf.shape(wide), resolution)
+        cells = tf.reshape(wide, [-1, int(features.shape[3])])  # [N·H·W, C]
+        pooled = tf.reshape(_max_over_bins(cells, *bins), [-1, resolution, resolution, int(features.shape[3])])
+        return tf.cast(tf.identity(pooled, "crops"), features.dtype)
 
 
 def _pooling_bins(boxes, image_index, map_shape, m):

@@ -89,8 +89,7 @@ def decode_keypoints(logits, boxes):
     source = int(logits.shape[1])
     num_keypoints = int(logits.shape[3])
 
-    def decode_one(inputs):
-        heat, box = inputs  # [K, M, M], [4]
+    def decode_one(heat, box):  # [K, M, M], [4]
         size = tf.maximum(box[2:] - box[:2], 1.0)
         whole = tf.math.ceil(size)
         width, height = tf.cast(whole[0], tf.int32), tf.cast(whole[1], tf.int32)
@@ -106,4 +105,11 @@ def decode_keypoints(logits, boxes):
         return tf.concat([point, score[:, None]], 1)
 
     heat = tf.transpose(logits, [0, 3, 1, 2])
-    return tf.map_fn(decode_one, (heat, boxes), tf.float32, parallel_iterations=4, back_prop=False)
+    return tf.while_loop(
+        lambda row, _: row < tf.shape(heat)[0],
+        lambda row, points: (row + 1, tf.concat([points, decode_one(heat[row], boxes[row])[None]], 0)),
+        [0, tf.zeros([0, num_keypoints, 3])],
+        shape_invariants=[tf.TensorShape([]), tf.TensorShape([None, num_keypoints, 3])],
+        parallel_iterations=4,
+        back_prop=False,
+    )[1]
