@@ -2,7 +2,6 @@
 
 import functools
 import os
-import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from dataset_build import split_from_coco
 from dataset_split import DatasetSplit
 from utils.coco_format import Unusable, read_flag, read_number
 from utils.image_header import IMAGE_SUFFIXES, decode_image, image_header_size
+from utils.plain_xml import read_xml
 from utils.polygons import encode_part
 
 __all__ = ["VOC_CLASSES", "load", "read_voc_content", "read_voc_detections"]
@@ -65,7 +65,7 @@ def read_voc_content(
     if not stems:
         raise UserError(f"VOC data {directory}: Annotations/ holds no xml file")
     wanted = _listed_stems(directory, split, set(stems)) if split else stems
-    roots = {stem: _read_xml(directory / "Annotations" / f"{stem}.xml") for stem in stems}
+    roots = {stem: read_xml(directory / "Annotations" / f"{stem}.xml", "VOC annotation") for stem in stems}
     names = {_class_of(o, stem) for stem, root in roots.items() for o in root.iter("object")}
     classes = VOC_CLASSES if names <= set(VOC_CLASSES) else sorted(names)
     ids = {n: i for i, n in enumerate(classes, 1)}
@@ -193,23 +193,6 @@ def _voc_directory(directory: Path) -> Path:
         found = f"several: {', '.join(p.name for p in inside)}; name one" if inside else "no Annotations/ folder"
         raise UserError(f"VOC data {directory}: {found}")
     return inside[0]
-
-
-def _read_xml(path: Path) -> ElementTree.Element:
-    """The root element. Encodings that the parser does not support, such as gb2312, are decoded by Python."""
-    try:
-        content = path.read_bytes()
-        try:
-            return ElementTree.fromstring(content)
-        except (ElementTree.ParseError, ValueError, LookupError):
-            declared = re.match(rb"\s*<\?xml[^>]*?encoding\s*=\s*[\"']([\w.:-]+)[\"'][^>]*\?>", content)
-            if not declared:
-                raise
-            return ElementTree.fromstring(content[declared.end() :].decode(declared[1].decode()))
-    except OSError as e:
-        raise UserError(f"VOC annotation {path} cannot be read: {e.strerror}") from None
-    except (ElementTree.ParseError, ValueError, LookupError, RecursionError) as e:
-        raise UserError(f"VOC annotation {path} cannot be read: {e}") from None
 
 
 def read_voc_detections(folder: str | Path, content: dict[str, Any]) -> list[dict[str, Any]]:

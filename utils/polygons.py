@@ -26,7 +26,9 @@ __all__ = [
     "encode_runs",
     "encode_segmentation",
     "flip_edges",
+    "join_rings",
     "mask_to_rings",
+    "nest_rings",
     "orient_outer",
     "pack_edges",
     "rasterize",
@@ -35,6 +37,7 @@ __all__ = [
     "rle_runs",
     "rle_to_rings",
     "signed_area",
+    "simplify_ring",
     "smooth_ring",
     "vertices_to_edges",
 ]
@@ -385,6 +388,76 @@ def smooth_ring(ring: np.ndarray) -> np.ndarray:
     points = points[used][:, None].astype(np.float32)
     smooth = cv2.approxPolyDP(points, 0.3, True)[:, 0]
     return smooth if len(smooth) > 2 else ring
+
+
+def simplify_ring(ring: np.ndarray, tolerance: float) -> np.ndarray:
+    """Some of the vertices of a ring [k, 2]: no point of the ring is farther than `tolerance` from the result, and the
+    other way round (Douglas & Peucker 1973). Empty if fewer than three vertices are left."""
+    ring = np.asarray(ring, np.float64)
+    if tolerance <= 0 or len(ring) <= 3:
+        return ring if len(ring) >= 3 else ring[:0]
+    # A closed ring is two lines: from the first vertex to the one that is farthest from it, and back.
+    far = int(np.argmax(((ring - ring[0]) ** 2).sum(1)))
+    closed = np.concatenate([ring, ring[:1]])
+    kept = np.zeros(len(closed), bool)
+    kept[[0, far]] = True
+    todo = [(0, far), (far, len(ring))]
+    while todo:
+        first, last = todo.pop()
+        if last - first < 2:
+            continue
+        start, along = closed[first], closed[last] - closed[first]
+        points = closed[first + 1 : last] - start
+        length = float(along @ along)
+        share = np.clip(points @ along / length, 0, 1) if length > 0 else np.zeros(len(points))
+        distance = ((points - share[:, None] * along) ** 2).sum(1)
+        worst = int(np.argmax(distance))
+        if distance[worst] > tolerance * tolerance:
+            middle = first + 1 + worst
+            kept[middle] = True
+            todo += [(first, middle), (middle, last)]
+    result = ring[kept[:-1]]
+    return result if len(result) >= 3 else result[:0]
+
+
+def nest_rings(rings: Sequence[np.ndarray]) -> list[tuple[np.ndarray, list[np.ndarray]]]:
+    """(outer ring, its holes) for each outer ring; a hole belongs to the smallest outer ring around it."""
+    areas = [signed_area(ring) for ring in rings]
+    outer = sorted((i for i, a in enumerate(areas) if a > 0), key=lambda i: areas[i])
+    holes: dict[int, list[np.ndarray]] = {i: [] for i in outer}
+    for ring, area in zip(rings, areas):
+        if area < 0:
+            inside = [i for i in outer if areas[i] > -area and _contains(rings[i], ring)]
+            if inside:
+                holes[inside[0]].append(ring)
+    return [(rings[i], holes[i]) for i in sorted(outer)]
+
+
+def _contains(outer: np.ndarray, ring: np.ndarray) -> bool:
+    """Whether most vertices of `ring` are inside of `outer` or on it."""
+    contour = np.asarray(outer, np.float32)[:, None]
+    found = [
+        cv2.pointPolygonTest(contour, (float(x), float(y)), False) >= 0 for x, y in ring[:: max(1, len(ring) // 9)]
+    ]
+    return 2 * sum(found) > len(found)
+
+
+def join_rings(ring: np.ndarray, others: Sequence[np.ndarray], holes: bool = True) -> np.ndarray:
+    """One ring that runs along `ring` and, over bridges without width, along each of `others`: its holes or, with
+    holes=False, other parts of the same object. It encloses the same points."""
+    joined = np.asarray(orient_outer(np.asarray(ring, np.float64)))
+    for other in others:
+        other = orient_outer(np.asarray(other, np.float64))
+        other = other[::-1] if holes else other
+        best, here, there = np.inf, 0, 0
+        for i in range(0, len(joined), 1024):  # in blocks, to bound memory
+            distance = ((joined[i : i + 1024, None] - other[None]) ** 2).sum(2)
+            place = int(np.argmin(distance))
+            if distance.flat[place] < best:
+                best, here, there = distance.flat[place], i + place // len(other), place % len(other)
+        around = np.concatenate([other[there:], other[: there + 1]])
+        joined = np.concatenate([joined[: here + 1], around, joined[here:]])
+    return joined
 
 
 def rasterize(edges: np.ndarray, box: np.ndarray, size: int | tuple[int, int]) -> np.ndarray:

@@ -4,6 +4,7 @@
 tools/check_data.py, tools/score.py and tools/convert.py do with such a file, through the same functions.
 """
 
+import base64
 import json
 import pickle
 import random
@@ -23,11 +24,13 @@ from config import default_config, explain, finalize_config
 from data import BatchMaker, read_image
 from data_check import quick_check
 from dataset import class_count_table, load_training_split, load_validation_splits
+from labels_write import WRITERS, Outlines, write_labels
 from run_start import load_model
 from tests.tiny import COCO_MINI, TINY_MODEL
 from tests.torch_files import save_stream, save_zip, tensors
-from tools import check_data, convert, score
+from tools import check_data, convert, convert_data, score
 from utils.checkpoint import load_weights, make_meta, save_npz, save_tf_checkpoint
+from utils.coco_format import as_truth
 from utils.safe_pickle import read_pickle
 
 __all__ = ["Dice", "KINDS", "make"]
@@ -69,7 +72,7 @@ def _break_json(content: Any, rng: Dice) -> Any:
     content = json.loads(json.dumps(content))
     for _ in range(rng.choice([1, 1, 1, 2, 3])):
         places = _places(content)
-        depth = rng.randint(1, max(map(len, places)))  # else most would be coordinates of outlines
+        depth = rng.randint(1, max(1, max(map(len, places))))  # else most would be coordinates of outlines
         path = rng.choice([p for p in places if len(p) == depth] or places[1:] or [()])
         if not path:
             return rng.choice(ODD)
@@ -290,6 +293,55 @@ def _results(folder: Path, rng: Dice) -> list[Call]:
     return [_scores("--protocol", protocol, *words) for protocol in protocols]
 
 
+def _labels(folder: Path, rng: Dice) -> list[Call]:
+    """Annotations of a labelling program, one file of them broken."""
+    content = json.loads((COCO_MINI / "annotations/instances_val2017.json").read_text())
+    content["annotations"] = [a for a in content["annotations"] if not a["iscrowd"]][:12]
+    form = rng.choice(["cvat", "labelme", "yolo", "via", "supervisely"])
+    source = folder / "set"
+    if form in ("cvat", "labelme", "yolo"):
+        write_labels(as_truth(content), form, source, Outlines(2.0))
+    else:
+        source.mkdir()
+        _write_via_or_supervisely(source, content, form)
+    path = rng.choice(sorted(p for p in source.rglob("*") if p.is_file()))
+    if path.suffix == ".json":
+        _write_json(path, json.loads(path.read_text()), rng)
+    elif path.suffix == ".xml" and not rng.sound and rng.random() < 0.1:
+        path.write_text(path.read_text().replace("<annotations>", '<!DOCTYPE a [<!ENTITY a "a">]><annotations>&a;', 1))
+    else:
+        path.write_bytes(_break_text(path.read_text(), rng))
+    words = [str(path if form in ("cvat", "via") else source), str(folder / "out/a.json"), "--overwrite"]
+    words += ["--images", str(COCO_MINI / "val2017"), *rng.choice([["--from", form], []] if form != "yolo" else [[]])]
+    back = rng.choice(list(WRITERS))
+    again = [*words[:1], str(folder / "out" / back), *words[2:], "--to", back, "--tolerance", "1"]
+    return [lambda: convert_data.main(words), lambda: convert_data.main(again)]
+
+
+def _write_via_or_supervisely(source: Path, content: dict, form: str) -> None:
+    names = {c["id"]: c["name"] for c in content["categories"]}
+    entries = {}
+    for image in content["images"]:
+        parts = [(names[a["category_id"]], np.reshape(a["segmentation"][0], (-1, 2)).tolist())
+                 for a in content["annotations"] if a["image_id"] == image["id"]]  # fmt: skip
+        if form == "via":
+            regions = [{"shape_attributes": {"name": "polygon", "all_points_x": list(x), "all_points_y": list(y)},
+                        "region_attributes": {"class": n}} for n, p in parts for x, y in [zip(*p)]]  # fmt: skip
+            entries[image["file_name"]] = {"filename": image["file_name"], "regions": regions}
+        else:
+            objects = [{"classTitle": n, "geometryType": "polygon", "points": {"exterior": p, "interior": [p[:3]]}}
+                       for n, p in parts]  # fmt: skip
+            packed = base64.b64encode(zlib.compress(cv2.imencode(".png", np.eye(9, dtype=np.uint8))[1])).decode()
+            bitmap = {"data": packed, "origin": [3, 4]}
+            objects.append({"classTitle": "x", "geometryType": "bitmap", "bitmap": bitmap})
+            path = source / "ds" / "ann" / f"{image['file_name']}.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            size = {"height": image["height"], "width": image["width"]}
+            path.write_text(json.dumps({"size": size, "objects": objects}))
+    if form == "via":
+        (source / "via.json").write_text(json.dumps({"_via_img_metadata": entries}))
+
+
 def _image(folder: Path, rng: Dice) -> list[Call]:
     pixels = cv2.imread(str(next((COCO_MINI / "val2017").glob("*.jpg"))))[:120, :160]
     suffix = rng.choice([".jpg", ".png", ".bmp", ".tiff", ".webp"])
@@ -486,8 +538,8 @@ def _settings(folder: Path, rng: Dice) -> list[Call]:
 
 KINDS: dict[str, Callable[[Path, random.Random], list[Call]]] = {
     "COCO": _coco, "VOC": _voc, "csv": _csv, "Cityscapes": _cityscapes, "LVIS": _lvis, "Open Images": _open_images,
-    "results": _results, "images": _image, "weights": _weights, "pickles": _pickle, "checkpoints": _checkpoint,
-    "settings": _settings,
+    "results": _results, "labels": _labels, "images": _image, "weights": _weights, "pickles": _pickle,
+    "checkpoints": _checkpoint, "settings": _settings,
 }  # fmt: skip
 
 
