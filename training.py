@@ -20,7 +20,7 @@ from config import Config
 from predict import EvaluationStopped
 from trainers import INPUT_TYPES, DetectionModel, session_config
 from training_plan import TrainingPlan
-from utils.tf_v1 import tf
+from utils.tf_v1 import do_not_fold_initial_values, tf
 
 # isort: split
 from tensorpack import QueueInput
@@ -406,6 +406,7 @@ def _run_in_graph(
     queue = tf.FIFOQueue(capacity, types, name="input_queue")
     source = QueueInput(watched, queue)
     trainer.setup_graph(model.get_input_signature(), source, model.build_graph, model.get_optimizer)
+    do_not_fold_initial_values([*tf.global_variables(), *tf.local_variables()])
     log = ProgressLog(model, plan, logdir, describe_batch, chief, smooth)
     checkpoints = Checkpoints(cfg, plan, logdir, meta, log, chief)
     checkpoints.close_op, checkpoints.input_error = source.thread.close_op, lambda: watched.error

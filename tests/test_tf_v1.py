@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from graph import tiny_config
 
@@ -91,3 +92,29 @@ def test_training_counts_the_gpus_that_tensorflow_has_and_refuses_those_it_canno
         local_devices(cfg)
     machine(0, 0, "-1")
     assert local_devices(cfg) == ["/cpu:0", "/cpu:1"] and not capsys.readouterr().err
+
+
+def initial_values(fold):
+    """({variable: its initial value}, bytes of the graph that TensorFlow made of the initialisation)."""
+    tf = tf_v1.tf
+    with tf.Graph().as_default(), tf.Session() as session:
+        kernel = tf.get_variable("kernel", initializer=tf.random.stateless_normal([300, 300], [3, 4], stddev=0.1))
+        tf.get_variable("bias", [300], initializer=tf.constant_initializer(0.5))
+        tf.train.MomentumOptimizer(0.1, 0.9).minimize(tf.reduce_sum(kernel))
+        variables = tf.global_variables()
+        if not fold:
+            tf_v1.do_not_fold_initial_values(variables)
+        made = tf.RunMetadata()
+        initialise = tf.variables_initializer(variables)
+        session.run(initialise, options=tf.RunOptions(output_partition_graphs=True), run_metadata=made)
+        values = {v.op.name: v for v in variables}
+        return session.run(values), sum(g.ByteSize() for g in made.partition_graphs)
+
+
+def test_initial_values_do_not_become_constants_of_the_graph():
+    values, size = initial_values(fold=False)
+    folded, folded_size = initial_values(fold=True)
+    assert sorted(values) == ["bias", "kernel", "kernel/Momentum"]
+    assert all(np.array_equal(values[name], folded[name]) for name in values)
+    assert values["kernel"].std() > 0.01 and values["bias"].tolist() == [0.5] * 300
+    assert folded_size > 300 * 300 * 4 > 10 * size  # else there is nothing to prevent

@@ -10,11 +10,12 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from common import visible_gpus
 
-__all__ = ["gpu_count", "gpu_problem", "onednn_enabled", "tensor_bundle_pb2", "tf"]
+__all__ = ["do_not_fold_initial_values", "gpu_count", "gpu_problem", "onednn_enabled", "tensor_bundle_pb2", "tf"]
 
 _VERBOSE = bool(os.environ.get("PACKRCNN_VERBOSE_TF"))
 
@@ -91,3 +92,22 @@ def onednn_enabled() -> bool:
     except ImportError:
         return False
     return bool(_pywrap_util_port.IsMklEnabled())
+
+
+def do_not_fold_initial_values(variables: Sequence[Any]) -> None:
+    """Keeps the graph optimiser from computing the variables' initial values and storing them as constants.
+
+    It would, since they depend on nothing but a seed; for an R50-FPN that is half a gigabyte which is never freed. A
+    shape that comes from an operation with a state is no constant. The values are the same.
+    """
+    nothing = tf.random.uniform([], 0, 1, tf.int32, seed=1)  # always 0
+    seen, todo = set(), [v.initializer.inputs[1].op for v in variables]
+    while todo:
+        op = todo.pop()
+        if op in seen:
+            continue
+        seen.add(op)
+        if op.type == "Fill" or op.type.startswith("StatelessRandom"):
+            op._update_input(0, op.inputs[0] + tf.cast(nothing, op.inputs[0].dtype))  # noqa: SLF001
+        else:
+            todo += [tensor.op for tensor in op.inputs]
