@@ -467,6 +467,18 @@ SETTINGS: dict[str, Setting] = {
     ),
     "TEST.AUG_MAX_SIZE": Setting(4000, pixels, "Largest long edge of a view."),
     "TEST.AUG_FLIP": Setting(True, flag, "With TEST.AUG_SHORT_EDGES: each view is also used mirrored."),
+    "TEST.TILE": Setting(
+        0, either(exactly(0), whole(64, 16384), "0, or a whole number from 64 to 16384"),
+        "Large images in --predict and --evaluate: images longer than this many pixels are seen as overlapping tiles of "
+        "this size, each resized as an image would be, and the results are merged (docs/TILES.md). 0: no tiles.",
+    ),
+    "TEST.TILE_OVERLAP": Setting(0.25, number(0, 0.9), "Share of a tile's side by which neighbouring tiles overlap."),
+    "TEST.TILE_WHOLE": Setting(
+        True, flag, "With TEST.TILE: the whole image is seen too, for objects that are larger than a tile."
+    ),
+    "TEST.TILE_RESULTS_PER_IM": Setting(
+        1000, _COUNT, "With TEST.TILE: largest number of objects of an image; TEST.RESULTS_PER_IM is that of a tile."
+    ),
 }  # fmt: skip
 
 # ------------------------------------------------------------------------------- how settings depend on each other
@@ -630,6 +642,11 @@ RELATIONS: list[Relation] = [
         "TEST.AUG_MAX_SIZE",
         lambda c: max(c.TEST.AUG_SHORT_EDGES, default=0) <= c.TEST.AUG_MAX_SIZE,
         "must be at least the largest of TEST.AUG_SHORT_EDGES",
+    ),
+    (
+        "TEST.TILE",
+        lambda c: not (c.TEST.TILE and c.MODE_RPN_ONLY),
+        "must be 0 with MODE_RPN_ONLY, which does not support tiles",
     ),
 ]  # fmt: skip
 

@@ -28,10 +28,12 @@ __all__ = [
     "flip_edges",
     "join_rings",
     "mask_to_rings",
+    "move_rle",
     "nest_rings",
     "orient_outer",
     "pack_edges",
     "rasterize",
+    "reduce_rle",
     "ring_areas",
     "rings_to_edges",
     "rle_runs",
@@ -39,6 +41,7 @@ __all__ = [
     "signed_area",
     "simplify_ring",
     "smooth_ring",
+    "unite_rles",
     "vertices_to_edges",
 ]
 
@@ -257,6 +260,11 @@ def encode_part(mask: np.ndarray, left: int, top: int, height: int, width: int) 
     columns[:, 1:-1] = mask.T
     column, row = np.nonzero(columns[:, 1:] != columns[:, :-1])
     ends = (column + left) * height + row + top
+    return _rle_of_ends(ends, height, width)
+
+
+def _rle_of_ends(ends: np.ndarray, height: int, width: int) -> dict[str, Any]:
+    """The RLE of pixels where runs of the object begin and end, in turn."""
     # A run that continues in the next column has an end and a start at the same pixel: both are removed.
     again = np.flatnonzero(ends[1:] == ends[:-1])
     ends = np.delete(ends, np.concatenate([again, again + 1]))
@@ -324,6 +332,60 @@ def mask_to_rings(mask: np.ndarray) -> list:
     return _trace(np.diff(ends, prepend=0), mask.shape[0])
 
 
+def _vertical_pieces(begin: np.ndarray, end: np.ndarray, height: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(column, first row, row behind the last) of an object's pieces, one or more in each pixel column; begin, end: its
+    runs, none of them empty."""
+    columns = (end - 1) // height - begin // height + 1
+    column = np.arange(int(columns.sum())) - np.repeat(np.cumsum(columns) - columns - begin // height, columns)
+    low = np.maximum(np.repeat(begin, columns) - column * height, 0)
+    high = np.minimum(np.repeat(end, columns) - column * height, height)
+    return column, low, high
+
+
+def _rle_of_pieces(column: np.ndarray, low: np.ndarray, high: np.ndarray, height: int, width: int) -> dict[str, Any]:
+    """COCO's compressed RLE of pieces in the order of columns and rows, which do not overlap; those without a pixel are
+    left out."""
+    some = high > low
+    ends = np.stack([column[some] * height + low[some], column[some] * height + high[some]], 1).ravel()
+    return _rle_of_ends(ends, height, width)
+
+
+def _pieces_of(rle: dict) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    height = int(rle["size"][0])
+    ends = np.cumsum(decode_runs(rle["counts"]))
+    begin, end = ends[0 : len(ends) // 2 * 2 : 2], ends[1::2]
+    return _vertical_pieces(begin[end > begin], end[end > begin], height)
+
+
+def move_rle(rle: dict, right: int, down: int, height: int, width: int) -> dict[str, Any]:
+    """A compressed RLE moved by whole pixels into a frame of another size; what lies outside of it is cut off. The work
+    grows with the object's columns, not with the frames."""
+    column, low, high = _pieces_of(rle)
+    column = column + right
+    inside = (column >= 0) & (column < width)
+    low, high = (np.clip(v[inside] + down, 0, height) for v in (low, high))
+    return _rle_of_pieces(column[inside], low, high, height, width)
+
+
+def reduce_rle(rle: dict, times: int) -> dict[str, Any]:
+    """A compressed RLE for the frame that is smaller by this whole number, rounded up: of every times x times pixels the
+    one in the middle."""
+    height, width = (-(-int(v) // times) for v in rle["size"])
+    column, low, high = _pieces_of(rle)
+    middle = times // 2
+    kept = column % times == middle
+    low, high = (np.clip(-((middle - v[kept]) // times), 0, height) for v in (low, high))
+    return _rle_of_pieces(column[kept] // times, low, high, height, width)
+
+
+def unite_rles(rles: Sequence[dict]) -> dict[str, Any]:
+    """The compressed RLE of all pixels of several, of one frame."""
+    if len(rles) == 1:
+        return rles[0]
+    united = coco_mask.merge([{"size": list(r["size"]), "counts": r["counts"]} for r in rles])
+    return {"size": list(united["size"]), "counts": united["counts"].decode()}
+
+
 def _trace(runs: np.ndarray, height: int) -> list:
     """Rings around the object of column-major runs; the work grows with their number, not with the image."""
     ends = np.cumsum(runs)
@@ -331,11 +393,7 @@ def _trace(runs: np.ndarray, height: int) -> list:
     begin, end = begin[end > begin], end[end > begin]
     if len(begin) == 0:
         return []
-    # The object's vertical pieces, one or more in each pixel column.
-    columns = (end - 1) // height - begin // height + 1
-    column = np.arange(int(columns.sum())) - np.repeat(np.cumsum(columns) - columns - begin // height, columns)
-    low = np.maximum(np.repeat(begin, columns) - column * height, 0)
-    high = np.minimum(np.repeat(end, columns) - column * height, height)
+    column, low, high = _vertical_pieces(begin, end, height)
     # Along a vertical line of the pixel grid, +1 means that the object lies only to its left, -1 only to its right.
     # Each piece changes this value at its ends on the line to its right and, with opposite sign, on the line to its
     # left. A change of 2 means that pixels touch at a corner. A run of +1 or -1 is a border that runs down or up.
