@@ -469,8 +469,8 @@ SETTINGS: dict[str, Setting] = {
     "TEST.AUG_FLIP": Setting(True, flag, "With TEST.AUG_SHORT_EDGES: each view is also used mirrored."),
     "TEST.TILE": Setting(
         0, either(exactly(0), whole(64, 16384), "0, or a whole number from 64 to 16384"),
-        "Large images in --predict and --evaluate: images longer than this many pixels are seen as overlapping tiles of "
-        "this size, each resized as an image would be, and the results are merged (docs/TILES.md). 0: no tiles.",
+        "Large images in --predict and --evaluate: an image longer than this many pixels is seen as overlapping tiles "
+        "of this size. Each is resized as an image would be, and the results are merged (docs/TILES.md). 0: no tiles.",
     ),
     "TEST.TILE_OVERLAP": Setting(0.25, number(0, 0.9), "Share of a tile's side by which neighbouring tiles overlap."),
     "TEST.TILE_WHOLE": Setting(

@@ -32,6 +32,7 @@ from data_sampling import StepPlan, training_images
 from dataset_split import DatasetSplit
 from utils import polygons
 from utils.image_header import IMAGE_SUFFIXES, decode_image
+from utils.tiff_parts import open_tiff
 
 __all__ = [
     "BatchMaker",
@@ -91,7 +92,7 @@ def list_images(paths: Sequence[str | os.PathLike]) -> list[str]:
             files.append(str(path))
         else:
             raise UserError(f"image {path} does not exist")
-    if len(files) == 1:
+    if len(files) == 1 and open_tiff(files[0]) is None:  # a large TIFF is read in parts
         read_image(files[0])  # checked now, so that the error comes before expensive work
     return files
 

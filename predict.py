@@ -9,6 +9,7 @@ print([predictor.class_names[label - 1] for label in found.labels])
 import contextlib
 import csv
 import json
+import math
 import os
 import re
 import sys
@@ -32,6 +33,7 @@ from dataset_split import DatasetSplit
 from detections import Detections, coco_results, to_original_frame
 from eval import evaluate_proposals
 from inference import Predictor, inference_callable
+from predict_tiles import ImageParts, detect_tiled, in_tiles, open_parts, reduced, reduced_detections, tiled_images
 from run_start import STRICT, Fitting, Model, load_model, weight_loader, with_classes
 from tta import AugmentedPredictor
 from utils import ranks
@@ -51,6 +53,7 @@ class EvaluationStopped(Exception):
 
 # (index of the image in its split, its COCO results or the reason why it cannot be read)
 ImageResults = tuple[int, list[dict[str, Any]] | str]
+LARGEST_PICTURE = 1 << 25  # pixels of a picture with detections of an image that was seen in tiles
 GraphPredictor = Callable[[np.ndarray, np.ndarray], dict[str, np.ndarray]]  # (image, image_shape) -> outputs
 
 
@@ -99,6 +102,8 @@ class LoadedPredictor:
 
     def __call__(self, image: str | os.PathLike | np.ndarray) -> Detections:
         """Detects the objects of an image: a file, or pixels uint8 [H,W,3] in OpenCV's order BGR."""
+        if in_tiles(self.cfg):
+            return detect_tiled(self.predict_batch, open_parts(image), self.cfg)
         pixels = image if isinstance(image, np.ndarray) else read_image(image)
         height, width = pixels.shape[:2]
         batch, shapes = stack_images([resize_for_test(pixels, self.cfg)], self.cfg)
@@ -138,35 +143,67 @@ def predict_files(
         unreadable.append(files[index])
 
     with _growing_list(target) as append, _table(target.with_suffix(".csv")) as add_rows:
-        for batch in inference_batches(files, cfg, (0, 1), leave_out):
-            outputs = predictor.predict_batch(batch["image"], batch["image_shape"])
-            for n, index in enumerate(batch["indices"]):
-                size = batch["original_shapes"][n]
-                one = {k: v[n] for k, v in outputs.items()}
-                detections = to_original_frame(one, batch["image_shape"][n], size)
-                entry = prediction_entry(files[index], size, detections, names, predictor.category_ids)
-                known = truth.find(files[index]) if truth else None
-                if known:
-                    entry["image_id"] = known["id"]
-                append(entry)
-                add_rows(prediction_rows(entry))
-                annotations = truth.annotations(known) if truth and known else None
-                path = write_prediction(
-                    output, files[index], detections, names, threshold, drawing.style, annotations
-                )  # fmt: skip
-                if drawing.cut_outs:
-                    write_cut_outs(Path(output) / "cut_outs", path.stem, files[index], detections, names, threshold)
-                done += 1
-                shown = int((detections.scores >= threshold).sum())
-                below = len(detections.scores) - shown
-                hidden = f", {below} more below score {threshold:g}" if below and not shown else ""
-                rate = (time.time() - started) / done
-                logger.info(f"{done}/{len(files)} {path}: {shown} objects{hidden} ({rate:.2f} s/image)")
-                if window and len(files) == 1:
-                    show_window(path)
+        for index, size, detections, parts in _found_in(predictor, files, leave_out):
+            entry = prediction_entry(files[index], size, detections, names, predictor.category_ids)
+            known = truth.find(files[index]) if truth else None
+            if known:
+                entry["image_id"] = known["id"]
+            append(entry)
+            add_rows(prediction_rows(entry))
+            annotations = truth.annotations(known) if truth and known else None
+            picture, drawn, annotations = _to_draw(parts, detections, annotations, threshold)
+            path = write_prediction(
+                output, files[index], drawn, names, threshold, drawing.style, annotations, picture
+            )  # fmt: skip
+            if drawing.cut_outs:
+                write_cut_outs(Path(output) / "cut_outs", path.stem, files[index], detections, names, threshold)
+            done += 1
+            shown = int((detections.scores >= threshold).sum())
+            below = len(detections.scores) - shown
+            hidden = f", {below} more below score {threshold:g}" if below and not shown else ""
+            rate = (time.time() - started) / done
+            logger.info(f"{done}/{len(files)} {path}: {shown} objects{hidden} ({rate:.2f} s/image)")
+            if window and len(files) == 1:
+                show_window(path)
     logger.info(f"pictures in {output}/, everything found in {target}")
     if unreadable:
         raise UserError(f"{_some(unreadable)} of {len(files)} images could not be read and were left out")
+
+
+def _found_in(
+    predictor: LoadedPredictor, files: Sequence[str], leave_out: Callable[[int, UserError], None]
+) -> Iterator[tuple[int, tuple[int, int], Detections, ImageParts | None]]:
+    """(index, height and width, detections, the image if it was seen in tiles) of each file that can be read."""
+    cfg = predictor.cfg
+    if in_tiles(cfg):
+        for index, parts, detections in tiled_images(predictor.predict_batch, files, cfg, (0, 1), leave_out):
+            yield index, (parts.height, parts.width), detections, parts
+        return
+    for batch in inference_batches(files, cfg, (0, 1), leave_out):
+        outputs = predictor.predict_batch(batch["image"], batch["image_shape"])
+        for n, index in enumerate(batch["indices"]):
+            size = batch["original_shapes"][n]
+            one = {k: v[n] for k, v in outputs.items()}
+            yield index, size, to_original_frame(one, batch["image_shape"][n], size), None
+
+
+def _to_draw(
+    parts: ImageParts | None, detections: Detections, annotations: dict[str, Any] | None, threshold: float
+) -> tuple[np.ndarray | None, Detections, dict[str, Any] | None]:
+    """What is drawn of an image that was seen in tiles: if it is very large, a smaller one with everything in it."""
+    times = 1 if parts is None else math.ceil(math.sqrt(parts.height * parts.width / LARGEST_PICTURE))
+    if parts is None or times == 1:
+        return None, detections, annotations
+    kept = np.flatnonzero(detections.scores >= threshold)
+    drawn = Detections(
+        detections.boxes[kept], detections.scores[kept], detections.labels[kept],
+        None if detections.masks is None else [detections.masks[i] for i in kept.tolist()],
+        None if detections.keypoints is None else detections.keypoints[kept],
+    )  # fmt: skip
+    if annotations is not None:
+        rings = [[ring / times for ring in part] for part in annotations["rings"]]
+        annotations = {**annotations, "boxes": annotations["boxes"] / times, "rings": rings}
+    return reduced(parts, times), reduced_detections(drawn, times), annotations
 
 
 class Truth:
@@ -367,6 +404,13 @@ def _evaluate_shard(
             dynamic_ncols=True,
         ) as bar,
     ):
+        if in_tiles(cfg):
+            for index, _, found in tiled_images(predict, split, cfg, shard, leave_out):
+                if should_stop():
+                    raise EvaluationStopped
+                results.append((index, coco_results(found, split.image_id(index), split.label_to_category_id)))
+                bar.update(1)
+            return results + left_out
         for batch in inference_batches(split, cfg, shard, leave_out):
             if should_stop():
                 raise EvaluationStopped
@@ -413,11 +457,12 @@ def evaluation_builder(
 
     Several processes that evaluate together do not stop in the middle, since the others would wait for the stopped one.
     """
-    if cfg.TEST.AUG_SHORT_EDGES:
+    if cfg.TEST.AUG_SHORT_EDGES or cfg.TEST.TILE:
         if rank == 0:
-            logger.info("test-time augmentation is off for evaluation during training; --evaluate uses it")
+            what = "test-time augmentation is" if cfg.TEST.AUG_SHORT_EDGES else "TEST.TILE is"
+            logger.info(f"{what} off for evaluation during training; --evaluate uses it")
         cfg = cfg.copy()
-        cfg.TEST.AUG_SHORT_EDGES = []
+        cfg.TEST.AUG_SHORT_EDGES, cfg.TEST.TILE = [], 0
         cfg.freeze()
 
     def build() -> Callable[..., dict[str, float]]:

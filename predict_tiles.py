@@ -9,13 +9,13 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import cv2
 import numpy as np
 
 from augment import resized_shape
-from common import UserError, logger
+from common import UserError
 from config import Config
 from data import read_image, read_split_image, resize_for_test, stack_images
 from dataset_split import DatasetSplit
@@ -25,8 +25,8 @@ from utils.polygons import reduce_rle, unite_rles
 from utils.tiff_parts import TiffParts, open_tiff
 
 __all__ = [
-    "Found", "ImageParts", "View", "detect_tiled", "in_tiles", "merge_views", "open_parts", "reduced", "reduced_detections",
-    "tile_views", "tiled_images",
+    "Found", "ImageParts", "View", "detect_tiled", "in_tiles", "merge_views", "open_parts", "reduced",
+    "reduced_detections", "tile_views", "tiled_images",
 ]  # fmt: skip
 
 # Images of up to this many pixels are decoded whole, and seen whole exactly as without tiles.
@@ -61,6 +61,10 @@ class Found(NamedTuple):
     keypoints: np.ndarray | None = None  # float32 [D, K, 3]
 
 
+class Damaged(UserError):
+    """A part of an image cannot be read."""
+
+
 class ImageParts(NamedTuple):
     """An image that is read in parts."""
 
@@ -75,7 +79,7 @@ def in_tiles(cfg: Config | None) -> bool:
 
 # ------------------------------------------------------------------------------------------------------------ reading
 def open_parts(image: str | os.PathLike | np.ndarray) -> ImageParts:
-    """An image file, or pixels uint8 BGR [H, W, 3]. Large TIFF files are read in parts, all others are decoded whole."""
+    """An image file, or pixels uint8 BGR [H, W, 3]. Large TIFF files are read in parts, all others decoded whole."""
     if not isinstance(image, np.ndarray):
         tiff = open_tiff(image)
         if tiff is not None and tiff.height * tiff.width > SMALL:
@@ -93,7 +97,7 @@ def _of_tiff(tiff: TiffParts) -> ImageParts:
         try:
             return tiff.read(x, y, width, height)
         except (ValueError, OSError) as e:
-            raise UserError(f"image {tiff.path} is damaged: {e}") from None
+            raise Damaged(f"image {tiff.path} is damaged: {e}") from None
 
     return ImageParts(tiff.height, tiff.width, read)
 
@@ -240,10 +244,12 @@ def tiled_images(
     for i in range(shard[0], len(images), shard[1]):
         try:
             parts = _of_split(images, i) if isinstance(images, DatasetSplit) else open_parts(images[i])
-            if parts.height * parts.width > 2 * SMALL and not isinstance(images, DatasetSplit):
-                logger.info(f"{images[i]}: {parts.width}x{parts.height} pixels")
-            found = detect_tiled(predict, parts, cfg)
         except UserError as e:
+            unreadable(i, e)
+            continue
+        try:
+            found = detect_tiled(predict, parts, cfg)
+        except Damaged as e:
             unreadable(i, e)
             continue
         yield i, parts, found
@@ -360,12 +366,14 @@ def _united(
 ) -> np.ndarray:  # fmt: skip
     """int [D]: a number for each detection, equal for the pieces of one object.
 
-    Pieces continue each other where both are cut at the border between their tiles and agree along it. Two tiles that
-    see the same piece of an object agree everywhere.
+    Pieces continue each other where both are cut at the border between their tiles and agree along it. Others are the
+    same piece, or a part of it.
     """
     use = piece[a] & piece[b] & (labels[a] == labels[b])
     a, b = a[use], b[use]
     same = _iou(boxes[a], boxes[b]) > threshold
+    for first, second in ((a, b), (b, a)):  # `first` is what its tile sees of `second`
+        same |= _iou(_clip(boxes[second], views[first]), boxes[first]) >= SAME
     for axis in (0, 1):
         along = 1 - axis
         for first, second in ((a, b), (b, a)):  # `first` lies to the left of or above `second`

@@ -21,6 +21,7 @@ from common import UserError, logger, read_json, write_json
 from config import Config
 from data import resize_for_test, stack_images
 from detections import Detections, to_original_frame
+from predict_tiles import detect_tiled, in_tiles, open_parts
 from utils.mjpeg_avi import AviWriter, count_frames
 from utils.stopping import Stopped
 from utils.tracker import Tracker
@@ -198,6 +199,9 @@ def _batches(stream: Iterator[Frame], size: int) -> Iterator[list[Frame]]:
 def _predict(predictor: Any, batch: list[Frame]) -> list[Callable[[], Detections]]:
     """For each frame, a function that gives its detections; the graph has run when this returns."""
     cfg = predictor.cfg
+    if in_tiles(cfg):
+        found = [detect_tiled(predictor.predict_batch, open_parts(f.pixels), cfg) for f in batch]
+        return [lambda one=one: one for one in found]
     image, shapes = stack_images([resize_for_test(f.pixels, cfg) for f in batch], cfg)
     outputs = predictor.predict_batch(image, shapes)
 

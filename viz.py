@@ -417,9 +417,11 @@ def write_prediction(
     threshold: float = 0.5,
     style: Style = Style(smallest=320),  # noqa: B008
     annotations: dict[str, Any] | None = None,
+    image: np.ndarray | None = None,
 ) -> Path:
     """Writes the picture of `image_path` with its detections into `out_dir` and returns its path.
 
+    image: the pixels, if they are not those of the file.
     With `annotations`, see `draw_annotations`, they stand on its left. Pictures smaller than 320 pixels are enlarged.
     It is called like the input (PNG stays PNG, everything else becomes JPEG). A file of that name that does not show
     the same input, be it another folder's image or the input itself, is left alone: the name then gets the folder's
@@ -434,7 +436,7 @@ def write_prediction(
     path = next((p for p in paths if not p.exists() or _is_marked(p, mark)), None)
     if path is None:
         raise UserError(f"no free name for the picture of {image_path} in {out_dir}: choose another folder")
-    image = read_image(os.fspath(image_path))
+    image = read_image(os.fspath(image_path)) if image is None else image
     picture = draw_detections(image, detections, class_names, threshold, style)
     if annotations is not None:
         picture = side_by_side(draw_annotations(image, annotations, class_names, style), picture)

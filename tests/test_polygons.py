@@ -398,3 +398,29 @@ def test_a_segmentation_is_one_mask_whatever_it_is_made_of():
     assert both.sum() == 100 + 200
     for nothing in (None, [], {}):
         assert not polygons.decode_mask(polygons.encode_segmentation(nothing, 40, 50)).any()
+
+
+# ---------------------------------------------------------------- masks that are moved, reduced and united
+@given(masks, st.integers(-14, 14), st.integers(-14, 14), st.integers(1, 14), st.integers(1, 14))
+def test_a_moved_mask_has_the_pixels_that_fall_into_the_new_frame(mask, right, down, height, width):
+    expected = np.zeros((height, width), bool)
+    rows, columns = np.nonzero(mask)
+    rows, columns = rows + down, columns + right
+    inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
+    expected[rows[inside], columns[inside]] = True
+    moved = polygons.move_rle(polygons.encode_mask(mask), right, down, height, width)
+    assert moved == polygons.encode_mask(expected)
+
+
+@given(masks, st.integers(1, 5))
+def test_a_reduced_mask_has_the_middle_pixel_of_each_block(mask, times):
+    middle = mask[times // 2 :: times, times // 2 :: times]
+    expected = np.zeros((-(-mask.shape[0] // times), -(-mask.shape[1] // times)), bool)
+    expected[: middle.shape[0], : middle.shape[1]] = middle
+    assert polygons.reduce_rle(polygons.encode_mask(mask), times) == polygons.encode_mask(expected)
+
+
+@given(st.lists(arrays(bool, (5, 7)), min_size=1, max_size=4))
+def test_united_masks_have_the_pixels_of_all(several):
+    united = polygons.unite_rles([polygons.encode_mask(m) for m in several])
+    assert united == polygons.encode_mask(np.any(several, 0))

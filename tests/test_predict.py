@@ -15,6 +15,8 @@ import pycocotools.mask as coco_mask
 import pytest
 from graph import tiny_config
 from small_videos import read_video, write_video
+from test_predict_tiles import Squares, drawn
+from test_predict_tiles import config as tiles_config
 from tiny import COCO_MINI
 
 import eval as scoring
@@ -94,6 +96,77 @@ def test_a_video_from_the_command_line_has_the_detections_of_its_frames(model_fi
             np.testing.assert_allclose(d["box"], box, atol=0.02)
             assert d["mask"]["size"] == mask["size"] and "track" in d
     assert len(read_video(tmp_path / "out/walk.avi")) == 3
+
+
+def test_a_predictor_with_tiles_finds_in_an_image_that_fits_what_it_finds_without(model_file):
+    file = str(sorted((COCO_MINI / "val2017").glob("*.jpg"))[0])
+    plain = load_predictor(model_file)(file)
+    height, width = cv2.imread(file).shape[:2]
+    fitting = load_predictor(model_file, [f"TEST.TILE={max(height, width)}"])(file)
+    for a, b in zip(plain, fitting):
+        np.testing.assert_array_equal(a, b)
+    predictor = load_predictor(model_file, ["TEST.TILE=200"])
+    found = predictor(file)
+    assert len(found.boxes) > len(plain.boxes)  # five of each of several tiles
+    assert found.masks[0]["size"] == [height, width] and (found.boxes[:, 2:] <= [width, height]).all()
+    assert (np.diff(found.scores) <= 0).all() and found.boxes[:, 2].max() > 200
+
+
+def test_small_objects_of_a_data_set_are_scored_in_tiles(tmp_path):
+    """One pixel of the whole image is four of the file: the areas of one class merge; tiles show each as it is."""
+    images, annotations = [], []
+    for number in (1, 2):
+        objects = [(x + number, y, 6, 6, 1 + (x + y) % 2) for x in range(10, 380, 21) for y in range(10, 280, 19)]
+        cv2.imwrite(str(tmp_path / f"{number}.png"), drawn(300, 400, objects))
+        images.append({"id": number, "file_name": f"{number}.png", "height": 300, "width": 400})
+        annotations += [
+            {"image_id": number, "category_id": c, "bbox": [x, y, w, h], "iscrowd": 0, "area": w * h,
+             "segmentation": [[x, y, x + w, y, x + w, y + h, x, y + h]]}
+            for x, y, w, h, c in objects[:100]
+        ]  # fmt: skip
+        cv2.imwrite(str(tmp_path / f"{number}.png"), drawn(300, 400, objects[:100]))
+    annotations = [{"id": n, **a} for n, a in enumerate(annotations, 1)]
+    content = {"images": images, "annotations": annotations, "categories": [{"id": n, "name": f"c{n}"} for n in (1, 2)]}
+    (tmp_path / "small.json").write_text(json.dumps(content))
+    changes = [f"DATA.BASEDIR={tmp_path}", 'DATA.DATASETS={"small": ["small.json", "."]}', "TEST.RESULTS_PER_IM=1000"]
+    scores = {}
+    for tile in (0, 100):
+        cfg = tiles_config(*changes, f"TEST.TILE={tile}", "TEST.TILE_WHOLE=False", "TEST.BATCH_SIZE=2")
+        split = load_split(cfg, "small")
+        results = evaluate_split([Squares()], split, cfg, progress=False)
+        scores[tile] = split.evaluate(results, verbose=False)["bbox/AP"]
+        again = evaluate_split([Squares(), Squares()], split, cfg, progress=False)  # on two devices
+        assert again == results
+    assert scores[100] > 0.95 and scores[0] < 0.3
+
+
+def test_a_very_large_image_is_drawn_smaller_with_everything_in_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(predict, "LARGEST_PICTURE", 300 * 400 // 9 + 1)
+    objects = [(60, 60, 60, 90, 1), (240, 150, 90, 30, 2)]
+    cv2.imwrite(str(tmp_path / "a.png"), drawn(300, 400, objects))
+
+    class Predictor:
+        cfg, class_names, category_ids = tiles_config("TEST.TILE_WHOLE=False"), ["a", "b", "c"], None
+
+        def predict_batch(self, image, image_shape):
+            return Squares(smallest=100)(image, image_shape)
+
+    truth = {"images": [{"id": 4, "file_name": "a.png", "height": 300, "width": 400}],
+             "categories": [{"id": 1, "name": "a"}],
+             "annotations": [{"id": 1, "image_id": 4, "category_id": 1, "bbox": [60, 60, 60, 90],
+                              "segmentation": [[60, 60, 120, 60, 120, 150, 60, 150]]}]}  # fmt: skip
+    (tmp_path / "truth.json").write_text(json.dumps(truth))
+    drawing = Drawing(Style(parts="masks"), truth=str(tmp_path / "truth.json"))
+    predict_files(Predictor(), [str(tmp_path / "a.png")], str(tmp_path / "out"), False, drawing)
+    (entry,) = json.loads((tmp_path / "out/predictions.json").read_text())
+    boxes = sorted(d["box"] for d in entry["detections"])
+    np.testing.assert_allclose(boxes, [[60, 60, 120, 150], [240, 150, 330, 180]], atol=1)
+    assert (entry["height"], entry["width"]) == (300, 400) and entry["detections"][0]["mask"]["size"] == [300, 400]
+    picture = cv2.imread(str(tmp_path / "out/a.png")).astype(int)[-100:]  # below the captions
+    assert picture.shape[1] < 300 and picture.shape[0] == 100
+    for left in (0, picture.shape[1] - 134):  # annotations, detections
+        grey, object_ = picture[90, left + 10], picture[35, left + 30]
+        assert np.ptp(grey) < 12 and np.ptp(object_) > 30  # a coloured mask where the object is
 
 
 # ------------------------------------------------------------------------------------------ data sets

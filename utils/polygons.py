@@ -368,8 +368,8 @@ def move_rle(rle: dict, right: int, down: int, height: int, width: int) -> dict[
 
 
 def reduce_rle(rle: dict, times: int) -> dict[str, Any]:
-    """A compressed RLE for the frame that is smaller by this whole number, rounded up: of every times x times pixels the
-    one in the middle."""
+    """A compressed RLE for the frame that is smaller by this whole number, rounded up: the middle one of every times x
+    times pixels."""
     height, width = (-(-int(v) // times) for v in rle["size"])
     column, low, high = _pieces_of(rle)
     middle = times // 2

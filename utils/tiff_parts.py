@@ -1,7 +1,7 @@
 """Parts of large TIFF files, tiled or in strips (TIFF 6.0 and BigTIFF), without decoding the rest.
 
-A file's tiles or strips are compressed one by one. Each that is needed becomes a small TIFF file in memory with the same
-tags, which OpenCV decodes: so every kind that OpenCV reads can be read in parts, with the same pixels.
+A file's tiles or strips are compressed one by one. Each that is needed becomes a small TIFF file in memory with the
+same tags, which OpenCV decodes: so every kind that OpenCV reads can be read in parts, with the same pixels.
 """
 
 import os
@@ -21,6 +21,7 @@ _COPIED = (258, 259, 262, 266, 277, 284, 317, 320, 338, 339, 347, 529, 530, 531,
 _SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
 _WHOLE = {1: "B", 3: "H", 4: "I", 13: "I", 16: "Q", 18: "Q"}
 _LARGEST_PIECE = 1 << 27  # pixels of a tile or strip that is worth decoding alone
+_STRIP_PIXELS = 1 << 22  # of strips without compression, which can be cut
 _CACHE = 1 << 28  # bytes of decoded pieces that are kept: the strips of one row of tiles are needed many times
 
 
@@ -71,7 +72,7 @@ class TiffParts:
         """Strips without compression are cut into strips of few rows."""
         if self._number(_COMPRESSION, 1) != 1 or len(self._at) != -(-self.height // max(self._piece_h, 1)):
             return
-        rows = max(1, min(self._piece_h, (1 << 22) // self.width))
+        rows = max(1, min(self._piece_h, _STRIP_PIXELS // self.width))
         at, size = [], []
         for strip, (start, length) in enumerate(zip(self._at, self._bytes)):
             count = min(self._piece_h, self.height - strip * self._piece_h)
@@ -112,7 +113,8 @@ class TiffParts:
         """A TIFF file of one strip."""
         tags = {n: self._tags[n] for n in _COPIED if n in self._tags}
         for number, value in (
-            (_WIDTH, self._piece_w), (_HEIGHT, height), (_STRIP_ROWS, height), (_STRIP_BYTES, len(content)), (_STRIP_AT, 8),
+            (_WIDTH, self._piece_w), (_HEIGHT, height), (_STRIP_ROWS, height), (_STRIP_BYTES, len(content)),
+            (_STRIP_AT, 8),
         ):  # fmt: skip
             tags[number] = _Tag(4, 1, struct.pack(self._order + "I", value))
         body = content + bytes(len(content) % 2)
