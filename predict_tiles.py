@@ -34,6 +34,7 @@ SMALL = 1 << 26
 # A box that ends within this share of the tile's side, at least 2 pixels, of an inner border is taken to be cut by it.
 NEAR_BORDER = 0.015
 SAME = 0.5  # IoU of the parts that two tiles share, above which pieces belong to one object
+_PAIRS = 1 << 18  # of boxes that are compared at a time
 _PIECE = 1 << 26  # bytes of a band of an image that is reduced
 
 
@@ -276,12 +277,14 @@ def merge_views(
     cut = _cut_sides(boxes, views[view], height, width)
     is_cut = cut.any(1)
     near = np.maximum(2, NEAR_BORDER * (views[:, 2:] - views[:, :2]).max(1, initial=0))[view]
-    a, b = _meeting(_grown(boxes, near))
-    fits = (view[a] != view[b]) & (class_agnostic | (labels[a] == labels[b]))
-    a, b = a[fits], b[fits]
-
-    explained = _explained(a, b, boxes, scores, views[view], is_cut)
-    groups = _united(a, b, boxes, labels, views[view], cut, is_cut & ~explained, near, threshold)
+    explained, joined = np.zeros(len(boxes), bool), [np.zeros((0, 2), int)]
+    for a, b in _meeting(_grown(boxes, near)):
+        fits = (view[a] != view[b]) & (class_agnostic | (labels[a] == labels[b]))
+        a, b = a[fits], b[fits]
+        explained[_explained(a, b, boxes, scores, views[view], is_cut)] = True
+        pieces = is_cut[a] & is_cut[b] & (labels[a] == labels[b])
+        joined.append(_continuing(a[pieces], b[pieces], boxes, views[view], cut, threshold))
+    groups = _groups(np.concatenate(joined), explained)
     alive = np.flatnonzero(~explained)
     # Each group is represented by its best member and bounded by all of them.
     members: dict[int, list[int]] = {}
@@ -310,25 +313,20 @@ def _cut_sides(boxes: np.ndarray, views: np.ndarray, height: int, width: int) ->
     return inner & (np.abs(boxes - views) <= near)
 
 
-def _meeting(boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """All pairs i, j of boxes that overlap, found along x; the memory grows with their number."""
+def _meeting(boxes: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """All pairs i, j of boxes that overlap, found along x, in parts of limited size."""
     order = np.argsort(boxes[:, 0], kind="stable")
     x1, x2 = boxes[order, 0], boxes[order, 2]
-    count = np.searchsorted(x1, x2, "left") - np.arange(len(boxes)) - 1
-    count = np.maximum(count, 0)
-    pairs: list[tuple[np.ndarray, np.ndarray]] = []
-    chunks = np.searchsorted(np.cumsum(count), np.arange(0, count.sum() + 1, 1 << 21)) if len(count) else []
-    limits = [*dict.fromkeys([0, *map(int, chunks), len(boxes)])]
+    count = np.maximum(np.searchsorted(x1, x2, "left") - np.arange(len(boxes)) - 1, 0)
+    parts = (np.cumsum(count) // _PAIRS).tolist()
+    limits = [0, *(k for k in range(1, len(parts)) if parts[k] != parts[k - 1]), len(boxes)]
     for start, end in zip(limits, limits[1:]):
         n = count[start:end]
         i = np.repeat(np.arange(start, end), n)
         j = i + 1 + np.arange(len(i)) - np.repeat(np.cumsum(n) - n, n)
         i, j = order[i], order[j]
         meet = (boxes[i, 1] < boxes[j, 3]) & (boxes[j, 1] < boxes[i, 3])
-        pairs.append((i[meet], j[meet]))
-    if not pairs:
-        return np.zeros(0, int), np.zeros(0, int)
-    return np.concatenate([p[0] for p in pairs]), np.concatenate([p[1] for p in pairs])
+        yield i[meet], j[meet]
 
 
 def _iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -346,7 +344,7 @@ def _clip(boxes: np.ndarray, views: np.ndarray) -> np.ndarray:
 def _explained(
     a: np.ndarray, b: np.ndarray, boxes: np.ndarray, scores: np.ndarray, views: np.ndarray, is_cut: np.ndarray
 ) -> np.ndarray:
-    """bool [D]: the cut detections that are what their tile sees of an object that another view shows whole.
+    """Which of a and b are cut, and what their tile sees of an object that another view shows whole: the other one.
 
     One that is found whole with less than half of the score explains nothing.
     """
@@ -355,22 +353,17 @@ def _explained(
     piece, whole = first[use], second[use]
     seen = _iou(_clip(boxes[whole], views[piece]), boxes[piece]) >= SAME
     seen &= scores[whole] >= 0.5 * scores[piece]
-    explained = np.zeros(len(boxes), bool)
-    explained[piece[seen]] = True
-    return explained
+    return piece[seen]
 
 
-def _united(
-    a: np.ndarray, b: np.ndarray, boxes: np.ndarray, labels: np.ndarray, views: np.ndarray, cut: np.ndarray,
-    piece: np.ndarray, near: np.ndarray, threshold: float,
-) -> np.ndarray:  # fmt: skip
-    """int [D]: a number for each detection, equal for the pieces of one object.
+def _continuing(
+    a: np.ndarray, b: np.ndarray, boxes: np.ndarray, views: np.ndarray, cut: np.ndarray, threshold: float
+) -> np.ndarray:
+    """int [n, 2]: the pairs of a and b, pieces of different tiles, that belong to one object.
 
     Pieces continue each other where both are cut at the border between their tiles and agree along it. Others are the
     same piece, or a part of it.
     """
-    use = piece[a] & piece[b] & (labels[a] == labels[b])
-    a, b = a[use], b[use]
     same = _iou(boxes[a], boxes[b]) > threshold
     for first, second in ((a, b), (b, a)):  # `first` is what its tile sees of `second`
         same |= _iou(_clip(boxes[second], views[first]), boxes[first]) >= SAME
@@ -390,7 +383,13 @@ def _united(
             shared = np.maximum(np.minimum(h1, h2) - np.maximum(l1, l2), 0)
             total = np.maximum(np.maximum(h1, h2) - np.minimum(l1, l2), 1e-9)
             same |= cuts & (shared / total >= SAME)
-    parent = np.arange(len(boxes))
+    return np.stack([a[same], b[same]], 1)
+
+
+def _groups(pairs: np.ndarray, left_out: np.ndarray) -> np.ndarray:
+    """int [D]: a number for each detection, equal where pairs connect them; left_out: those that connect nothing."""
+    pairs = pairs[~left_out[pairs].any(1)]
+    parent = np.arange(len(left_out))
 
     def root(i: int) -> int:
         while parent[i] != i:
@@ -398,24 +397,26 @@ def _united(
             i = parent[i]
         return i
 
-    for i, j in zip(a[same].tolist(), b[same].tolist()):
+    for i, j in pairs.tolist():
         i, j = root(i), root(j)
         parent[max(i, j)] = min(i, j)
-    return np.array([root(i) for i in range(len(boxes))], int)
+    return np.array([root(i) for i in range(len(parent))], int)
 
 
 def _suppress(
     boxes: np.ndarray, labels: np.ndarray, source: np.ndarray, threshold: float, class_agnostic: bool
 ) -> np.ndarray:
     """Indices of the boxes, listed by descending score, that NMS keeps. Boxes of one view have been through NMS."""
-    i, j = _meeting(boxes)
-    use = (source[i] != source[j]) & (class_agnostic | (labels[i] == labels[j]))
-    i, j = i[use], j[use]
-    use = _iou(boxes[i], boxes[j]) > threshold
-    better, worse = np.minimum(i, j)[use], np.maximum(i, j)[use]
-    order = np.lexsort((worse, better))
+    close = [np.zeros((0, 2), int)]
+    for i, j in _meeting(boxes):
+        use = (source[i] != source[j]) & (class_agnostic | (labels[i] == labels[j]))
+        i, j = i[use], j[use]
+        use = _iou(boxes[i], boxes[j]) > threshold
+        close.append(np.stack([np.minimum(i, j)[use], np.maximum(i, j)[use]], 1))
+    pairs = np.concatenate(close)  # [n, 2]: the better and the worse one
+    pairs = pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))]
     gone = np.zeros(len(boxes), bool)
-    for k, other in zip(better[order].tolist(), worse[order].tolist()):
+    for k, other in pairs.tolist():
         if not gone[k]:
             gone[other] = True
     return np.flatnonzero(~gone)

@@ -235,6 +235,13 @@ def _iou(a, b):
     return shared / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_pairs_at_a_time():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(predict_tiles, "_PAIRS", 7)
+        yield
+
+
 @given(st.lists(st.tuples(*[st.integers(0, 40)] * 2, *[st.integers(1, 20)] * 2), max_size=12))
 def test_pairs_of_boxes_that_meet_are_all_found(rows):
     boxes = np.array([[x, y, x + w, y + h] for x, y, w, h in rows], float).reshape(-1, 4)
@@ -244,8 +251,8 @@ def test_pairs_of_boxes_that_meet_are_all_found(rows):
         for j in range(i)
         if _iou(boxes[i], boxes[j]) > 0
     }  # fmt: skip
-    i, j = predict_tiles._meeting(boxes)
-    pairs = [(max(p), min(p)) for p in zip(i.tolist(), j.tolist())]
+    found = list(predict_tiles._meeting(boxes))
+    pairs = [(max(p), min(p)) for i, j in found for p in zip(i.tolist(), j.tolist())]
     assert set(pairs) == expected and len(pairs) == len(expected)
 
 
