@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from common import UserError, check_output_file, check_output_folder, path_argument
-from tools import check_data, convert, curves, flops, parity, report, score, split, subset
+from tools import check_data, convert, curves, flops, parity, report, score, split, subset, tile_data
 
 pytestmark = pytest.mark.quick
 # Programs, their arguments before the output, and the output: a file's name, or "folder". The inputs do not exist: an
@@ -21,6 +21,8 @@ OUTPUTS = {
     "report": (report.main, ["--gt", "missing", "--detections", "missing", "--out"], "folder"),
     "score": (score.main, ["--protocol", "coco", "--gt", "missing", "--detections", "missing", "--json"], "file.json"),
     "split": (split.main, ["missing.json", "--output"], "folder"),
+    "tile_data cut": (tile_data.main, ["cut", "missing.json", "x", "--output"], "folder"),
+    "tile_data join": (tile_data.main, ["join", "missing.json", "--output"], "file.json"),
     "subset": (subset.main, ["missing.json"], "file.json"),
     "check_data json": (check_data.main, ["--data", "missing.json", "x", "--json"], "file.json"),
     "check_data fix": (check_data.main, ["--data", "missing.json", "x", "--fix"], "folder"),
