@@ -21,7 +21,7 @@ from termcolor import colored
 
 __all__ = [
     "UserError", "logger", "atomic_write", "write_json", "without_nan", "read_json", "read_text", "decode_text",
-    "visible_gpus", "git_revision", "project_version", "describe_error", "import_function",
+    "installed_gpus", "visible_gpus", "git_revision", "project_version", "describe_error", "import_function",
     "check_output_folder", "check_output_file",
     "path_argument",
 ]  # fmt: skip
@@ -196,10 +196,15 @@ def read_json(path: str | os.PathLike, what: str) -> Any:
 _NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")  # a folder for each GPU, where the driver is loaded
 
 
+def installed_gpus() -> int:
+    """The number of this machine's NVIDIA GPUs."""
+    return len(list(_NVIDIA_GPUS.iterdir())) if _NVIDIA_GPUS.is_dir() else 0
+
+
 def visible_gpus() -> int:
     """The number of this machine's NVIDIA GPUs that CUDA_VISIBLE_DEVICES allows, found without TensorFlow. TensorFlow
     may be unable to use them; `utils.tf_v1.gpu_count` gives the number that it can use."""
-    installed = len(list(_NVIDIA_GPUS.iterdir())) if _NVIDIA_GPUS.is_dir() else 0
+    installed = installed_gpus()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return installed

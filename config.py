@@ -27,6 +27,7 @@ from config_check import (
     flag,
     function_or,
     list_of,
+    metric,
     names,
     number,
     one_of,
@@ -40,6 +41,7 @@ from config_check import (
     shown,
     span,
     steps,
+    targets,
     text,
     whole,
 )
@@ -282,6 +284,28 @@ SETTINGS: dict[str, Setting] = {
         1, steps, "Writes a checkpoint after every so many times TRAIN.STEPS_PER_EPOCH updates, and at the end."
     ),
     "TRAIN.KEEP_CHECKPOINTS": Setting(10, _COUNT, "Number of newest checkpoints that are kept."),
+    "TRAIN.VAL_LOSS": Setting(
+        False, flag,
+        "Each evaluation also computes the training losses on the sets of DATA.VAL, without augmentation: "
+        "val/total_loss and its parts (docs/VALIDATION.md).",
+    ),
+    "TRAIN.BEST_METRIC": Setting(
+        "auto", optional(either(one_of("auto"), metric, f"auto, {metric.says}")),
+        "The metric whose best checkpoint is kept as model-best, which --load RUN/best takes; -val_loss for the "
+        "validation loss. auto: the first of segm/AP, bbox/AP, keypoints/AP and the data set's own that there is. "
+        "None: no best checkpoint is kept.",
+    ),
+    "TRAIN.PATIENCE": Setting(
+        None, optional(_COUNT),
+        "Ends the run after so many evaluations in a row without improvement of TRAIN.BEST_METRIC.",
+    ),
+    "TRAIN.MIN_DELTA": Setting(
+        0.0, number(0, 10**6), "TRAIN.PATIENCE: a score is an improvement if it is better by more than this."
+    ),
+    "TRAIN.TARGET": Setting(
+        {}, targets,
+        "Ends the run once an evaluation reaches all of these scores, e.g. {'bbox/AP':0.377,'segm/AP':0.339}.",
+    ),
     "TRAIN.FREEZE_PATTERN": Setting(
         None, optional(pattern), "Regular expression; variables whose names match it are not trained."
     ),
@@ -459,6 +483,19 @@ SETTINGS: dict[str, Setting] = {
     ),
     "TEST.RESULT_SCORE_THRESH_VIS": Setting(0.5, _SHARE, "Objects with at least this score are drawn in pictures."),
     "TEST.RESULTS_PER_IM": Setting(100, _COUNT, "Largest number of objects reported for an image."),
+    "TEST.ASYNC": Setting(
+        False, flag,
+        "Evaluations during training run in another process while training goes on. One evaluation waits at most: a "
+        "newer one replaces it.",
+    ),
+    "TEST.ASYNC_DEVICE": Setting(
+        "cpu", either(one_of("cpu"), whole(0, 63), "cpu, or the number of a GPU that the run does not train on"),
+        "TEST.ASYNC: where evaluations run.",
+    ),
+    "TEST.ASYNC_THREADS": Setting(
+        None, optional(whole(1, 1024)),
+        "TEST.ASYNC: threads with which TensorFlow evaluates; the process has the lowest priority. None: one per core.",
+    ),
     "TEST.AUG_SHORT_EDGES": Setting(
         [], list_of(pixels, least=0, says="a list of numbers of pixels from 16 to 16384; [] for none"),
         "Test-time augmentation of --predict and --evaluate, e.g. [400,600,800,1000,1200]: each image is seen with "
@@ -526,6 +563,16 @@ def _cell_anchors_fit(cfg: "Config") -> bool:
 def _background_below(cfg: "Config") -> float:
     """The IoU below which a RoI is background."""
     return cfg.FRCNN.BG_THRESH_HI or (cfg.CASCADE.IOUS[0] if cfg.FPN.CASCADE else cfg.FRCNN.FG_THRESH)
+
+
+def _evaluates(cfg: "Config") -> bool:
+    """Whether a run evaluates while it trains."""
+    return bool(cfg.TRAIN.EVAL_PERIOD and cfg.DATA.VAL)
+
+
+def _names_val_loss(metrics: Any) -> bool:
+    """Whether one of these metrics, or this one, is a loss on the validation sets."""
+    return any(re.search(r"(^-?|/)val/", name) for name in ([metrics] if isinstance(metrics, str) else metrics or ()))
 
 
 _GN = "must be a multiple of 32 with"
@@ -639,6 +686,11 @@ RELATIONS: list[Relation] = [
         "must be [] with MODE_RPN_ONLY, which does not support test-time augmentation",
     ),
     (
+        "TRAIN.PATIENCE",
+        lambda c: c.TRAIN.PATIENCE is None or c.TRAIN.BEST_METRIC is not None,
+        "needs TRAIN.BEST_METRIC",
+    ),
+    (
         "TEST.AUG_MAX_SIZE",
         lambda c: max(c.TEST.AUG_SHORT_EDGES, default=0) <= c.TEST.AUG_MAX_SIZE,
         "must be at least the largest of TEST.AUG_SHORT_EDGES",
@@ -666,6 +718,19 @@ TRAINING_RELATIONS: list[Relation] = [
         "BACKBONE.FREEZE_AT",
         lambda c: not _is_own_function(c) or c.BACKBONE.FREEZE_AT == 0,
         "must be 0 with a function of your own; to freeze variables use trainable=False in it or TRAIN.FREEZE_PATTERN",
+    ),
+    *(
+        (key, lambda c, key=key: not c.get(key) or _evaluates(c), "needs TRAIN.EVAL_PERIOD above 0 and DATA.VAL")
+        for key in ("TRAIN.PATIENCE", "TRAIN.TARGET", "TRAIN.VAL_LOSS", "TEST.ASYNC")
+    ),
+    (
+        "TRAIN.BEST_METRIC",
+        lambda c: c.TRAIN.BEST_METRIC in (None, "auto") or _evaluates(c),
+        "needs TRAIN.EVAL_PERIOD above 0 and DATA.VAL",
+    ),
+    *(
+        (key, lambda c, key=key: c.TRAIN.VAL_LOSS or not _names_val_loss(c.get(key)), "needs TRAIN.VAL_LOSS=True")
+        for key in ("TRAIN.BEST_METRIC", "TRAIN.TARGET")
     ),
     (
         "TRAIN.ACCUMULATION",

@@ -19,8 +19,8 @@ from common import UserError
 
 __all__ = [
     "Allowed", "Setting", "anchors", "backbone", "class_names", "datasets", "edges", "either", "exactly", "flag",
-    "function_or", "list_of", "names", "nearest", "number", "one_of", "optional", "pairs", "parse_literal", "pattern",
-    "pixels", "read_value", "schedule", "shown", "span", "steps", "text", "whole",
+    "function_or", "list_of", "metric", "names", "nearest", "number", "one_of", "optional", "pairs", "parse_literal",
+    "pattern", "pixels", "read_value", "schedule", "shown", "span", "steps", "targets", "text", "whole",
 ]  # fmt: skip
 
 
@@ -275,6 +275,25 @@ def span(most: float) -> Allowed:
     return Allowed(f"[lo, hi] with 0 < lo <= hi <= {most}, or [] for none", read)
 
 
+def _read_metric(value: Any) -> str:
+    name = text().read(value).strip()
+    if name.removeprefix("-") in ("val_loss", "val/total_loss") or re.search(r"(^|/)val/\S*loss$", name):
+        if not name.startswith("-"):
+            raise ValueError(f"; a loss is better when it is smaller: -{name}")
+        return "-val/total_loss" if name == "-val_loss" else name
+    if not name.removeprefix("-"):
+        raise ValueError
+    return name
+
+
+def _read_targets(value: Any) -> dict[str, float]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise ValueError
+    return {_read_metric(name): number().read(wanted) for name, wanted in value.items()}
+
+
 pixels = whole(16, 16384, "a whole number of pixels")
 steps = whole(1, 10**9)
 names = Allowed("the name of a data set, or a list of names", _read_names)
@@ -283,6 +302,8 @@ datasets = Allowed("{name: ['annotations.json', 'image folder']} or {name: [form
 edges = Allowed("pixels from 16 to 16384: a number, [lo, hi] with lo <= hi, or a longer list", _read_edges)
 pairs = Allowed("a list of pairs of keypoints, by name or number from 0; or []", _read_pairs)
 schedule = Allowed("1x to 9x, or a list of increasing iterations like [120000,160000,180000]", _read_schedule)
+metric = Allowed("the name of a metric as in log.jsonl, with - before it if smaller is better", _read_metric)
+targets = Allowed("{metric: number}, e.g. {'bbox/AP': 0.377}; {} for none", _read_targets)
 pattern = Allowed("a regular expression", _read_pattern)
 backbone = Allowed("resnet, keras:NETWORK or module:function", _read_backbone)
 anchors = Allowed(

@@ -1,7 +1,7 @@
 """The predictor: a graph and a session that turn batches of images into detections."""
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from utils.checkpoint import AVERAGE_PREFIX
 from utils.ranks import use_own_gpu
 from utils.tf_v1 import gpu_problem, tf
 
-__all__ = ["Predictor", "inference_callable", "start_session"]
+__all__ = ["Predictor", "inference_callable", "shared_variables", "start_session"]
 
 
 def _averages_instead(scope: str) -> Callable:
@@ -27,19 +27,26 @@ def _averages_instead(scope: str) -> Callable:
     return get
 
 
+@contextmanager
+def shared_variables(scope: str, device: str | None = None, averages: bool = False, reuse: bool = True) -> Iterator:
+    """What is built inside uses the variables of a replica's scope; averages: their moving averages, which exist once
+    for all replicas, where the graph has them."""
+    getter = _averages_instead(scope) if averages else None
+    with tf.device(device) if device else nullcontext(), tf.variable_scope(scope, reuse=reuse, custom_getter=getter):
+        yield
+
+
 def inference_callable(cfg: Config, device: str | None = None, scope: str = "", reuse: bool = False) -> Callable:
     """Adds the inference graph to the current one; returns attach(sess) -> predict(image, image_shape) -> outputs.
 
-    In a training graph (reuse) it shares the variables of a replica's scope; with TEST.USE_EMA it uses their moving
-    averages, which exist once for all replicas.
+    In a training graph (reuse) it shares the variables of a replica's scope, with TEST.USE_EMA their moving averages.
 
     image uint8 [N,H,W,3], image_shape int32 [N,2]; the outputs are those of `build_inference` as arrays.
     """
     with tf.name_scope("inference"):
         image = tf.placeholder(tf.uint8, [None, None, None, 3], "image")
         image_shape = tf.placeholder(tf.int32, [None, 2], "image_shape")
-    getter = _averages_instead(scope) if reuse and cfg.TEST.USE_EMA else None
-    with tf.device(device) if device else nullcontext(), tf.variable_scope(scope, reuse=reuse, custom_getter=getter):
+    with shared_variables(scope, device, reuse and cfg.TEST.USE_EMA, reuse):
         outputs = {k: tf.identity(v, f"output/{k}") for k, v in build_inference(image, image_shape, cfg).items()}
 
     def attach(sess: Any) -> Callable[[np.ndarray, np.ndarray], dict[str, np.ndarray]]:

@@ -29,9 +29,23 @@ from model_syncbn import valid_area
 from utils.tf_v1 import tf
 
 __all__ = [
-    "backbone_features", "build_inference", "build_training", "check_own_parts", "describe_boxes", "detect_boxes",
-    "make_roi_pooler",
+    "INPUT_TYPES", "backbone_features", "build_inference", "build_training", "check_own_parts", "describe_boxes",
+    "detect_boxes", "make_roi_pooler",
 ]  # fmt: skip
+
+
+# Type and shape of each tensor of a training batch, for one image.
+INPUT_TYPES = {
+    "image": (tf.uint8, [None, None, 3]),
+    "image_shape": (tf.int32, [2]),
+    "image_seed": (tf.int32, []),
+    "gt_boxes": (tf.float32, [None, 4]),
+    "gt_labels": (tf.int32, [None]),
+    "gt_is_crowd": (tf.bool, [None]),
+    "gt_edges": (tf.float32, [None, None, 4]),
+    "gt_keypoints": (tf.float32, [None, None, 3]),
+    "class_verified": (tf.bool, [None]),
+}
 
 
 def backbone_features(image, image_shape, cfg: Config):

@@ -35,6 +35,8 @@ from eval import evaluate_proposals
 from inference import Predictor, inference_callable
 from predict_tiles import ImageParts, detect_tiled, in_tiles, open_parts, reduced, reduced_detections, tiled_images
 from run_start import STRICT, Fitting, Model, load_model, weight_loader, with_classes
+from training_best import scored_kinds
+from training_validation import images_with_losses, loss_callable, validation_losses
 from tta import AugmentedPredictor
 from utils import ranks
 from utils.coco_format import read_truth
@@ -447,14 +449,19 @@ def merge_shards(
 
 def score(split: DatasetSplit, results: list[dict[str, Any]], cfg: Config) -> dict[str, float]:
     """The scores of results by the data set's own protocol, or the recall of proposals."""
-    return evaluate_proposals(split, results) if cfg.MODE_RPN_ONLY else split.evaluate(results)
+    if cfg.MODE_RPN_ONLY:
+        return evaluate_proposals(split, results)
+    # Without any result nothing else says what is scored.
+    return split.evaluate(results) if results else split.evaluate(results, iou_types=scored_kinds(cfg))
 
 
 def evaluation_builder(
-    cfg: Config, splits: Sequence[DatasetSplit], devices: Sequence[str], rank: int, size: int
+    cfg: Config, splits: Sequence[DatasetSplit], devices: Sequence[str], rank: int, size: int, reuse: bool = True
 ) -> Callable[[], Callable[..., dict[str, float]]]:
-    """build() adds one inference graph per replica, sharing its variables -> evaluate(sess, should_stop) -> metrics.
+    """build() adds one inference graph per replica, sharing its variables (reuse=False: with variables of its own), and
+    with TRAIN.VAL_LOSS one of the losses -> evaluate(sess, should_stop, on_results) -> metrics.
 
+    on_results(split, results) is called on rank 0 with the COCO results of each set, in the order of its images.
     Several processes that evaluate together do not stop in the middle, since the others would wait for the stopped one.
     """
     if cfg.TEST.AUG_SHORT_EDGES or cfg.TEST.TILE:
@@ -464,22 +471,39 @@ def evaluation_builder(
         cfg = cfg.copy()
         cfg.TEST.AUG_SHORT_EDGES, cfg.TEST.TILE = [], 0
         cfg.freeze()
+    loss_sets = [images_with_losses(cfg, split) for split in splits] if cfg.TRAIN.VAL_LOSS else []
 
     def build() -> Callable[..., dict[str, float]]:
-        attach = [
-            inference_callable(cfg, device if len(devices) > 1 else None, f"tower{i}" if i else "", reuse=True)
-            for i, device in enumerate(devices)
+        replicas = [
+            (device if len(devices) > 1 else None, f"tower{i}" if i else "") for i, device in enumerate(devices)
         ]
+        attach = [inference_callable(cfg, device, scope, reuse) for device, scope in replicas]
+        attach_losses = []
+        if loss_sets:
+            averages = reuse and cfg.TEST.USE_EMA
+            attach_losses = [loss_callable(cfg, device, scope, averages) for device, scope in replicas]
 
-        def evaluate(sess: Any, should_stop: Callable[[], bool] | None = None) -> dict[str, float]:
+        def evaluate(
+            sess: Any,
+            should_stop: Callable[[], bool] | None = None,
+            on_results: Callable[[DatasetSplit, list[dict[str, Any]]], None] | None = None,
+        ) -> dict[str, float]:
             predictors = [a(sess) for a in attach]
+            gather, stop = (ranks.gather, None) if size > 1 else (None, should_stop)
             metrics = {}
             for split in splits:
-                gather, stop = (ranks.gather, None) if size > 1 else (None, should_stop)
                 results = evaluate_split(predictors, split, cfg, (rank, size), gather, should_stop=stop)
                 if rank == 0:
+                    if on_results is not None:
+                        on_results(split, results)
                     scores = score(split, results, cfg)
                     metrics.update(scores if len(splits) == 1 else {f"{split.name}/{k}": v for k, v in scores.items()})
+            if attach_losses:
+                functions = [a(sess) for a in attach_losses]
+                losses = validation_losses(functions, cfg, loss_sets, (rank, size), gather, stop, EvaluationStopped)
+                metrics.update(losses)
+                if rank == 0:
+                    logger.info(f"validation {', '.join(f'{k} {v:.3f}' for k, v in losses.items())}")
             return metrics
 
         return evaluate

@@ -49,7 +49,7 @@ _SECOND_STAGE_SETTINGS = ("MODE_MASK", "MODE_KEYPOINT", "FPN.CASCADE")
 _BACKBONE_SETTINGS = re.compile(r"^(BACKBONE\.(?!WEIGHTS|FREEZE)|PREPROC\.PIXEL_)")
 # Settings that may change when a run is continued: its length and the resources it uses, not what it computes.
 _FREE_SETTINGS = re.compile(
-    r"^(TRAIN\.(MAX_STEPS|EVAL_PERIOD|CHECKPOINT_PERIOD|KEEP_CHECKPOINTS)|DATA\.(NUM_WORKERS|PREFETCH|WORKER_TIMEOUT|VAL$|BASEDIR)|TEST\.)"
+    r"^(TRAIN\.(MAX_STEPS|EVAL_PERIOD|CHECKPOINT_PERIOD|KEEP_CHECKPOINTS|VAL_LOSS|BEST_METRIC|PATIENCE|MIN_DELTA|TARGET)|DATA\.(NUM_WORKERS|PREFETCH|WORKER_TIMEOUT|VAL$|BASEDIR)|TEST\.)"
 )
 # Settings that follow from the data.
 _DERIVED_SETTINGS = ("DATA.NUM_CATEGORY", "DATA.CLASS_NAMES")
@@ -323,9 +323,13 @@ class Start:
         log = self.logdir / "log.jsonl"
         if log.exists():
             lines = log.read_text(errors="replace").splitlines()
-            kept = [
-                line for line in lines if (_step_of_line(line) or 0) <= self.step and _step_of_line(line) is not None
-            ]
+            again = (self.meta or {}).get("pending_evaluations") or ()  # may have been logged before a kill
+
+            def stays(line: str) -> bool:
+                step = _step_of_line(line)
+                return step is not None and step <= self.step and (step not in again or '"total_loss"' in line)
+
+            kept = [line for line in lines if stays(line)]
             if len(kept) < len(lines):
                 with atomic_write(log) as f:
                     f.writelines(f"{line}\n" for line in kept)

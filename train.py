@@ -54,9 +54,11 @@ try:
         weight_loader,
         with_classes,
     )
+    from training_async import check_device
+    from training_best import Scores, check_metrics, make_rule, shown_score
     from trust import trust_options
     from utils import ranks
-    from utils.checkpoint import make_meta, read_meta
+    from utils.checkpoint import best_score, make_meta, newest_step, read_meta
     from utils.stopping import Stopped, stop_by_exception
     from video_options import VideoOptions, video_options
     from video_source import find_sources, open_source
@@ -253,7 +255,17 @@ def _train(start: Start, fitting: Fitting, rank: int, size: int, started: float)
         for warning in plan.warnings(cfg):
             logger.warning(warning)
     check_plan(start, plan.total_batch)
-    if start.step >= plan.total_steps:
+    check_metrics(cfg, validation)
+    if chief:
+        check_device(cfg)
+    scores = Scores(make_rule(cfg, [v.name for v in validation]), start.meta)
+    if size > 1:
+        scores = ranks.from_first(scores)
+    if 0 < start.step < plan.total_steps and (reason := scores.why_finished()):
+        if chief:
+            logger.info(f"{logdir} has ended at step {start.step}: {reason}; change these settings to train longer")
+        return 0
+    if start.step >= plan.total_steps and not (validation and start.step in scores.pending):
         # Not an error: a job that was killed after its last step may be started again automatically.
         if chief:
             more = "raise TRAIN.MAX_STEPS, TRAIN.EPOCHS or TRAIN.LR_SCHEDULE to train longer"
@@ -286,10 +298,10 @@ def _train(start: Start, fitting: Fitting, rank: int, size: int, started: float)
         return ", ".join(map(str, ids))
 
     try:
-        metrics = run_training(
+        stopped = run_training(
             cfg, plan, dataflow, training_keys(cfg), devices, trainer, logdir, meta, load, describe_batch,
             evaluation_builder(cfg, validation, devices, rank, size) if validation else None,
-            smooth=(start.meta or {}).get("smooth"),
+            scores, size, smooth=(start.meta or {}).get("smooth"),
         )  # fmt: skip
     except Interrupted as e:
         if chief:
@@ -298,10 +310,14 @@ def _train(start: Start, fitting: Fitting, rank: int, size: int, started: float)
     finally:
         dataflow.stop()
     if chief:
-        if metrics:
-            write_json(logdir / "metrics.json", without_nan(metrics), indent=1)
         minutes = (time.time() - started) / 60
-        logger.info(f"finished {plan.total_steps} steps in {minutes:.1f} min; the model is {logdir}")
+        if stopped:
+            logger.info(f"ended before step {plan.total_steps}: {stopped}")
+        steps = newest_step(logdir) if stopped else plan.total_steps
+        logger.info(f"finished {steps} steps in {minutes:.1f} min; the model is {logdir}")
+        if best := best_score(logdir):
+            shown = shown_score(best["metric"], best["score"])
+            logger.info(f"the best model is {logdir}/best: {shown} at step {best['step']}")
     return 0
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from common import UserError, logger, visible_gpus
 from config import Config
-from model_rcnn import build_training
+from model_rcnn import INPUT_TYPES, build_training
 from model_syncbn import batch_statistics, collective_sum
 from training_plan import TrainingPlan
 from utils.tf_v1 import gpu_count, gpu_problem, tf
@@ -32,7 +32,7 @@ from utils import ranks
 from utils.checkpoint import AVERAGE_PREFIX
 
 __all__ = [
-    "INPUT_TYPES", "DetectionModel", "DetectionOptimizer", "average_decay_tensor", "describe_devices",
+    "DetectionModel", "DetectionOptimizer", "average_decay_tensor", "describe_devices",
     "learning_rate_tensor", "local_devices", "make_trainer", "mean_over_devices", "session_config",
 ]  # fmt: skip
 
@@ -156,19 +156,6 @@ class DetectionOptimizer(tf.train.MomentumOptimizer):
 
 
 # --------------------------------------------------------------------------------------------------- model description
-INPUT_TYPES = {
-    "image": (tf.uint8, [None, None, 3]),
-    "image_shape": (tf.int32, [2]),
-    "image_seed": (tf.int32, []),
-    "gt_boxes": (tf.float32, [None, 4]),
-    "gt_labels": (tf.int32, [None]),
-    "gt_is_crowd": (tf.bool, [None]),
-    "gt_edges": (tf.float32, [None, None, 4]),
-    "gt_keypoints": (tf.float32, [None, None, 3]),
-    "class_verified": (tf.bool, [None]),
-}
-
-
 class DetectionModel(ModelDesc):
     """The model in tensorpack's form: its inputs, its cost on a replica, its optimiser."""
 

@@ -17,8 +17,9 @@ from tqdm import tqdm
 
 from common import UserError, logger, without_nan
 from config import Config
-from predict import EvaluationStopped
-from trainers import INPUT_TYPES, DetectionModel, session_config
+from model_rcnn import INPUT_TYPES
+from trainers import DetectionModel, session_config
+from training_best import Scores
 from training_plan import TrainingPlan
 from utils.tf_v1 import do_not_fold_initial_values, tf
 
@@ -30,7 +31,8 @@ from tensorpack.tfutils.sesscreate import NewSessionCreator
 from tensorpack.tfutils.sessinit import SessionInit
 from tensorpack.train.base import StopTraining
 
-from utils.checkpoint import save_tf_checkpoint
+from training_evaluation import PeriodicEvaluation
+from utils.checkpoint import save_tf_checkpoint, update_description
 from utils.stopping import on_stop
 
 __all__ = ["Checkpoints", "Interrupted", "ProgressLog", "run_training"]
@@ -199,14 +201,22 @@ def _identity(folder: Path) -> tuple[int, int] | None:
 
 
 class Checkpoints(Callback):
-    """Saves every CHECKPOINT_PERIOD epochs, at the end, and when a signal asks to stop."""
+    """Saves every CHECKPOINT_PERIOD epochs, before evaluations, at the end, and when a signal asks to stop."""
 
     _chief_only = False
 
     def __init__(
-        self, cfg: Config, plan: TrainingPlan, logdir: Path, meta: dict[str, Any], log: ProgressLog, chief: bool
+        self,
+        cfg: Config,
+        plan: TrainingPlan,
+        logdir: Path,
+        meta: dict[str, Any],
+        log: ProgressLog,
+        chief: bool,
+        scores: Scores,
     ):
         self._plan, self._logdir, self._meta, self._log, self._chief = plan, logdir, meta, log, chief
+        self._scores = scores
         self._interval = cfg.TRAIN.CHECKPOINT_PERIOD * cfg.TRAIN.STEPS_PER_EPOCH
         self._keep = cfg.TRAIN.KEEP_CHECKPOINTS
         self._saved_at = None
@@ -215,6 +225,10 @@ class Checkpoints(Callback):
         self.last_path: str | None = None
         self.close_op: Any = None  # closes the queue of batches
         self.input_error: Callable[[], BaseException | None] = lambda: None
+        self.evaluates_at: Callable[[int], bool] = lambda step: False
+        self.ends_early = False  # all ranks are to stop after this step because of the scores
+        self._end_asked = False
+        self._steps: set[int] = set()  # of the checkpoints of this run, from which later ones do not differ in history
 
     def _setup_graph(self):
         # A signal reaches the ranks of a job at different steps; they must stop after the same one.
@@ -225,6 +239,9 @@ class Checkpoints(Callback):
 
     def _before_train(self):
         self._saved_at = self.global_step  # no step was made: nothing new to save
+        if self._saved_at:
+            self.last_path = str(self._logdir / f"model-{self._saved_at}")
+            self._steps.add(self._saved_at)
         self._handlers = contextlib.ExitStack()
         self._handlers.enter_context(on_stop(self._on_signal, self.close_input))
 
@@ -256,64 +273,46 @@ class Checkpoints(Callback):
         self._handlers.close()
 
     def _before_run(self, _):
-        return tf.train.SessionRunArgs(self._any_signalled, {self._signalled: float(self.stop_signal is not None)})
+        asked = 1.0 if self.stop_signal is not None else 0.5 if self._end_asked else 0.0
+        return tf.train.SessionRunArgs(self._any_signalled, {self._signalled: asked})
 
     def _after_run(self, _, run_values):
-        self._stop = run_values.results > 0
+        self._stop, self.ends_early = run_values.results > 0.75, 0.25 < run_values.results < 0.75
+
+    def end_early(self) -> None:
+        """All ranks stop after the same step, one of the next, and `ends_early` is then set."""
+        self._end_asked = True
 
     def save(self) -> None:
         step = self.global_step
         if self._chief and self._saved_at != step:
             meta = {**self._meta, "step": step, "smooth": without_nan(self._log.smooth)}
+            meta |= {key: value for key, value in self._scores.description(step).items() if value is not None}
             with self._log.writing(f"checkpoint {self._logdir}/model-{step}"):
                 self.last_path = save_tf_checkpoint(
-                    self._saver, self.trainer.sess, self._logdir, step, meta, keep=self._keep
+                    self._saver, self.trainer.sess, self._logdir, step, meta, self._keep, self._scores.pending
                 )
             self._saved_at = step
+            self._steps.add(step)
+
+    def describe(self, since: int) -> None:
+        """Updates the evaluations in the descriptions of this run's checkpoints from step `since` on."""
+        for step in sorted(s for s in self._steps if s >= since):
+            prefix = self._logdir / f"model-{step}"
+            with self._log.writing(f"the description of {prefix}"):
+                update_description(prefix, self._scores.description(step))
 
     def _trigger_step(self):
         step = self.global_step
+        if self.evaluates_at(step) and not self.ends_early:
+            self._scores.begin(step)
         if self._stop:
             self.stop_signal = self.stop_signal or signal.SIGTERM
             self.save()
             raise StopTraining("signal")
-        if step >= self._plan.total_steps or (self._interval and step % self._interval == 0):
+        regular = self._interval and step % self._interval == 0
+        if step >= self._plan.total_steps or regular or self.evaluates_at(step) or self.ends_early:
             self.save()
-
-
-class PeriodicEvaluation(Callback):
-    """Runs `evaluate(sess, should_stop) -> metrics` every EVAL_PERIOD epochs and after the last step."""
-
-    _chief_only = False
-
-    def __init__(
-        self,
-        cfg: Config,
-        plan: TrainingPlan,
-        build: Callable[[], Callable],
-        log: ProgressLog,
-        checkpoints: Checkpoints,
-    ):
-        self._plan, self._build, self._log, self._checkpoints = plan, build, log, checkpoints
-        self._interval = cfg.TRAIN.EVAL_PERIOD * cfg.TRAIN.STEPS_PER_EPOCH
-        self.metrics: dict[str, float] = {}
-
-    def _setup_graph(self):
-        self._evaluate = self._build()
-
-    def _trigger_step(self):
-        step = self.global_step
-        if step >= self._plan.total_steps or (self._interval and step % self._interval == 0):
-            try:
-                self.metrics = self._evaluate(self.trainer.sess, lambda: self._checkpoints.stop_signal is not None)
-            except EvaluationStopped:
-                self._checkpoints.save()
-                raise StopTraining("signal") from None
-            except tf.errors.OutOfRangeError as e:  # tensorpack would treat it as the end of training
-                raise RuntimeError(f"the evaluation failed: {e.message}") from e
-            overall = {k: v for k, v in self.metrics.items() if "per_class" not in k}
-            self._log.write_metrics(step, overall)
-            self._log.restart_clock()
 
 
 class StopAtEnd(Callback):
@@ -324,6 +323,9 @@ class StopAtEnd(Callback):
     def __init__(self, plan: TrainingPlan):
         self._plan = plan
         self.reached = False
+
+    def _before_train(self):
+        self._trigger_step()  # a run may go on after its last step for an evaluation alone
 
     def _trigger_step(self):
         if self.global_step >= self._plan.total_steps:
@@ -381,21 +383,26 @@ def run_training(
     load: Callable[[Any], None],
     describe_batch: Callable[[int], str],
     build_evaluation: Callable[[], Callable] | None,
+    scores: Scores,
+    size: int = 1,
     smooth: dict[str, float] | None = None,
-) -> dict[str, float]:
-    """Trains to the plan's end and saves the model; returns the metrics of the last evaluation.
+) -> str:
+    """Trains to the plan's end and saves the model; returns why the scores ended the run earlier, or "".
 
-    load(sess) assigns weights (and, when resuming, momentum and step); smooth: the smoothed losses of a run that is
-    continued. Raises Interrupted after a signal, or the error that ended training before the plan's end.
+    load(sess) assigns weights (and, when resuming, momentum and step); scores: the run's evaluations; size: the number
+    of ranks; smooth: the smoothed losses of a run that is continued. Raises Interrupted after a signal, or the error
+    that ended training before the plan's end.
     """
     with tf.Graph().as_default():
         return _run_in_graph(
-            cfg, plan, dataflow, keys, devices, trainer, logdir, meta, load, describe_batch, build_evaluation, smooth
-        )
+            cfg, plan, dataflow, keys, devices, trainer, logdir, meta, load, describe_batch, build_evaluation, scores,
+            size, smooth,
+        )  # fmt: skip
 
 
 def _run_in_graph(
-    cfg, plan, dataflow, keys, devices, trainer, logdir, meta, load, describe_batch, build_evaluation, smooth
+    cfg, plan, dataflow, keys, devices, trainer, logdir, meta, load, describe_batch, build_evaluation, scores, size,
+    smooth,
 ):  # fmt: skip
     chief = trainer.is_chief
     tf.set_random_seed(cfg.TRAIN.SEED)
@@ -408,24 +415,28 @@ def _run_in_graph(
     trainer.setup_graph(model.get_input_signature(), source, model.build_graph, model.get_optimizer)
     do_not_fold_initial_values([*tf.global_variables(), *tf.local_variables()])
     log = ProgressLog(model, plan, logdir, describe_batch, chief, smooth)
-    checkpoints = Checkpoints(cfg, plan, logdir, meta, log, chief)
+    checkpoints = Checkpoints(cfg, plan, logdir, meta, log, chief, scores)
     checkpoints.close_op, checkpoints.input_error = source.thread.close_op, lambda: watched.error
     trainer.on_end_of_input = checkpoints.on_end_of_input
     callbacks = [log, checkpoints]
     evaluation = None
     if build_evaluation is not None and cfg.TRAIN.EVAL_PERIOD:
-        evaluation = PeriodicEvaluation(cfg, plan, build_evaluation, log, checkpoints)
+        evaluation = PeriodicEvaluation(cfg, plan, logdir, build_evaluation, log, checkpoints, scores, size)
+        checkpoints.evaluates_at = evaluation.due
         callbacks.append(evaluation)
+    else:
+        scores.pending.clear()
     end = StopAtEnd(plan)
     callbacks.append(end)
     creator = NewSessionCreator()
     cpu_devices = sum(d.startswith("/cpu") for d in devices) or 1
     creator.config.MergeFrom(session_config(cpu_devices))
     trainer.train(callbacks, [], creator, _LoadWeights(load), sys.maxsize, 1, 1)
-    if not end.reached:
+    stopped = evaluation.stopped if evaluation is not None else ""
+    if not end.reached and not stopped:
         if checkpoints.stop_signal is not None:
             raise Interrupted(checkpoints.stop_signal)
         raise watched.error or RuntimeError(f"training ended before its last step, {plan.total_steps}")
     if chief and not Path(f"{checkpoints.last_path}.index").exists():
         raise UserError(f"the last checkpoint, {checkpoints.last_path}, is no longer there")
-    return evaluation.metrics if evaluation is not None else {}
+    return stopped

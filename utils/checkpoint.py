@@ -25,6 +25,7 @@ from common import UserError, atomic_write, git_revision, logger, project_versio
 from utils.weight_files import check_regular, file_kind, is_number_type, read_npz, read_tensor_index
 
 __all__ = [
+    "BEST", "best_score", "keep_best", "newest_step", "update_description",
     "load_weights", "load_npz", "is_tf_checkpoint", "native_names", "newest_checkpoint", "stored_step",
     "read_meta", "read_checkpoint_meta", "read_description", "make_meta", "write_checkpoint_meta", "save_npz",
     "without_averages", "start_averages", "AVERAGE_PREFIX",
@@ -33,6 +34,7 @@ __all__ = [
 ]  # fmt: skip
 
 META_KEY = "__meta__"
+BEST = "model-best"  # folder of a run's best checkpoint
 AVERAGE_PREFIX = "EMA/"  # prefix of a variable's moving average, followed by the variable's name
 _MAX_DESCRIPTION = 8 << 20  # bytes of the JSON that describes a model or run
 _CONVERTED_SUFFIXES = (".pkl", ".pth", ".pt", ".h5", ".hdf5")
@@ -67,12 +69,15 @@ def load_weights(
 
     `path` is a native or tensorpack .npz, a TensorFlow checkpoint (its prefix `…/model-500`, .index or .data file), or
     a run directory: then its newest checkpoint, or, with a warning, the newest one before it that reads completely.
+    RUN/best is the best checkpoint of a run.
     `wanted` decides by a variable's name whether it is read, e.g. `is_model_tensor` (default: read everything,
     including optimizer slots).
     """
     path = Path(path)
     if path.name == "checkpoint" and path.is_file():  # TensorFlow's state file of a run directory
         path = path.parent
+    if path.name == "best" and not path.exists() and path.parent.is_dir():
+        path = _best_of(path.parent)
     if path.is_dir():
         return _load_newest(path, wanted)
     if is_tf_checkpoint(path):
@@ -94,6 +99,24 @@ def read_meta(path: str | os.PathLike) -> dict[str, Any] | None:
     return load_weights(path, lambda name: False)[1]
 
 
+def _best_of(run: Path) -> Path:
+    if not (run / BEST / "checkpoint").is_file():
+        raise UserError(f"{run} has no best checkpoint: no evaluation of it gave a score yet{_what_is_there(run)}")
+    if score := best_score(run):
+        logger.info(f"the best checkpoint of {run}: {score['metric']} {score['score']:.4f} at step {score['step']}")
+    return run / BEST
+
+
+def best_score(run: str | os.PathLike) -> dict[str, Any] | None:
+    """{metric, score, step} of a run's best checkpoint; None if it has none."""
+    with contextlib.suppress(UserError):
+        score = read_json(Path(run) / BEST / "best.json", "score")
+        wants = {"metric": str, "score": (int, float), "step": int}
+        if isinstance(score, dict) and all(isinstance(score.get(key), kind) for key, kind in wants.items()):
+            return score
+    return None
+
+
 def is_tf_checkpoint(path: str | os.PathLike) -> bool:
     """Whether `path` is a TensorFlow checkpoint's prefix or one of its files."""
     return os.path.isfile(f"{_checkpoint_prefix(Path(path))}.index")
@@ -104,6 +127,12 @@ def newest_checkpoint(directory: str | os.PathLike) -> str | None:
     none."""
     candidates = _candidates(Path(directory))
     return candidates[0] if candidates else None
+
+
+def newest_step(directory: str | os.PathLike) -> int | None:
+    """Step of the newest checkpoint of a run directory."""
+    newest = newest_checkpoint(directory)
+    return None if newest is None else _step_of(newest)
 
 
 def _candidates(directory: Path) -> list[str]:
@@ -227,6 +256,15 @@ def _checked_meta(meta: Any, origin: str) -> dict[str, Any]:
     def is_pairing(value: Any) -> bool:
         return is_list(value, int) and all(0 <= v < len(value) and value[v] == i for i, v in enumerate(value))
 
+    def is_scores(value: Any) -> bool:
+        if (
+            not isinstance(value, dict)
+            or type(value.get("step")) is not int
+            or not isinstance(value.get("metrics"), dict)
+        ):
+            return False
+        return is_list([*value["metrics"].values()], int, float, type(None))
+
     meta = {key: value for key, value in meta.items() if value is not None}
     if isinstance(meta.get("smooth"), dict):  # a value that was not finite is stored as null
         meta["smooth"] = {key: value for key, value in meta["smooth"].items() if value is not None}
@@ -240,6 +278,9 @@ def _checked_meta(meta: Any, origin: str) -> dict[str, Any]:
         "data": ("an object of digests", lambda v: isinstance(v, dict)),
         "smooth": ("an object of numbers", lambda v: isinstance(v, dict) and is_list([*v.values()], int, float)),
         "versions": ("an object of versions", lambda v: isinstance(v, dict)),
+        "evaluations": ("a list of steps with their metrics", lambda v: isinstance(v, list) and all(map(is_scores, v))),
+        "pending_evaluations": ("a list of steps", lambda v: is_list(v, int)),
+        "stopped": ("an object", lambda v: isinstance(v, dict)),
     }
     for key, (what, test) in wants.items():
         if key in meta and not test(meta[key]):
@@ -260,7 +301,9 @@ def _step_of(prefix: str) -> int:
 def _what_is_there(path: Path) -> str:
     """'; found …' with checkpoints or .npz files near a path that does not exist, or ''."""
     directory = path if path.is_dir() else path.parent
-    near = [Path(p).name for p in _candidates(directory)] + sorted(p.name for p in directory.glob("*.npz"))
+    near = [Path(p).name for p in _candidates(directory)]
+    near += ["best"] if (directory / BEST / "checkpoint").is_file() else []
+    near += sorted(p.name for p in directory.glob("*.npz"))
     return f"; {directory} has {', '.join(near[:5])}{' …' if len(near) > 5 else ''}" if near else ""
 
 
@@ -302,9 +345,16 @@ def write_checkpoint_meta(prefix: str, meta: Mapping[str, Any]) -> None:
 
 
 def save_tf_checkpoint(
-    saver: Any, sess: Any, logdir: str | os.PathLike, step: int, meta: Mapping[str, Any], keep: int = 10
+    saver: Any,
+    sess: Any,
+    logdir: str | os.PathLike,
+    step: int,
+    meta: Mapping[str, Any],
+    keep: int = 10,
+    in_use: Iterable[int] = (),
 ) -> str:
-    """Saves `logdir/model-<step>` with `saver` (a tf.train.Saver), keeps the newest `keep`, returns the prefix.
+    """Saves `logdir/model-<step>` with `saver` (a tf.train.Saver), keeps the newest `keep` and those of the steps
+    `in_use`, returns the prefix.
 
     A process killed at any moment leaves the previous checkpoint complete and named by the state file: TensorFlow
     writes into the hidden folder `.saving`, the finished files are flushed to disk and renamed (data before index, so
@@ -335,13 +385,74 @@ def save_tf_checkpoint(
     own = sorted((str(p)[: -len(".index")] for p in logdir.glob("model-*.index")), key=_step_of)
     # Checkpoints of later steps are from before a run was continued at an earlier step; they are never deleted here.
     history = [p for p in own if _step_of(p) <= step]
-    kept = history[-keep:] if keep > 0 else history
+    kept = [p for p in history[:-keep] if _step_of(p) in set(in_use)] + history[-keep:] if keep > 0 else history
     with atomic_write(logdir / "checkpoint") as f:
         f.write(f'model_checkpoint_path: "{prefix.name}"\n')
         f.writelines(f'all_model_checkpoint_paths: "{Path(p).name}"\n' for p in kept)
-    for old in history[: len(history) - len(kept)]:
-        _delete_checkpoint(old)
+    for old in history:
+        if old not in kept:
+            _delete_checkpoint(old)
     return str(prefix)
+
+
+def update_description(prefix: str | os.PathLike, entries: Mapping[str, Any]) -> None:
+    """Changes entries of a checkpoint's description, if it has one; None removes an entry."""
+    if os.path.exists(f"{prefix}.meta.json"):
+        meta = {**read_description(f"{prefix}.meta.json"), **entries}
+        write_checkpoint_meta(str(prefix), {key: value for key, value in meta.items() if value is not None})
+
+
+def keep_best(
+    logdir: str | os.PathLike, step: int | None, score: Mapping[str, Any], others: Iterable[int] = ()
+) -> bool:
+    """Makes the checkpoint of `step` the one that `logdir/model-best` gives, with its score in best.json; None: there
+    is no best one. Returns whether the checkpoint is there.
+
+    The folder holds hard links (copies on file systems without them), so it outlasts the run's own checkpoints. Its
+    state file is replaced once all files are in place, so a kill at any moment leaves it naming a complete
+    checkpoint. Checkpoints of the steps `others` stay in the folder too.
+    """
+    logdir, folder = Path(logdir), Path(logdir) / BEST
+    if step is None:
+        for name in ("checkpoint", "best.json"):
+            (folder / name).unlink(missing_ok=True)
+        return True
+    folder.mkdir(exist_ok=True)
+    source, target = logdir / f"model-{step}", folder / f"model-{step}"
+    if os.path.exists(f"{source}.index") and not _same_file(f"{source}.index", f"{target}.index"):
+        _delete_checkpoint(str(target))
+        data = [str(p) for p in logdir.glob(f"{source.name}.data-*-of-*")]
+        for path in [*data, f"{source}.index"]:
+            _link(path, folder / Path(path).name)
+    if not os.path.exists(f"{target}.index"):
+        return False
+    if os.path.exists(f"{source}.meta.json"):
+        write_checkpoint_meta(str(target), read_description(f"{source}.meta.json"))
+    write_json(folder / "best.json", {**score, "step": step}, indent=1)
+    with atomic_write(folder / "checkpoint") as f:
+        f.write(f'model_checkpoint_path: "{target.name}"\n')
+    kept = {step, *others}
+    for index in folder.glob("model-*.index"):
+        if _step_of(str(index)[: -len(".index")]) not in kept:
+            _delete_checkpoint(str(index)[: -len(".index")])
+    return True
+
+
+def _same_file(a: str, b: str) -> bool:
+    return os.path.exists(b) and os.path.samefile(a, b)
+
+
+def _link(source: str, target: Path) -> None:
+    """A hard link, or a copy where there are none; a complete file in place of what is there."""
+    temporary = target.with_name(f".{target.name}")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(source, temporary)
+    except OSError:
+        shutil.copyfile(source, temporary)
+        with open(temporary, "rb") as f:
+            os.fsync(f.fileno())
+    os.replace(temporary, target)
 
 
 def _check_saved(staged: str, prefix: str) -> None:
