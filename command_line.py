@@ -35,8 +35,8 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         "--load",
         type=path_argument,
         metavar="PATH",
-        help="weights to start from or to run: a TensorFlow checkpoint, a run directory (its newest checkpoint) or an "
-        ".npz; their settings come along, --config wins",
+        help="weights to start from or to run: a TensorFlow checkpoint, a run directory (its newest checkpoint), "
+        "RUN/best or an .npz; their settings come along, --config wins",
     )
     parser.add_argument(
         "--trust-code",
