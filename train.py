@@ -261,11 +261,12 @@ def _train(start: Start, fitting: Fitting, rank: int, size: int, started: float)
     scores = Scores(make_rule(cfg, [v.name for v in validation]), start.meta)
     if size > 1:
         scores = ranks.from_first(scores)
-    if 0 < start.step < plan.total_steps and (reason := scores.why_finished()):
+    unscored = bool(validation and scores.pending) and (cfg.TEST.ASYNC or start.step in scores.pending)
+    if 0 < start.step < plan.total_steps and not unscored and (reason := scores.why_finished()):
         if chief:
             logger.info(f"{logdir} has ended at step {start.step}: {reason}; change these settings to train longer")
         return 0
-    if start.step >= plan.total_steps and not (validation and start.step in scores.pending):
+    if start.step >= plan.total_steps and not unscored:
         # Not an error: a job that was killed after its last step may be started again automatically.
         if chief:
             more = "raise TRAIN.MAX_STEPS, TRAIN.EPOCHS or TRAIN.LR_SCHEDULE to train longer"

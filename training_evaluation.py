@@ -68,8 +68,14 @@ class PeriodicEvaluation(Callback):
             else:
                 logger.warning(f"the evaluation of step {step} was not finished and is left out")
                 self._scores.drop(step)
-        if self._others is not None and self.global_step >= self._plan.total_steps:
+        # A run may be started again for evaluations alone.
+        ended = self.global_step >= self._plan.total_steps
+        reason = "" if ended else self._scores.why_finished()
+        if self._size > 1 and self._may_end:
+            reason = ranks.from_first(reason)
+        if self._others is not None and (ended or reason):
             self._wait()
+        self._end_if(reason)
 
     def _trigger_step(self):
         step = self.global_step

@@ -74,11 +74,15 @@ def loss_callable(cfg: Config, device: str | None = None, scope: str = "", avera
         inputs = [tf.placeholder(INPUT_TYPES[k][0], [1, *INPUT_TYPES[k][1]], k) for k in keys]
     with shared_variables(scope, device, averages):
         losses, _ = build_training(dict(zip(keys, inputs)), cfg)
-        losses = {**losses, "total_loss": tf.add_n(list(losses.values()))}
 
     def attach(sess: Any) -> LossFunction:
         call = sess.make_callable([losses, []], feed_list=inputs)
-        return lambda batch: {k: float(v) for k, v in call(*batch)[0].items()}
+
+        def compute(batch: Sequence[np.ndarray]) -> dict[str, float]:
+            found = {k: float(v) for k, v in call(*batch)[0].items()}
+            return {**found, "total_loss": math.fsum(found.values())}
+
+        return compute
 
     return attach
 
