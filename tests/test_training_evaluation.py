@@ -133,8 +133,10 @@ def test_an_unknown_metric_ends_the_run_before_it_begins(tmp_path, capsys):
 
 # ----------------------------------------------------------------------------------------------------- other processes
 # One class, so that boxes of an untrained model find some objects.
-REAL = ["DATA.CLASS_NAMES=person", "DATA.VAL=coco_train2017", "TRAIN.STEPS_PER_EPOCH=2", "TRAIN.EVAL_PERIOD=1", "TRAIN.VAL_LOSS=True", "TRAIN.EMA_DECAY=0.9",
-        "TEST.RESULT_SCORE_THRESH=0.0", "TRAIN.BEST_METRIC=-val_loss"]  # fmt: skip
+REAL = [
+    "DATA.CLASS_NAMES=person", "DATA.VAL=coco_train2017", "TRAIN.STEPS_PER_EPOCH=2", "TRAIN.EVAL_PERIOD=1",
+    "TRAIN.VAL_LOSS=True", "TRAIN.EMA_DECAY=0.9", "TEST.RESULT_SCORE_THRESH=0.0", "TRAIN.BEST_METRIC=-val_loss",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
