@@ -306,6 +306,20 @@ SETTINGS: dict[str, Setting] = {
         {}, targets,
         "Ends the run once an evaluation reaches all of these scores, e.g. {'bbox/AP':0.377,'segm/AP':0.339}.",
     ),
+    "TRAIN.PICTURES": Setting(
+        8, whole(0, 1000),
+        "Pictures for TensorBoard and LOGDIR/pictures: so many images of each validation set at each evaluation, "
+        "annotations beside predictions, and so many of the first training batch. 0: none.",
+    ),
+    "TRAIN.WANDB": Setting(
+        None, optional(text("a project, or entity/project")),
+        "Project at Weights & Biases that also gets scalars, settings and pictures. Needs `pip install wandb`.",
+    ),
+    "TRAIN.MLFLOW": Setting(
+        None, optional(text("URI/experiment")),
+        "MLflow's tracking URI and an experiment that also get them, e.g. http://localhost:5000/apples or "
+        "sqlite:///mlflow.db/apples. Needs `pip install mlflow`.",
+    ),
     "TRAIN.FREEZE_PATTERN": Setting(
         None, optional(pattern), "Regular expression; variables whose names match it are not trained."
     ),

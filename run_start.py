@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from common import UserError, atomic_write, check_output_folder, logger
 from config import Config, default_config, doubts, finalize_config
 from dataset_split import DatasetSplit
+from training_pictures import drop_pictures_after
 from trust import check_trust
 from utils import ranks
 from utils.checkpoint import (
@@ -49,7 +50,7 @@ _SECOND_STAGE_SETTINGS = ("MODE_MASK", "MODE_KEYPOINT", "FPN.CASCADE")
 _BACKBONE_SETTINGS = re.compile(r"^(BACKBONE\.(?!WEIGHTS|FREEZE)|PREPROC\.PIXEL_)")
 # Settings that may change when a run is continued: its length and the resources it uses, not what it computes.
 _FREE_SETTINGS = re.compile(
-    r"^(TRAIN\.(MAX_STEPS|EVAL_PERIOD|CHECKPOINT_PERIOD|KEEP_CHECKPOINTS|VAL_LOSS|BEST_METRIC|PATIENCE|MIN_DELTA|TARGET)|DATA\.(NUM_WORKERS|PREFETCH|WORKER_TIMEOUT|VAL$|BASEDIR)|TEST\.)"
+    r"^(TRAIN\.(MAX_STEPS|EVAL_PERIOD|CHECKPOINT_PERIOD|KEEP_CHECKPOINTS|VAL_LOSS|BEST_METRIC|PATIENCE|MIN_DELTA|TARGET|PICTURES|WANDB|MLFLOW)|DATA\.(NUM_WORKERS|PREFETCH|WORKER_TIMEOUT|VAL$|BASEDIR)|TEST\.)"
 )
 # Settings that follow from the data.
 _DERIVED_SETTINGS = ("DATA.NUM_CATEGORY", "DATA.CLASS_NAMES")
@@ -334,6 +335,7 @@ class Start:
                 with atomic_write(log) as f:
                     f.writelines(f"{line}\n" for line in kept)
         drop_events_after(self.logdir, self.step)
+        drop_pictures_after(self.logdir, self.step)
         if (self.logdir / f"model-{self.step}.index").exists():
             with atomic_write(self.logdir / "checkpoint") as f:
                 f.write(f'model_checkpoint_path: "model-{self.step}"\n')

@@ -56,6 +56,7 @@ try:
     )
     from training_async import check_device
     from training_best import Scores, check_metrics, make_rule, shown_score
+    from training_trackers import check_trackers
     from trust import trust_options
     from utils import ranks
     from utils.checkpoint import best_score, make_meta, newest_step, read_meta
@@ -239,6 +240,8 @@ def _train(start: Start, fitting: Fitting, rank: int, size: int, started: float)
     chief, logdir = rank == 0, start.logdir
     if size > 1 and start.cfg.TRAINER != "horovod":
         raise UserError(f"{size} processes were launched to train together, which needs --config TRAINER=horovod")
+    if chief:
+        check_trackers(start.cfg)
     cfg, split, validation = _load_data(start.cfg, rank, size)
 
     from predict import evaluation_builder

@@ -230,6 +230,8 @@ class _Accumulation:
     accumulation = 1
     # Called with the error of a step without input; otherwise tensorpack would treat it as the end of training.
     on_end_of_input: Callable[[Exception], None] | None = None
+    # Called before each run of the graph that takes a batch for each replica.
+    on_batches: Callable[[], None] = staticmethod(lambda: None)
 
     def _make_get_grad_fn(self, input, get_cost_fn, get_opt_fn):
         gradients_of_tower = super()._make_get_grad_fn(input, get_cost_fn, get_opt_fn)
@@ -271,7 +273,9 @@ class _Accumulation:
     def run_step(self):
         try:
             for _ in range(self.accumulation - 1):
+                self.on_batches()
                 self.sess.run(self._accumulate)
+            self.on_batches()
             self.hooked_sess.run(self.train_op)
         except (tf.errors.OutOfRangeError, tf.errors.CancelledError) as e:
             if self.on_end_of_input is None:

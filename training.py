@@ -15,12 +15,16 @@ from typing import Any
 
 from tqdm import tqdm
 
-from common import UserError, logger, without_nan
+from common import UserError, describe_error, logger, without_nan
 from config import Config
+from dataset_split import DatasetSplit
 from model_rcnn import INPUT_TYPES
 from trainers import DetectionModel, session_config
 from training_best import Scores
+from training_monitor import InputClock, Meter, smoothed
+from training_pictures import pictures_of_step, show_batches, show_evaluation
 from training_plan import TrainingPlan
+from training_trackers import Trackers, tracking
 from utils.tf_v1 import do_not_fold_initial_values, tf
 
 # isort: split
@@ -33,6 +37,7 @@ from tensorpack.train.base import StopTraining
 
 from training_evaluation import PeriodicEvaluation
 from utils.checkpoint import save_tf_checkpoint, update_description
+from utils.image_header import image_header_size
 from utils.stopping import on_stop
 
 __all__ = ["Checkpoints", "Interrupted", "ProgressLog", "run_training"]
@@ -57,22 +62,31 @@ class ProgressLog(Callback):
 
     def __init__(
         self,
+        cfg: Config,
         model: DetectionModel,
         plan: TrainingPlan,
         logdir: Path,
         describe_batch: Callable[[int], str],
         chief: bool,
+        meter: Meter,
+        clock: InputClock,
+        first_pictures: Callable[[int], dict[str, Path]],
+        trackers: Trackers,
         smooth: dict[str, float] | None = None,
     ):
-        """smooth: the smoothed values of the run that is continued."""
-        self._model, self._plan, self._logdir = model, plan, logdir
+        """first_pictures(step) writes the pictures of the first batch; smooth: the smoothed values of the run that is
+        continued."""
+        self._cfg, self._model, self._plan, self._logdir = cfg, model, plan, logdir
         self._describe_batch = describe_batch
         self._chief = chief
+        self._meter, self._clock, self._first_pictures, self._trackers = meter, clock, first_pictures, trackers
         self.smooth: dict[str, float] = dict(smooth or {})
         self._last_print = 0.0
-        self._step_time = None
         self._bar = None
         self._folder: tuple[int, int] | None = None
+
+    def _setup_graph(self):
+        self._fetches = {**self._model.losses, **self._model.stats}
 
     def _before_train(self):
         self._first_step = self.global_step
@@ -87,14 +101,16 @@ class ProgressLog(Callback):
                 )
 
     def _before_run(self, _):
-        return tf.train.SessionRunArgs({**self._model.losses, **self._model.stats})
+        return tf.train.SessionRunArgs(self._fetches)
 
     def _after_run(self, _, run_values):
         self._values = {k: float(v) for k, v in run_values.results.items()}
 
     def restart_clock(self) -> None:
         """Keeps the time of an evaluation since the last step out of the next step's time."""
-        self._last_time = time.time()
+        now = time.time()
+        self._meter.add_pause(now - self._last_time)
+        self._last_time = now
 
     def _trigger_step(self):
         values, step = self._values, self.global_step
@@ -104,34 +120,44 @@ class ProgressLog(Callback):
                 f"{bad[0]} is {values[bad[0]]} at step {step}; images of the batch: {self._describe_batch(step)}. "
                 "Lower TRAIN.BASE_LR, lengthen TRAIN.WARMUP, set TRAIN.GRADIENT_CLIP, or check these images"
             )
-        if not self._chief:
-            return
         now = time.time()
         seconds, self._last_time = now - self._last_time, now
+        waited = self._clock.waited()
         if step - self._first_step > 1:  # the first step includes TensorFlow's graph optimisation
-            self._step_time = seconds if self._step_time is None else 0.95 * self._step_time + 0.05 * seconds
-        else:
+            self._meter.add_step(seconds, waited)
+        elif self._chief:
             logger.info(f"first step after {now - self._started:.1f} s")
+        if advice := self._meter.advice(now):
+            logger.warning(advice)
+        if not self._chief:
+            return
+        if step - self._first_step == 1:
+            self.show(step, lambda: self._first_pictures(step))
+            self._last_time = time.time()
         for key, value in values.items():
-            self.smooth[key] = value if key not in self.smooth else 0.95 * self.smooth[key] + 0.05 * value
+            mean = smoothed(self.smooth.get(key), value)
+            if mean is not None:
+                self.smooth[key] = mean
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
             if step % 5 == 0:
                 self._bar.set_postfix_str(f"loss {self.smooth['total_loss']:.3f}", refresh=False)
         elif now - self._last_print > (5 if now - self._started < 60 else 30) or step == self._plan.total_steps:
             self._last_print = now
-            logger.info(self._line(step))
+            logger.info(self._line(step, values))
         if step % 20 == 0 or step == self._plan.total_steps:
-            self._write(step, {**self.smooth, "learning_rate": values["learning_rate"]})
+            rate = {"learning_rate": values["learning_rate"]}
+            self._write(step, {**values, **self.smooth, **rate, **self._meter.speed(step), **self._meter.memory()})
 
-    def _line(self, step: int) -> str:
-        total = self._plan.total_steps
+    def _line(self, step: int, values: dict[str, float]) -> str:
         losses = " ".join(
             f"{k.replace('_loss', '')} {self.smooth[k]:.3f}" for k in self._model.losses if k != "total_loss"
         )
-        pace = self._step_time
-        eta = "" if pace is None else f" · {pace:.2f} s/step · ETA {format_seconds(pace * (total - step))}"
-        return f"step {step}/{total}{eta} · loss {self.smooth['total_loss']:.3f} = {losses}"
+        parts = [f"step {step}/{self._plan.total_steps}", *self._meter.words(step)]
+        parts.append(f"rate {values['learning_rate']:.3g}")
+        if "gradient_norm" in self.smooth:
+            parts.append(f"gradient {self.smooth['gradient_norm']:.3g}")
+        return f"{' · '.join(parts)} · loss {self.smooth['total_loss']:.3f} = {losses}"
 
     def check_folder(self) -> None:
         """Raises UserError if the run directory was removed; a new one would have no settings to continue from."""
@@ -155,14 +181,36 @@ class ProgressLog(Callback):
         if self._chief:
             self._write(step, {k: float(v) for k, v in metrics.items()})
 
+    def show(self, step: int, make: Callable[[], dict[str, Path]]) -> None:
+        """Adds the pictures that make() writes, {name: JPEG file}, to TensorBoard. No error in them ends a run."""
+        if not self._chief:
+            return
+        try:
+            pictures = make()
+            self._writer.add_summary(picture_summary(pictures), step)
+            self._writer.flush()
+            self._trackers.pictures(step, pictures)
+        except Exception as e:
+            logger.warning(f"the pictures of step {step} are incomplete: {describe_error(e)}")
+
+    def shown(self, step: int) -> Callable[[DatasetSplit, list[dict[str, Any]]], None]:
+        """show(split, results) adds the pictures of an evaluation."""
+        return lambda split, results: self.show(
+            step, lambda: show_evaluation(self._logdir, step, split, results, self._cfg)
+        )
+
     def _write(self, step: int, values: dict[str, float]) -> None:
-        summary = tf.Summary(value=[tf.Summary.Value(tag=k, simple_value=v) for k, v in values.items()])
-        line = json.dumps(without_nan({"step": step, **{k: round(v, 6) for k, v in values.items()}}), allow_nan=False)
+        told = {k: v for k, v in values.items() if not math.isnan(v)}  # classes without an object have no score
+        summary = tf.Summary(value=[tf.Summary.Value(tag=_tag(k), simple_value=v) for k, v in told.items()])
+        line = json.dumps(
+            without_nan({"step": step, **{k: float(f"{v:.7g}") for k, v in values.items()}}), allow_nan=False
+        )
         with self.writing(f"the log in {self._logdir}"):
             with open(self._logdir / "log.jsonl", "a") as f:
                 f.write(f"{line}\n")
             self._writer.add_summary(summary, step)
             self._writer.flush()
+        self._trackers.scalars(step, values)
 
     def _after_train(self):
         if self._chief:
@@ -170,6 +218,23 @@ class ProgressLog(Callback):
                 self._writer.close()
         if self._bar is not None:
             self._bar.close()
+
+
+def _tag(key: str) -> str:
+    """TensorBoard's name for a key of the log: it puts what has the same first part together, here the classes."""
+    head, per_class, name = key.partition("_per_class/")
+    return head.replace("/", "_") + per_class + name if per_class else key
+
+
+def picture_summary(pictures: dict[str, Path]) -> Any:
+    """TensorBoard's record of {name: JPEG file}."""
+    values = []
+    for name, path in pictures.items():
+        encoded = path.read_bytes()
+        height, width = image_header_size(path)
+        image = tf.Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=encoded)
+        values.append(tf.Summary.Value(tag=f"pictures/{name}", image=image))
+    return tf.Summary(value=values)
 
 
 @contextlib.contextmanager
@@ -344,10 +409,12 @@ class _LoadWeights(SessionInit):
 
 
 class _WatchedDataflow(DataFlow):
-    """Stores the exception that ends the input; tensorpack's thread would only log it."""
+    """Stores the exception that ends the input, which tensorpack's thread would only log, tells a clock of each batch
+    that is in the queue, and keeps the first ones."""
 
-    def __init__(self, dataflow: Any):
-        self._dataflow = dataflow
+    def __init__(self, dataflow: Any, clock: InputClock, keep: int):
+        self._dataflow, self._clock = dataflow, clock
+        self.keep, self.first = keep, []
         self.error: BaseException | None = None
 
     def reset_state(self):
@@ -358,16 +425,16 @@ class _WatchedDataflow(DataFlow):
 
     def __iter__(self):
         try:
-            yield from self._dataflow
+            for batch in self._dataflow:
+                if self.keep > 0:
+                    self.keep -= 1
+                    self.first.append(batch)
+                yield batch
+                self._clock.batch_arrives()  # tensorpack's thread asks for the next one: this one is in the queue
         except BaseException as e:
             if not isinstance(e, GeneratorExit):
                 self.error = e
             raise
-
-
-def format_seconds(seconds: float) -> str:
-    seconds = round(seconds)
-    return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
 
 
 # ------------------------------------------------------------------------------------------------------------- running
@@ -393,31 +460,44 @@ def run_training(
     of ranks; smooth: the smoothed losses of a run that is continued. Raises Interrupted after a signal, or the error
     that ended training before the plan's end.
     """
-    with tf.Graph().as_default():
+    with tracking(cfg, logdir, trainer.is_chief) as trackers, tf.Graph().as_default():
         return _run_in_graph(
             cfg, plan, dataflow, keys, devices, trainer, logdir, meta, load, describe_batch, build_evaluation, scores,
-            size, smooth,
+            size, trackers, smooth,
         )  # fmt: skip
 
 
 def _run_in_graph(
     cfg, plan, dataflow, keys, devices, trainer, logdir, meta, load, describe_batch, build_evaluation, scores, size,
-    smooth,
+    trackers, smooth,
 ):  # fmt: skip
     chief = trainer.is_chief
     tf.set_random_seed(cfg.TRAIN.SEED)
     model = DetectionModel(cfg, plan, keys)
-    watched = _WatchedDataflow(dataflow)
+    clock = InputClock(len(devices))
+    per_step = len(devices) * plan.accumulation
+    watched = _WatchedDataflow(
+        dataflow, clock, min(per_step, -(-cfg.TRAIN.PICTURES // plan.images_per_replica)) if chief else 0
+    )
+
+    def first_pictures(step: int) -> dict[str, Path]:
+        batches, watched.first = watched.first, []
+        return show_batches(logdir, step, [dict(zip(keys, batch)) for batch in batches], cfg)
+
     capacity = max(2, 2 * len(devices))
     types = [INPUT_TYPES[k][0] for k in keys]
     queue = tf.FIFOQueue(capacity, types, name="input_queue")
     source = QueueInput(watched, queue)
     trainer.setup_graph(model.get_input_signature(), source, model.build_graph, model.get_optimizer)
     do_not_fold_initial_values([*tf.global_variables(), *tf.local_variables()])
-    log = ProgressLog(model, plan, logdir, describe_batch, chief, smooth)
+    gpus = sum("gpu" in d for d in devices)
+    worker_pids = lambda: getattr(dataflow, "worker_pids", ())  # noqa: E731
+    meter = Meter(plan.total_batch, plan.total_steps, cfg.DATA.NUM_WORKERS, worker_pids, gpus)
+    log = ProgressLog(cfg, model, plan, logdir, describe_batch, chief, meter, clock, first_pictures, trackers, smooth)
     checkpoints = Checkpoints(cfg, plan, logdir, meta, log, chief, scores)
     checkpoints.close_op, checkpoints.input_error = source.thread.close_op, lambda: watched.error
     trainer.on_end_of_input = checkpoints.on_end_of_input
+    trainer.on_batches = clock.run_begins
     callbacks = [log, checkpoints]
     evaluation = None
     if build_evaluation is not None and cfg.TRAIN.EVAL_PERIOD:
