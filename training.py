@@ -17,12 +17,11 @@ from tqdm import tqdm
 
 from common import UserError, describe_error, logger, without_nan
 from config import Config
-from dataset_split import DatasetSplit
 from model_rcnn import INPUT_TYPES
 from trainers import DetectionModel, session_config
 from training_best import Scores
 from training_monitor import InputClock, Meter, smoothed
-from training_pictures import pictures_of_step, show_batches, show_evaluation
+from training_pictures import show_batches
 from training_plan import TrainingPlan
 from training_trackers import Trackers, tracking
 from utils.tf_v1 import do_not_fold_initial_values, tf
@@ -62,7 +61,6 @@ class ProgressLog(Callback):
 
     def __init__(
         self,
-        cfg: Config,
         model: DetectionModel,
         plan: TrainingPlan,
         logdir: Path,
@@ -76,7 +74,7 @@ class ProgressLog(Callback):
     ):
         """first_pictures(step) writes the pictures of the first batch; smooth: the smoothed values of the run that is
         continued."""
-        self._cfg, self._model, self._plan, self._logdir = cfg, model, plan, logdir
+        self._model, self._plan, self._logdir = model, plan, logdir
         self._describe_batch = describe_batch
         self._chief = chief
         self._meter, self._clock, self._first_pictures, self._trackers = meter, clock, first_pictures, trackers
@@ -132,7 +130,7 @@ class ProgressLog(Callback):
         if not self._chief:
             return
         if step - self._first_step == 1:
-            self.show(step, lambda: self._first_pictures(step))
+            self.show(step, self._first_pictures(step))
             self._last_time = time.time()
         for key, value in values.items():
             mean = smoothed(self.smooth.get(key), value)
@@ -181,23 +179,14 @@ class ProgressLog(Callback):
         if self._chief:
             self._write(step, {k: float(v) for k, v in metrics.items()})
 
-    def show(self, step: int, make: Callable[[], dict[str, Path]]) -> None:
-        """Adds the pictures that make() writes, {name: JPEG file}, to TensorBoard. No error in them ends a run."""
-        if not self._chief:
-            return
+    def show(self, step: int, pictures: dict[str, Path]) -> None:
+        """Adds pictures, {name: JPEG file}, to TensorBoard. No error in them ends a run."""
         try:
-            pictures = make()
             self._writer.add_summary(picture_summary(pictures), step)
             self._writer.flush()
             self._trackers.pictures(step, pictures)
         except Exception as e:
-            logger.warning(f"the pictures of step {step} are incomplete: {describe_error(e)}")
-
-    def shown(self, step: int) -> Callable[[DatasetSplit, list[dict[str, Any]]], None]:
-        """show(split, results) adds the pictures of an evaluation."""
-        return lambda split, results: self.show(
-            step, lambda: show_evaluation(self._logdir, step, split, results, self._cfg)
-        )
+            logger.warning(f"the pictures of step {step} are not in TensorBoard: {describe_error(e)}")
 
     def _write(self, step: int, values: dict[str, float]) -> None:
         told = {k: v for k, v in values.items() if not math.isnan(v)}  # classes without an object have no score
@@ -493,7 +482,7 @@ def _run_in_graph(
     gpus = sum("gpu" in d for d in devices)
     worker_pids = lambda: getattr(dataflow, "worker_pids", ())  # noqa: E731
     meter = Meter(plan.total_batch, plan.total_steps, cfg.DATA.NUM_WORKERS, worker_pids, gpus)
-    log = ProgressLog(cfg, model, plan, logdir, describe_batch, chief, meter, clock, first_pictures, trackers, smooth)
+    log = ProgressLog(model, plan, logdir, describe_batch, chief, meter, clock, first_pictures, trackers, smooth)
     checkpoints = Checkpoints(cfg, plan, logdir, meta, log, chief, scores)
     checkpoints.close_op, checkpoints.input_error = source.thread.close_op, lambda: watched.error
     trainer.on_end_of_input = checkpoints.on_end_of_input

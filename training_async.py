@@ -23,6 +23,7 @@ from common import UserError, describe_error, installed_gpus, logger, visible_gp
 from config import Config, default_config, finalize_config
 from dataset import load_validation_splits
 from run_start import weight_loader
+from training_pictures import evaluation_pictures
 from utils.checkpoint import is_model_tensor, load_weights, without_averages
 
 __all__ = ["AsyncEvaluations", "Outcome", "check_device"]
@@ -195,4 +196,6 @@ def _evaluate_checkpoint(cfg: Config, prefix: str) -> dict[str, float]:
     splits = load_validation_splits(cfg)
     with tf.Graph().as_default() as graph:
         evaluate = evaluation_builder(cfg, splits, ["/cpu:0"], 0, 1, reuse=False)()
-        return evaluate(start_session(graph, weight_loader(weights, prefix)))
+        logdir, step = Path(prefix).parent, int(prefix.rsplit("-", 1)[1])
+        show = evaluation_pictures(logdir, step, cfg)
+        return evaluate(start_session(graph, weight_loader(weights, prefix)), on_results=show)

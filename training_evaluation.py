@@ -10,6 +10,7 @@ from config import Config
 from predict import EvaluationStopped
 from training_async import AsyncEvaluations
 from training_best import Scores, shown_score
+from training_pictures import evaluation_pictures, pictures_of_step
 from training_plan import TrainingPlan
 from utils import ranks
 from utils.checkpoint import best_score, keep_best, read_checkpoint_meta
@@ -42,9 +43,10 @@ class PeriodicEvaluation(Callback):
         scores: Scores,
         size: int,
     ):
-        """build() -> evaluate(sess, should_stop) -> metrics; log, checkpoints: the callbacks ProgressLog and
-        Checkpoints; size: the number of ranks."""
-        self._plan, self._logdir, self._build, self._log, self._checkpoints = plan, logdir, build, log, checkpoints
+        """build() -> evaluate(sess, should_stop, on_results) -> metrics; log, checkpoints: the callbacks ProgressLog
+        and Checkpoints; size: the number of ranks."""
+        self._cfg, self._plan, self._logdir, self._build = cfg, plan, logdir, build
+        self._log, self._checkpoints = log, checkpoints
         self._scores, self._size = scores, size
         self._interval = cfg.TRAIN.EVAL_PERIOD * cfg.TRAIN.STEPS_PER_EPOCH
         self._may_end = cfg.TRAIN.PATIENCE is not None or bool(cfg.TRAIN.TARGET)
@@ -143,7 +145,11 @@ class PeriodicEvaluation(Callback):
         if self._evaluate is None:
             self._evaluate = self._add_to_graph()
         try:
-            metrics = self._evaluate(self.trainer.sess, lambda: self._checkpoints.stop_signal is not None)
+            metrics = self._evaluate(
+                self.trainer.sess,
+                lambda: self._checkpoints.stop_signal is not None,
+                evaluation_pictures(self._logdir, step, self._cfg),
+            )
         except EvaluationStopped:
             self._checkpoints.save()
             raise StopTraining("signal") from None
@@ -171,7 +177,8 @@ class PeriodicEvaluation(Callback):
         scores = self._scores
         with self._log.writing(f"the scores in {self._logdir}"):
             write_json(self._logdir / "metrics.json", without_nan(metrics), indent=1)
-        self._log.write_metrics(step, {k: v for k, v in metrics.items() if "per_class" not in k})
+        self._log.write_metrics(step, metrics)
+        self._log.show(step, pictures_of_step(self._logdir, step))
         scores.add(step, metrics)
         now = scores.standing()
         reason = scores.why_finished() if step < self._plan.total_steps else ""

@@ -1,8 +1,9 @@
 """Pictures of a training run: some validation images with predictions beside their annotations, and the first batch."""
 
+import contextlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import cv2
 import numpy as np
 
 from batch_pictures import batch_pictures, draw_boxes
-from common import UserError, atomic_write
+from common import UserError, atomic_write, describe_error, logger
 from config import Config
 from data import read_split_image
 from dataset_split import DatasetSplit
@@ -18,7 +19,7 @@ from detections import Detections
 from viz import draw_annotations, draw_detections, side_by_side
 
 __all__ = [
-    "chosen_images", "compared", "drop_pictures_after", "pictures_of_step", "show_batches", "show_evaluation",
+    "chosen_images", "compared", "drop_pictures_after", "evaluation_pictures", "pictures_of_step", "show_batches",
 ]  # fmt: skip
 
 FOLDER = "pictures"  # of the run directory
@@ -37,27 +38,50 @@ def chosen_images(split: DatasetSplit, count: int) -> list[int]:
 def show_batches(logdir: Path, step: int, batches: Sequence[dict[str, np.ndarray]], cfg: Config) -> dict[str, Path]:
     """Writes pictures of the first TRAIN.PICTURES images of the batches of a step, each {name: array} of
     `data.training_keys`, and returns {name: file}."""
-    pictures: list[np.ndarray] = []
-    for batch in batches:
-        pictures += batch_pictures(batch, cfg.DATA.CLASS_NAMES, cfg.TRAIN.PICTURES - len(pictures))
-    return {f"batch-{n}": _write(logdir, f"batch-{n}", step, picture) for n, picture in enumerate(pictures)}
+    written: dict[str, Path] = {}
+    with _harmless(step):
+        for batch in batches:
+            for picture in batch_pictures(batch, cfg.DATA.CLASS_NAMES, cfg.TRAIN.PICTURES - len(written)):
+                name = f"batch-{len(written)}"
+                written[name] = _write(logdir, name, step, picture)
+    return written
 
 
-def show_evaluation(
-    logdir: Path, step: int, split: DatasetSplit, results: Sequence[dict[str, Any]], cfg: Config
-) -> dict[str, Path]:
-    """Writes pictures of TRAIN.PICTURES images of a set, annotations on the left, on the right what was found, and
-    returns {name: file}.
+def evaluation_pictures(
+    logdir: Path, step: int, cfg: Config
+) -> Callable[[DatasetSplit, Sequence[dict[str, Any]]], None]:
+    """show(split, results) writes pictures of TRAIN.PICTURES images of a set, annotations on the left, on the right
+    what was found; `pictures_of_step` finds them, also in another process.
 
     results: COCO results of the set, as `predict.evaluate_split` gives them; with MODE_RPN_ONLY the best proposals are
     drawn. Images that cannot be read are left out.
     """
+
+    def show(split: DatasetSplit, results: Sequence[dict[str, Any]]) -> None:
+        with _harmless(step):
+            _show_evaluation(logdir, step, split, results, cfg)
+
+    return show
+
+
+@contextlib.contextmanager
+def _harmless(step: int) -> Iterator[None]:
+    """No error in pictures ends a run."""
+    try:
+        yield
+    except Exception as e:
+        logger.warning(f"the pictures of step {step} are incomplete: {describe_error(e)}")
+
+
+def _show_evaluation(
+    logdir: Path, step: int, split: DatasetSplit, results: Sequence[dict[str, Any]], cfg: Config
+) -> None:
     images = {split.image_id(i): i for i in chosen_images(split, cfg.TRAIN.PICTURES)}
     found: dict[Any, list[dict[str, Any]]] = {image_id: [] for image_id in images}
     for entry in results:
         if entry["image_id"] in found:
             found[entry["image_id"]].append(entry)
-    written: dict[str, Path] = {}
+    written: set[str] = set()
     for image_id, i in images.items():
         try:
             image = read_split_image(split, i)
@@ -68,8 +92,8 @@ def show_evaluation(
         name = _file_name(f"val-{split.name}-{image_id}")
         if name in written:  # ids that differ in what a file name does not have
             name = f"{name}_{i}"
-        written[name] = _write(logdir, name, step, picture)
-    return written
+        written.add(name)
+        _write(logdir, name, step, picture)
 
 
 def compared(
@@ -114,7 +138,7 @@ def _detections(entries: Sequence[dict[str, Any]], split: DatasetSplit, agnostic
 
 # --------------------------------------------------------------------------------------------------------------- files
 def pictures_of_step(logdir: Path, step: int) -> dict[str, Path]:
-    """{name: file} of the pictures that `show_evaluation` has written for a step, perhaps in another process."""
+    """{name: file} of the pictures of an evaluation."""
     return {p.name.rsplit("-step", 1)[0]: p for p in sorted((logdir / FOLDER).glob(f"val-*-step{step:07d}.jpg"))}
 
 
