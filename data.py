@@ -31,6 +31,7 @@ from config import Config
 from data_sampling import StepPlan, training_images
 from dataset_split import DatasetSplit
 from utils import polygons
+from utils.archives import is_file, is_folder, list_folder
 from utils.image_header import IMAGE_SUFFIXES, decode_image
 from utils.tiff_parts import open_tiff
 
@@ -80,15 +81,15 @@ def list_images(paths: Sequence[str | os.PathLike]) -> list[str]:
     """The given image files, and those in the given directories (without subdirectories), sorted for each directory."""
     files = []
     for path in map(Path, paths):
-        if path.is_dir():
-            inside = sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith("."))
+        if is_folder(path):
+            inside = sorted(p for p in map(path.joinpath, list_folder(path)) if is_file(p) and p.name[0] != ".")
             found = [str(p) for p in inside if p.suffix.lower() in IMAGE_SUFFIXES]
             if not found:
                 raise UserError(f"directory {path} has no image ({', '.join(IMAGE_SUFFIXES)})")
             if other := [p.name for p in inside if p.suffix.lower() not in IMAGE_SUFFIXES]:
                 logger.info(f"{path}: {len(other)} other files are left out, e.g. {other[0]}")
             files += found
-        elif path.is_file():
+        elif is_file(path):
             files.append(str(path))
         else:
             raise UserError(f"image {path} does not exist")

@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 
 from common import UserError, logger
+from utils.archives import is_folder, read_file
 from utils.image_header import decode_bytes, meant_file
 
 __all__ = ["Finding", "ImageFacts", "look_at_image", "quick_check"]
@@ -41,14 +42,14 @@ def look_at_image(path: str, declared: tuple[int, int]) -> ImageFacts:
         return ImageFacts(problem, detail, 0, 0, b"", None)
 
     try:
-        content = np.fromfile(path, np.uint8)
+        content = read_file(path)
     except FileNotFoundError:
         folder, name = os.path.split(path)
-        while name and folder and not os.path.isdir(folder):
+        while name and folder and not is_folder(folder):
             folder, parent = os.path.split(folder)
             name = os.path.join(parent, name)
         return bad("image missing", f"{path}{meant_file(folder, name)}")
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, UserError) as e:
         return bad("image unreadable", f"{path}: {getattr(e, 'strerror', None) or e}")
     if _cut_off(content.tobytes()):
         return bad("image cut off", f"{path} ends before its last line")

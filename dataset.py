@@ -12,6 +12,7 @@ end:
 | ['lvis', json, image folder] | LVIS v1 json | |
 | ['cityscapes', dir, split] | gtFine/<split>/*/*_gtFine_(instanceIds.png or polygons.json), leftImg8bit/<split> | |
 | ['csv', file, image folder] | one row per box, see `dataset_csv.read_csv_content` | classes, normalised |
+| ['via', json, image folder] | VGG Image Annotator's json | attribute, one_class |
 | ['module:function', …] | any, read by your own function, see `load_format` | its keyword arguments |
 
 The function of each format documents its options: `load_openimages`, `read_voc_content`, ….
@@ -31,6 +32,7 @@ import dataset_coco
 import dataset_csv
 import dataset_lvis
 import dataset_openimages
+import dataset_via
 import dataset_voc
 from common import UserError, describe_error, import_function, logger
 from config import Config
@@ -45,6 +47,7 @@ FORMATS: dict[str, Callable[..., DatasetSplit]] = {
     "csv": dataset_csv.load,
     "lvis": dataset_lvis.load,
     "openimages": dataset_openimages.load,
+    "via": dataset_via.load,
     "voc": dataset_voc.load,
 }
 
@@ -59,6 +62,8 @@ def load_split(cfg: Config, name: str, class_names: Sequence[str] = (), training
         them.
     """
     spec = cfg.DATA.DATASETS.get(name)
+    if spec is None and name in dataset_via.BALLOON:
+        spec = dataset_via.balloon_spec(cfg, name)
     if spec is None or spec[0].endswith(".json"):
         _, words, options = _parse_spec(spec or [name], name)
         if len(words) > 1:

@@ -17,6 +17,7 @@ from common import UserError, logger
 from config import Config
 from dataset_split import MIN_SIDE, DatasetSplit, pack_texts, select_images, to_offsets, unpack_texts
 from utils import polygons
+from utils.archives import list_folder
 from utils.coco_format import (
     REASONS,
     Unusable,
@@ -492,8 +493,7 @@ def _missing_images(folder: str, files: list[str]) -> np.ndarray:
         directory, name = os.path.split(file)
         if directory not in listed:
             try:
-                with os.scandir(os.path.join(folder, directory)) as entries:
-                    listed[directory] = {e.name for e in entries}
+                listed[directory] = set(list_folder(os.path.join(folder, directory)))
             except OSError:
                 listed[directory] = set()
         missing[i] = name not in listed[directory]

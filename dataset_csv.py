@@ -12,6 +12,7 @@ from common import UserError, read_text
 from config import Config
 from dataset_build import split_from_coco
 from dataset_split import DatasetSplit, own_path
+from utils.archives import is_file
 from utils.coco_format import Unusable, in_pixels, read_flag, read_number
 from utils.image_header import header_sizes
 
@@ -97,7 +98,7 @@ def read_csv_content(
     if unknown:
         raise UserError(f"csv of boxes {path}: label '{unknown[0]}' is not in {classes}")
     ids = {n: i for i, n in enumerate(names, 1)}
-    there = [n for n in boxes if os.path.exists(os.path.join(folder, n))]
+    there = [n for n in boxes if is_file(os.path.join(folder, n))]
     sizes = dict(zip(there, header_sizes([os.path.join(folder, n) for n in there]).tolist()))
     # Missing images are counted by the caller, which does not use their size.
     images = [{"id": n, "file_name": n, "height": h, "width": w} for n in boxes for h, w in [sizes.get(n, (1, 1))]]

@@ -15,6 +15,7 @@ import numpy as np
 
 from common import UserError, logger
 from eval_protocols import PROTOCOLS, only_images
+from utils.archives import split_path
 from utils.coco_format import as_truth, read_document
 
 __all__ = [
@@ -305,7 +306,11 @@ def select_images(columns: dict[str, Any], images: np.ndarray) -> dict[str, Any]
 def own_path(base: Path, given: str) -> Path:
     """Relative to BASEDIR, or to the working directory when it exists only there."""
     path = Path(given).expanduser()
-    return path if path.exists() and not (base / path).exists() else base / path
+
+    def exists(place: Path) -> bool:
+        return place.exists() or split_path(place) is not None
+
+    return path if exists(path) and not exists(base / path) else base / path
 
 
 # ------------------------------------------------------------------------------------------------ columns

@@ -537,7 +537,8 @@ def read_via(
             raise UserError(f"{what}: not VIA's format: entry {key[:60]!r} has no 'filename' and 'regions'")
         regions = entry["regions"]
         regions = list(regions.values()) if type(regions) is dict else regions
-        used[read_file_name(entry["filename"], what)] = _listed(regions, f"{what}: regions of {key[:60]!r}")
+        name = read_file_name(entry["filename"], what)
+        used.setdefault(name, []).extend(_listed(regions, f"{what}: regions of {key[:60]!r}"))
     attribute = attribute or ("" if one_class else _via_attribute(used, what))
     sizes = _sizes(folder, list(used))
     out = _Collector(what, names or ([one_class] if one_class else []))

@@ -14,6 +14,7 @@ from eval import read_results
 from eval_protocols import only_images
 from report_read import PROTOCOLS, Problem, held_types, problem_of
 from utils import oid_eval
+from utils.archives import is_folder
 from utils.cityscapes_eval import read_cityscapes_detections
 from utils.coco_format import as_results, as_truth, in_pixels, read_document
 from utils.image_header import image_header_size
@@ -52,7 +53,7 @@ def read_problem(
         raise UserError(f"--gt {truth} does not exist")
     folders, ancestors = [str(f) for f in images], None
     for folder in folders:
-        if not Path(folder).is_dir():
+        if not is_folder(folder):
             raise UserError(f"--images {folder} is not a folder")
     name = f"{truth.stem}"
     if not truth.is_dir():

@@ -652,7 +652,7 @@ def test_splits_survive_pickling_and_can_still_be_scored(spec):
 
 @pytest.mark.quick
 def test_unknown_formats_and_modules_are_named():
-    with pytest.raises(UserError, match="unknown format 'yolo'; known are cityscapes, csv, lvis, openimages, voc"):
+    with pytest.raises(UserError, match="unknown format 'yolo'; known are cityscapes, csv, lvis, openimages, via, voc"):
         dataset.load_format(["yolo", "a", "b"], format_settings(DATA), "mine")
     with pytest.raises(UserError, match="No module named 'no_such_module'"):
         dataset.load_format(["no_such_module:load", "a"], format_settings(DATA), "mine")

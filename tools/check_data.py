@@ -36,6 +36,7 @@ from data_check import Finding, ImageFacts, look_at_image
 from dataset import load_split
 from dataset_build import WITHOUT_OUTLINE
 from dataset_split import DatasetSplit
+from utils.archives import is_folder
 from utils.coco_format import (
     REASONS,
     Annotation,
@@ -640,7 +641,7 @@ def read_source(name: str, annotation_file: str, folder: str) -> DataSource:
     for key in ("images", "annotations", "categories"):
         if not isinstance(content[key], list):
             raise UserError(f"annotation file {annotation_file} is not in COCO's format: no list '{key}' of entries")
-    if not Path(folder).is_dir():
+    if not is_folder(folder):
         raise UserError(f"image folder {folder} does not exist")
     spec = {name: [os.path.abspath(annotation_file), os.path.abspath(folder)]}
     cfg = finalize_config(default_config().update_args([f"DATA.DATASETS={spec!r}", "MODE_MASK=False", *_ANY_IMAGES]))

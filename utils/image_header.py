@@ -16,6 +16,7 @@ import cv2
 import numpy as np
 
 from common import UserError
+from utils.archives import list_folder, read_file, read_start
 from utils.threads import in_threads
 
 __all__ = [
@@ -40,7 +41,7 @@ def decode_image(path: str | os.PathLike, flags: int, what: str = "") -> np.ndar
     decoded."""
     what = what or f"image {path}"
     try:
-        content = np.fromfile(path, np.uint8)
+        content = read_file(path)
     except OSError as e:
         raise UserError(f"{what} cannot be read: {e.strerror or e}") from None
     return decode_bytes(content, flags, what)
@@ -85,12 +86,11 @@ def _longest_png_chunk(content: np.ndarray) -> int:
 def image_header_size(path: str | Path) -> tuple[int, int]:
     """Height and width of a JPEG or PNG from its header; other kinds, and damaged headers, are decoded."""
     try:
-        with open(path, "rb") as f:
-            # A JPEG's frame header comes after its metadata, which may hold pictures of their own.
-            for length in (1 << 12, 1 << 20):
-                size = _size_in(f.read(length)) if f.seek(0) == 0 else None
-                if size is not None:
-                    return size
+        # A JPEG's frame header comes after its metadata, which may hold pictures of their own.
+        for length in (1 << 12, 1 << 20):
+            size = _size_in(read_start(path, length))
+            if size is not None:
+                return size
     except OSError as e:
         raise UserError(f"image {path} cannot be read: {e.strerror}") from None
     return decode_image(path, cv2.IMREAD_UNCHANGED | cv2.IMREAD_IGNORE_ORIENTATION).shape[:2]
@@ -143,8 +143,8 @@ def _similar_file(folder: Path, name: str) -> str:
         for relative in dict.fromkeys([candidate, candidate.partition("/")[2], os.path.basename(candidate)]):
             parent, wanted = folder / os.path.dirname(relative), _folded(os.path.basename(relative))
             try:
-                there = sorted(os.listdir(parent)) if wanted else []
-            except (OSError, ValueError):
+                there = sorted(list_folder(parent)) if wanted else []
+            except (OSError, ValueError, UserError):
                 continue
             stem = os.path.splitext(wanted)[0]
             found = [e for e in there if _folded(e) == wanted]
