@@ -29,7 +29,13 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         action="extend",
         default=[],
         metavar="KEY=VAL",
-        help="settings; --print-config lists them",
+        help="settings, or @FILE with a KEY=VAL on each line or the settings.json of a run; later ones win; "
+        "--print-config lists them",
+    )
+    parser.add_argument(
+        "--recipe",
+        metavar="NAME",
+        help="the settings of a known model, e.g. r50-fpn (docs/RECIPES.md), before those of --config; list: show all",
     )
     parser.add_argument(
         "--load",
@@ -127,6 +133,8 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
             os.path.dirname(args.resume), args.resume)  # fmt: skip
     if args.resume and not args.logdir:
         parser.error("--resume needs --logdir")
+    if args.resume and args.recipe and args.recipe != "list":
+        parser.error("--resume continues a run with its own settings; leave out --recipe")
     if args.resume and args.load:
         parser.error("--resume continues a checkpoint of --logdir; leave out --load")
     return args

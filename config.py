@@ -18,6 +18,7 @@ from common import UserError
 from config_check import (
     Setting,
     anchors,
+    automatic,
     backbone,
     class_names,
     datasets,
@@ -213,8 +214,9 @@ SETTINGS: dict[str, Setting] = {
     # -------------------------------------------------------------------------------------------------------- training
     "TRAIN.BASE_LR": Setting(0.01, _RATE, "Learning rate at a total batch of 8 images."),
     "TRAIN.WARMUP": Setting(
-        1000, whole(0, 10**9),
-        "Steps of this run in which the rate rises from TRAIN.WARMUP_INIT_LR. With TRAIN.EPOCHS at most a tenth of it.",
+        "auto", automatic(whole(0, 10**9)),
+        "Steps of this run in which the rate rises from TRAIN.WARMUP_INIT_LR. auto: 1000. With auto, and with "
+        "TRAIN.EPOCHS, at most a tenth of the run.",
     ),
     "TRAIN.WARMUP_INIT_LR": Setting(0.01 * 0.33, _RATE, "Learning rate of the first step, at a total batch of 8."),
     "TRAIN.WEIGHT_DECAY": Setting(1e-4, number(0, 1), "L2 decay of weights (not of biases and norms)."),
@@ -226,13 +228,16 @@ SETTINGS: dict[str, Setting] = {
     ),
     "TRAIN.LR_FINAL": Setting(0.0, _SHARE, "TRAIN.LR_POLICY=cosine: the last rate, as a share of the first."),
     "TRAIN.LR_SCHEDULE": Setting(
-        "2x", schedule,
-        "Iterations at which the rate drops by 10, at a total batch of 8; the last one is the end.",
+        "auto", schedule,
+        "Iterations at which the rate drops by 10, at a total batch of 8; the last one is the end. auto: 2x for 50,000 "
+        "images or more and for runs with TRAIN.MAX_STEPS. Fewer images: 24 epochs; small sets are shown up to 50 "
+        "times, until 24,000 images were shown; never fewer than 500 updates. auto:1x (to 9x): with 1x instead of "
+        "2x.",
     ),
     "TRAIN.EPOCHS": Setting(
         None, optional(number(above=0, high=10**6)),
-        "Length of the run in passes over the training images, instead of that of TRAIN.LR_SCHEDULE. The rate drops by "
-        "10 after 2/3 and 8/9 of it, as in the 1x schedule, and the warm-up takes at most a tenth of it.",
+        "Length of the run in epochs (passes over the training images), instead of that of TRAIN.LR_SCHEDULE. The rate "
+        "drops by 10 after 2/3 and 8/9 of it, as in the 1x schedule.",
     ),
     "TRAIN.LR_SCALING": Setting(
         "linear", one_of("linear", "none"),
@@ -272,16 +277,19 @@ SETTINGS: dict[str, Setting] = {
     "TRAIN.MAX_STEPS": Setting(
         None, optional(steps), "Ends the run after this many updates, whatever the schedule says."
     ),
-    "TRAIN.STEPS_PER_EPOCH": Setting(
-        500, steps,
-        "Updates between progress summaries. The two periods below count these blocks, not passes over the data.",
-    ),
     "TRAIN.EVAL_PERIOD": Setting(
-        50, whole(0, 10**9),
-        "Evaluates after every so many times TRAIN.STEPS_PER_EPOCH updates, and at the end. 0: never.",
+        "auto", automatic(number(0, 10**9)),
+        "Evaluates after every so many epochs (0.5: twice in each), and at the end. 0: never. auto: 15 times, with 20 "
+        "steps or more in between.",
     ),
     "TRAIN.CHECKPOINT_PERIOD": Setting(
-        1, steps, "Writes a checkpoint after every so many times TRAIN.STEPS_PER_EPOCH updates, and at the end."
+        "auto", automatic(number(above=0, high=10**9)),
+        "Writes a checkpoint after every so many epochs, and at the end. auto: 15 times or more, with 20 to 500 steps "
+        "in between, among them those of TRAIN.EVAL_PERIOD=auto; with TRAIN.PERIOD_STEPS: 1.",
+    ),
+    "TRAIN.PERIOD_STEPS": Setting(
+        None, optional(steps),
+        "The unit of TRAIN.EVAL_PERIOD and TRAIN.CHECKPOINT_PERIOD in steps instead of epochs; 1 counts both in steps.",
     ),
     "TRAIN.KEEP_CHECKPOINTS": Setting(10, _COUNT, "Number of newest checkpoints that are kept."),
     "TRAIN.VAL_LOSS": Setting(
@@ -905,8 +913,9 @@ def default_config() -> Config:
 def finalize_config(cfg: Config, training: bool = True) -> Config:
     """A checked and frozen copy, with every value in its canonical form. UserError where a setting is wrong.
 
-    In the copy, DATA.TRAIN, DATA.VAL, PREPROC.SHORT_EDGE_SIZE and TRAIN.LR_SCHEDULE are lists; with MODE_RPN_ONLY the
-    branches of the second stage are off. training=False: the settings are for evaluation and prediction.
+    In the copy, DATA.TRAIN, DATA.VAL, PREPROC.SHORT_EDGE_SIZE and TRAIN.LR_SCHEDULE (unless it is auto) are lists; with
+    MODE_RPN_ONLY the branches of the second stage are off. training=False: the settings are for evaluation and
+    prediction.
     """
     cfg = cfg.copy()
     for key, value in cfg.to_dict().items():

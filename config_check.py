@@ -18,9 +18,10 @@ from typing import Any
 from common import UserError
 
 __all__ = [
-    "Allowed", "Setting", "anchors", "backbone", "class_names", "datasets", "edges", "either", "exactly", "flag",
-    "function_or", "list_of", "metric", "names", "nearest", "number", "one_of", "optional", "pairs", "parse_literal",
-    "pattern", "pixels", "read_value", "schedule", "shown", "span", "steps", "targets", "text", "whole",
+    "Allowed", "Setting", "anchors", "automatic", "backbone", "class_names", "datasets", "edges", "either", "exactly",
+    "flag", "function_or", "list_of", "metric", "names", "nearest", "number", "one_of", "optional", "pairs",
+    "parse_literal", "pattern", "pixels", "read_value", "schedule", "shown", "span", "steps", "targets", "text",
+    "whole",
 ]  # fmt: skip
 
 
@@ -137,6 +138,11 @@ def optional(allowed: Allowed) -> Allowed:
     return either(one_of(None), allowed, f"{allowed.says}, or None")
 
 
+def automatic(allowed: Allowed) -> Allowed:
+    """ "auto", which fits the run, or a value that `allowed` accepts."""
+    return either(one_of("auto"), allowed, f"auto, or {allowed.says}")
+
+
 def function_or(allowed: Allowed, says: str = "") -> Allowed:
     """A value that `allowed` accepts, or `module:function`, which names a function of the user."""
 
@@ -203,7 +209,11 @@ def _read_edges(value: Any) -> list[int]:
     return edges * 2 if len(edges) == 1 else edges
 
 
-def _read_schedule(value: Any) -> list[int]:
+def _read_schedule(value: Any) -> list[int] | str:
+    if isinstance(value, str) and value.partition(":")[0] == "auto":
+        if not re.fullmatch("auto(:[1-9]x)?", value):
+            raise ValueError
+        return "auto" if value == "auto:2x" else value
     if isinstance(value, str):
         if not re.fullmatch("[1-9]x", value):
             raise ValueError
@@ -301,7 +311,9 @@ class_names = Allowed("a list of names of foreground classes", _read_names)
 datasets = Allowed("{name: ['annotations.json', 'image folder']} or {name: [format, path, …]}", _read_datasets)
 edges = Allowed("pixels from 16 to 16384: a number, [lo, hi] with lo <= hi, or a longer list", _read_edges)
 pairs = Allowed("a list of pairs of keypoints, by name or number from 0; or []", _read_pairs)
-schedule = Allowed("1x to 9x, or a list of increasing iterations like [120000,160000,180000]", _read_schedule)
+schedule = Allowed(
+    "auto, auto:1x to auto:9x, 1x to 9x, or a list of increasing iterations like [120000,160000,180000]", _read_schedule
+)
 metric = Allowed("the name of a metric as in log.jsonl, with - before it if smaller is better", _read_metric)
 targets = Allowed("{metric: number}, e.g. {'bbox/AP': 0.377}; {} for none", _read_targets)
 pattern = Allowed("a regular expression", _read_pattern)

@@ -6,11 +6,12 @@ from config_check import nearest, shown
 
 __all__ = ["ALIASES", "TENSORPACK", "unknown_key"]
 
-# Other spellings that are accepted: those of newer versions of tensorpack's example.
+# Other spellings that are accepted: those of tensorpack's example and of earlier versions.
 ALIASES = {
     "BACKBONE.RESNET_NUM_BLOCKS": "BACKBONE.RESNET_NUM_BLOCK",
     "PREPROC.TRAIN_SHORT_EDGE_SIZE": "PREPROC.SHORT_EDGE_SIZE",
     "DATA.FILTER_EMPTY_ANNOTATIONS": "DATA.FILTER_EMPTY",
+    "TRAIN.STEPS_PER_EPOCH": "TRAIN.PERIOD_STEPS",
 }
 
 # Settings of tensorpack's example that do not exist here, and what to do instead.

@@ -50,8 +50,12 @@ _SECOND_STAGE_SETTINGS = ("MODE_MASK", "MODE_KEYPOINT", "FPN.CASCADE")
 _BACKBONE_SETTINGS = re.compile(r"^(BACKBONE\.(?!WEIGHTS|FREEZE)|PREPROC\.PIXEL_)")
 # Settings that may change when a run is continued: its length and the resources it uses, not what it computes.
 _FREE_SETTINGS = re.compile(
-    r"^(TRAIN\.(MAX_STEPS|EVAL_PERIOD|CHECKPOINT_PERIOD|KEEP_CHECKPOINTS|VAL_LOSS|BEST_METRIC|PATIENCE|MIN_DELTA|TARGET|PICTURES|WANDB|MLFLOW)|DATA\.(NUM_WORKERS|PREFETCH|WORKER_TIMEOUT|VAL$|BASEDIR)|TEST\.)"
+    r"^(TRAIN\.(MAX_STEPS|EVAL_PERIOD|CHECKPOINT_PERIOD|PERIOD_STEPS|KEEP_CHECKPOINTS|VAL_LOSS|BEST_METRIC|PATIENCE|MIN_DELTA|TARGET|PICTURES|WANDB|MLFLOW)|DATA\.(NUM_WORKERS|PREFETCH|WORKER_TIMEOUT|VAL$|BASEDIR)|TEST\.)"
 )
+# Settings whose default lets the program choose: a run that is continued keeps what it was told when it began.
+_CHOSEN_SETTINGS = (
+    "TRAIN.LR_SCHEDULE", "TRAIN.WARMUP", "TRAIN.EVAL_PERIOD", "TRAIN.CHECKPOINT_PERIOD", "TRAIN.PERIOD_STEPS",
+)  # fmt: skip
 # Settings that follow from the data.
 _DERIVED_SETTINGS = ("DATA.NUM_CATEGORY", "DATA.CLASS_NAMES")
 
@@ -272,7 +276,8 @@ class Start:
     origin: str = ""  # of the weights
     expect: str = "all"  # what the weights must contain
     class_names: Sequence[str] = ()  # of the weights
-    meta: dict[str, Any] | None = None  # step of the checkpoint that is continued
+    meta: dict[str, Any] | None = None  # description of the checkpoint that is continued
+    plan: dict[str, Any] | None = None  # the plan of the run that is continued (`TrainingPlan.record`)
     lock: RunLock | None = None
 
     def loader(self, fitting: Fitting, class_names: Sequence[str]) -> Callable[[Any], None]:
@@ -391,7 +396,8 @@ def begin(request: Request) -> Start:
         if resume_from is not None:
             weights, meta = load_weights(resume_from)
             step = stored_step(weights, resume_from)
-            return Start(cfg, logdir, step, weights, f"{logdir} at step {step}", meta=meta, lock=lock)
+            plan = (meta or {}).get("plan")
+            return Start(cfg, logdir, step, weights, f"{logdir} at step {step}", meta=meta, plan=plan, lock=lock)
         start = Start(cfg, logdir, lock=lock)
         if weights is not None:
             weights = _of_this_model(weights, cfg, str(load))
@@ -437,13 +443,15 @@ def _backbone_weights(cfg: Config) -> dict[str, Any]:
 
 
 def begin_with_the_others(request: Request, rank: int) -> Start:
-    """`begin` on rank 0, whose settings, step and weights go to all ranks, because other machines may not see its
+    """`begin` on rank 0, whose settings, step, plan and weights go to all ranks, because other machines may not see its
     files."""
     start = begin(request) if rank == 0 else None
-    flat, logdir, step = ranks.from_first((start.cfg.to_dict(), start.logdir, start.step) if start else None)
+    mine = (start.cfg.to_dict(), start.logdir, start.step, start.plan) if start else None
+    flat, logdir, step, plan = ranks.from_first(mine)
     if start:
         return start
-    return Start(finalize_config(default_config().update_from_dict(flat, "settings of rank 0")), logdir, step)
+    cfg = finalize_config(default_config().update_from_dict(flat, "settings of rank 0"))
+    return Start(cfg, logdir, step, plan=plan)
 
 
 def _open_logdir(logdir: Path, cfg: Config, request: Request) -> tuple[Config, Path | None]:
@@ -470,6 +478,8 @@ def _open_logdir(logdir: Path, cfg: Config, request: Request) -> tuple[Config, P
         cfg = _with_classes_of_run(cfg, before, logdir)
         return cfg, _chosen_checkpoint(logdir, request.checkpoint) if request.checkpoint else logdir
     known = finalize_config(before).to_dict()
+    if newest is not None:
+        cfg = _with_choices_of_run(cfg, known)
     changed = [
         f"{k}: {known.get(k)!r} -> {v!r}"
         for k, v in cfg.to_dict().items()
@@ -490,6 +500,16 @@ def _open_logdir(logdir: Path, cfg: Config, request: Request) -> tuple[Config, P
     if read_checkpoint_meta(newest) is None:
         logger.warning(f"{newest} has no description beside it; its settings are taken from {settings}")
     return _with_classes_of_run(cfg, before, logdir), logdir
+
+
+def _with_choices_of_run(cfg: Config, known: dict[str, Any]) -> Config:
+    """The settings with what the run was told for those that are left to the program now."""
+    cfg = cfg.copy()
+    defaults = default_config()
+    for key in _CHOSEN_SETTINGS:
+        if cfg.get(key) == defaults.get(key):
+            cfg.set(key, known[key])
+    return cfg.freeze()
 
 
 def _with_classes_of_run(cfg: Config, before: Config, logdir: Path) -> Config:

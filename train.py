@@ -31,6 +31,8 @@ try:
         write_json,
     )
     from config import Config, explain
+    from config_files import settings_words
+    from config_recipes import listing, recipe_settings
     from data import batch_image_ids, list_images, training_keys
     from data_check import quick_check
     from data_workers import training_dataflow
@@ -68,6 +70,10 @@ except ModuleNotFoundError as e:
     sys.exit(f"train.py: the Python package {e.name} is missing; run `make venv`, then `. .venv/bin/activate`")
 
 
+# Shorter runs are over before an estimate of their time would help.
+LONG_ENOUGH = 200
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: 0 done, 2 an error that the user can fix, 3 values are not finite, 4 another rank ended, 129/130/143
     stopped by a signal after saving, 1 any other error."""
@@ -98,7 +104,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace, fitting: Fitting) -> int:
     if args.version:
         print_version()
-    elif args.print_config:
+        return 0
+    if args.recipe == "list":
+        print(listing())
+        return 0
+    if args.recipe:
+        logger.info(f"recipe {args.recipe}: {' '.join(recipe_settings(args.recipe))}")
+    args.config = settings_words(args.config, args.trust_code, args.recipe)
+    if args.print_config:
         print_config(args)
     else:
         warn_without_effect(args)
@@ -250,11 +263,13 @@ def _train(start: Start, fitting: Fitting, rank: int, size: int, started: float)
     from training_plan import make_plan
 
     devices = local_devices(cfg)
-    plan = make_plan(cfg, size * len(devices), len(split))
+    plan = make_plan(cfg, size * len(devices), len(split), start.plan)
     trainer = make_trainer(cfg, plan, devices)
     if chief:
         where = describe_devices(devices) + (f", on each of {size} ranks" if size > 1 else "")
         logger.info(f"plan, on {where}\n{plan.table(cfg)}")
+        for note in plan.notes(cfg):
+            logger.info(note)
         for warning in plan.warnings(cfg):
             logger.warning(warning)
     check_plan(start, plan.total_batch)
@@ -269,6 +284,8 @@ def _train(start: Start, fitting: Fitting, rank: int, size: int, started: float)
         if chief:
             logger.info(f"{logdir} has ended at step {start.step}: {reason}; change these settings to train longer")
         return 0
+    if not start.step and plan.total_steps >= LONG_ENOUGH and devices[0].startswith("/cpu"):
+        _tell_estimate(cfg, plan, split, devices, chief)
     if start.step >= plan.total_steps and not unscored:
         # Not an error: a job that was killed after its last step may be started again automatically.
         if chief:
@@ -281,7 +298,7 @@ def _train(start: Start, fitting: Fitting, rank: int, size: int, started: float)
     if start.step:
         logger.info(f"continuing {start.origin}")
     meta = make_meta(cfg.to_dict(), cfg.DATA.CLASS_NAMES, start.step)
-    meta["total_batch"] = plan.total_batch
+    meta["total_batch"], meta["plan"] = plan.total_batch, plan.record(cfg)
     meta["category_ids"] = [split.label_to_category_id(i + 1) for i in range(len(split.class_names))]
     if cfg.MODE_KEYPOINT:
         meta["keypoint_flip"] = split.keypoint_flip.tolist()
@@ -323,6 +340,19 @@ def _train(start: Start, fitting: Fitting, rank: int, size: int, started: float)
             shown = shown_score(best["metric"], best["score"])
             logger.info(f"the best model is {logdir}/best: {shown} at step {best['step']}")
     return 0
+
+
+def _tell_estimate(cfg: Config, plan: Any, split: DatasetSplit, devices: list[str], chief: bool) -> None:
+    """Says what the run will take on this CPU; all ranks measure at once, as they will train."""
+    from training_estimate import estimate_step
+    from training_plan import told_time
+
+    seconds = estimate_step(cfg, plan, split.image_sizes(), devices)
+    if chief:
+        whole = seconds * plan.total_steps
+        logger.info(f"estimate for this CPU: {seconds:.2g} s/step, {told_time(whole)} in all without evaluations")
+        if warning := plan.long_run(cfg, whole):
+            logger.warning(warning)
 
 
 def _load_data(cfg: Config, rank: int, size: int) -> tuple[Config, DatasetSplit, list[DatasetSplit]]:

@@ -21,6 +21,7 @@ from model_rcnn import INPUT_TYPES
 from trainers import DetectionModel, session_config
 from training_best import Scores
 from training_monitor import InputClock, Meter, smoothed
+from training_pace import TellPace
 from training_pictures import show_batches
 from training_plan import TrainingPlan
 from training_trackers import Trackers, tracking
@@ -255,7 +256,7 @@ def _identity(folder: Path) -> tuple[int, int] | None:
 
 
 class Checkpoints(Callback):
-    """Saves every CHECKPOINT_PERIOD epochs, before evaluations, at the end, and when a signal asks to stop."""
+    """Saves every `plan.checkpoint_every` steps, before evaluations, at the end, and when a signal asks to stop."""
 
     _chief_only = False
 
@@ -271,7 +272,7 @@ class Checkpoints(Callback):
     ):
         self._plan, self._logdir, self._meta, self._log, self._chief = plan, logdir, meta, log, chief
         self._scores = scores
-        self._interval = cfg.TRAIN.CHECKPOINT_PERIOD * cfg.TRAIN.STEPS_PER_EPOCH
+        self._interval = plan.checkpoint_every
         self._keep = cfg.TRAIN.KEEP_CHECKPOINTS
         self._saved_at = None
         self._stop = False
@@ -487,9 +488,9 @@ def _run_in_graph(
     checkpoints.close_op, checkpoints.input_error = source.thread.close_op, lambda: watched.error
     trainer.on_end_of_input = checkpoints.on_end_of_input
     trainer.on_batches = clock.run_begins
-    callbacks = [log, checkpoints]
+    callbacks = [log, checkpoints, TellPace(cfg, plan)]
     evaluation = None
-    if build_evaluation is not None and cfg.TRAIN.EVAL_PERIOD:
+    if build_evaluation is not None and plan.evaluate_every:
         evaluation = PeriodicEvaluation(cfg, plan, logdir, build_evaluation, log, checkpoints, scores, size)
         checkpoints.evaluates_at = evaluation.due
         callbacks.append(evaluation)

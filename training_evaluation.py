@@ -24,7 +24,7 @@ __all__ = ["PeriodicEvaluation"]
 
 
 class PeriodicEvaluation(Callback):
-    """Evaluates every EVAL_PERIOD epochs and after the last step, and ends the run where the scores ask for it.
+    """Evaluates every `plan.evaluate_every` steps and after the last one; ends the run where the scores ask for it.
 
     A checkpoint of the step is saved before, and says that its evaluation is pending. The scores are added to its
     description afterwards. So a run that was killed in between evaluates this step again when it goes on.
@@ -48,7 +48,7 @@ class PeriodicEvaluation(Callback):
         self._cfg, self._plan, self._logdir, self._build = cfg, plan, logdir, build
         self._log, self._checkpoints = log, checkpoints
         self._scores, self._size = scores, size
-        self._interval = cfg.TRAIN.EVAL_PERIOD * cfg.TRAIN.STEPS_PER_EPOCH
+        self._interval = plan.evaluate_every
         self._may_end = cfg.TRAIN.PATIENCE is not None or bool(cfg.TRAIN.TARGET)
         self._evaluate: Callable | None = None
         self._others: AsyncEvaluations | None = AsyncEvaluations(cfg, logdir) if cfg.TEST.ASYNC else None

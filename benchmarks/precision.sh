@@ -12,7 +12,7 @@ for run in "$@"; do
     precision=${run%:*} seed=${run#*:}
     logdir=train_log/precision-$precision-$seed
     "$python" -m demo.run --logdir "$logdir" --config "TRAIN.PRECISION=$precision" "TRAIN.SEED=$seed" \
-        TRAIN.STEPS_PER_EPOCH=200 TRAIN.EVAL_PERIOD=1
+        TRAIN.PERIOD_STEPS=200 TRAIN.EVAL_PERIOD=1
     runs+=("$logdir")
 done
 "$python" tools/curves.py "${runs[@]}" --keys total_loss bbox/AP50 segm/AP50 --out "$picture"

@@ -31,6 +31,7 @@ from tabulate import tabulate
 import detections
 from common import UserError
 from config import default_config, finalize_config
+from config_files import settings_words
 from data import inference_batches
 from run_start import load_model, weight_loader, with_classes
 from utils import polygons
@@ -148,9 +149,9 @@ def _model(args: argparse.Namespace) -> tuple:
     from utils.tf_v1 import tf
 
     if args.load:
-        model = load_model(args.load, args.config, args.trust_code)
+        model = load_model(args.load, settings_words(args.config, args.trust_code), args.trust_code)
         return with_classes(model.cfg, model.weights), weight_loader(model.weights, model.origin)
-    cfg = finalize_config(default_config().update_args(["DATA.NUM_CATEGORY=80", *args.config]))
+    cfg = finalize_config(default_config().update_args(["DATA.NUM_CATEGORY=80", *settings_words(args.config)]))
 
     def load(sess) -> None:
         with sess.graph.as_default():

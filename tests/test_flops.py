@@ -5,8 +5,9 @@ import json
 import pytest
 
 from config import default_config, finalize_config
+from model_flops import count
 from tests.tiny import TINY_MODEL
-from tools.flops import count, main
+from tools.flops import main
 
 FPN = ["MODE_FPN=True", "MODE_MASK=False"]
 

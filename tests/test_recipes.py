@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 
 from config import Config, default_config, finalize_config
+from config_recipes import read_recipes
 from data import training_keys
 from data_workers import training_dataflow
 from dataset import load_training_split
+from model_flops import count
 from model_rcnn import build_inference
 from tests.graph import make_batch
 from tests.tiny import COCO_MINI
-from tools.flops import count
-from tools.recipes import read_recipes
 from trainers import DetectionModel
 from training_plan import make_plan
 from utils.tf_v1 import tf

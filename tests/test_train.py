@@ -722,7 +722,7 @@ def test_print_config_shows_the_settings_in_effect(trained, capsys):
     assert run("--print-config", "--config", "MODE_FPN=True") == 0
     out = capsys.readouterr().out
     assert "MODE_FPN=True" in out.splitlines()
-    assert "TRAIN.LR_SCHEDULE=[240000, 320000, 360000]" in out.splitlines()
+    assert "TRAIN.LR_SCHEDULE='auto'" in out.splitlines()
 
 
 def test_browsing_with_a_model_shows_its_proposals_and_the_sampled_rois(trained, tmp_path):

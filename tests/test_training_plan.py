@@ -1,13 +1,15 @@
 """training_plan.py: what a schedule becomes for a number of replicas and images."""
 
+import dataclasses
+import json
 import math
 import re
 
 import pytest
 
 from common import UserError
-from config import default_config, finalize_config
-from training_plan import make_plan
+from config import SETTINGS, default_config, finalize_config
+from training_plan import make_plan, told_time
 
 pytestmark = pytest.mark.quick
 
@@ -69,13 +71,17 @@ def test_the_table_shows_each_setting_and_what_it_becomes():
     ]
     assert ["learning rate", "0.01", "0.0075"] in rows
     assert ["total batch", "8", "3 replicas x 2 images x 1 accumulated = 6"] in rows
-    assert ["warm-up", "1000 steps from 0.0033", "1000 steps from 0.002475"] in rows
+    assert ["warm-up", "auto from 0.0033", "1000 steps from 0.002475"] in rows
     assert ["rate / 10 at", "[120000, 160000]", "160000 (epoch 1600.0), 213334 (epoch 2133.3)"] in rows
     assert ["length", "180000 steps", "240000 steps = 2400.0 epochs"] in rows
+    assert ["evaluation", "auto", "every 16000 steps = 160.0 epochs, 15 times"] in rows
+    assert ["checkpoint", "auto", "every 500 steps = 5.0 epochs, 480 times"] in rows
 
 
 def test_a_warm_up_that_lasts_until_the_rate_falls_is_warned_of():
-    many = settings("TRAIN.LR_SCHEDULE=1x", "TRAIN.BATCH_SIZE_PER_GPU=4")  # 1x: the first drop is at step 469
+    many = settings(
+        "TRAIN.LR_SCHEDULE=1x", "TRAIN.BATCH_SIZE_PER_GPU=4", "TRAIN.WARMUP=1000"
+    )  # 1x: the first drop is at step 469
     (warning,) = make_plan(many, 512, 8000).warnings(many)
     assert "TRAIN.WARMUP=1000 is longer than the first 469 steps" in warning
     assert make_plan(many, 64, 8000).warnings(many) == []
@@ -118,9 +124,12 @@ def test_the_table_shows_a_length_in_epochs():
 
 
 def test_cocos_schedule_on_a_few_images_is_warned_of_with_the_setting_to_change():
-    (warning,) = plan_of(1, images=61).warnings(settings())
+    (warning,) = plan_of(1, "TRAIN.LR_SCHEDULE=2x", images=61).warnings(settings("TRAIN.LR_SCHEDULE=2x"))
     assert warning.startswith("2880000 steps are 47213 passes over 61 images") and "TRAIN.EPOCHS=" in warning
     assert plan_of(8, images=118287).warnings(settings()) == []
+    for key, value in (("TRAIN.EPOCHS", 2000), ("TRAIN.MAX_STEPS", 900000)):  # with the setting that was given
+        (warning,) = plan_of(1, f"{key}={value}", images=61).warnings(settings(f"{key}={value}"))
+        assert f"lower {key}" in warning
     assert plan_of(1, "TRAIN.MAX_STEPS=900", images=61).warnings(settings("TRAIN.MAX_STEPS=900")) == []
 
 
@@ -153,3 +162,141 @@ def test_a_step_limit_cuts_the_cosine_without_changing_it():
     tables = [plan.table(settings(*args)) for plan in (cut, whole)]
     assert "to 0 at 1000" in tables[0] and f"{whole.learning_rate(299):.6g} in the last step" in tables[0]
     assert "last step" not in tables[1] and "rate / 10" not in tables[1]
+
+
+# ------------------------------------------------------------------------------------------- without a schedule
+def fitting_length(images, total):
+    """The documented rule, written out plainly."""
+    if images >= 50000:
+        return math.ceil(360000 * 8 / total)
+    shown = 24 * images
+    if shown < 24000:  # small: up to 50 times, until 24,000 were shown
+        shown = 50 * images if 50 * images < 24000 else 24000
+    return max(math.ceil(shown / total), 500)
+
+
+@pytest.mark.parametrize("total", [1, 2, 3, 8, 16, 64])
+@pytest.mark.parametrize("images", [1, 13, 61, 292, 480, 481, 999, 1000, 1001, 2975, 16551, 49999, 50000, 118287])
+def test_a_run_without_a_schedule_gets_one_that_fits_its_data(images, total):
+    plan, cfg = plan_of(total, images=images), settings()
+    length = fitting_length(images, total)
+    assert plan.total_steps == length and plan.warnings(cfg) == []
+    if images >= 50000:
+        same = plan_of(total, "TRAIN.LR_SCHEDULE=2x", "TRAIN.WARMUP=1000", images=images)
+        assert (plan.milestones, plan.warmup_steps) == (same.milestones, same.warmup_steps)
+    else:
+        assert plan.milestones == [round(length * 2 / 3), round(length * 8 / 9)]
+        assert plan.warmup_steps == min(1000, length // 10)
+    assert plan.learning_rate(plan.warmup_steps) == plan.base_lr == pytest.approx(0.01 * total / 8)
+    # The first evaluation comes early, and there are some, but not hundreds. No more than 500 steps can be lost.
+    assert 10 <= -(-length // plan.evaluate_every) <= 20
+    assert plan.checkpoint_every <= 500 and plan.evaluate_every % plan.checkpoint_every == 0
+    (note,) = plan.notes(cfg)
+    assert ("COCO's 2x" in note) == (images >= 50000) and "TRAIN.EPOCHS=" in note and "TRAIN.LR_SCHEDULE=" in note
+
+
+def test_the_rule_is_described_where_the_plan_says_it_is():
+    about = SETTINGS["TRAIN.LR_SCHEDULE"].about
+    for words in ("50,000 images or more", "24 epochs", "up to 50 times", "24,000 images", "fewer than 500 updates"):
+        assert words in about
+
+
+@pytest.mark.parametrize("asked", [["TRAIN.EPOCHS=3"], ["TRAIN.LR_SCHEDULE=1x"], ["TRAIN.LR_SCHEDULE=[100,140,160]"]])
+def test_a_schedule_that_was_given_is_followed_without_a_note(asked):
+    assert plan_of(1, *asked, images=13).notes(settings(*asked)) == []
+    assert plan_of(1, *asked, images=13).total_steps in (39, 1440000, 1280)
+
+
+@pytest.mark.parametrize("asked", ["TRAIN.MAX_STEPS=160", "TRAIN.LR_SCHEDULE=[20,30,40]", "TRAIN.EPOCHS=24.6"])
+def test_a_short_run_leaves_its_warm_up(asked):
+    """160 steps on 13 photos were once spent in a warm-up of 1,000."""
+    plan = plan_of(2, asked, images=13)
+    assert plan.total_steps == 160 and plan.warmup_steps == 16 and plan.learning_rate(16) == plan.base_lr
+    notes = plan.notes(settings(asked))
+    assert len(notes) == asked.startswith("TRAIN.MAX") and all("set TRAIN.EPOCHS=24.6 instead" in n for n in notes)
+
+
+def test_a_schedule_of_cocos_kind_can_be_left_to_the_size_of_the_data():
+    for name in ("1x", "9x"):
+        large = plan_of(8, f"TRAIN.LR_SCHEDULE=auto:{name}", images=118287)
+        assert large.schedule == plan_of(8, f"TRAIN.LR_SCHEDULE={name}", images=118287).schedule
+        assert plan_of(8, f"TRAIN.LR_SCHEDULE=auto:{name}", images=500).schedule == plan_of(8, images=500).schedule
+
+
+# ------------------------------------------------------------------------------------------------------------- periods
+def test_periods_count_passes_over_the_data():
+    plan = plan_of(2, "TRAIN.EPOCHS=6", "TRAIN.EVAL_PERIOD=2", "TRAIN.CHECKPOINT_PERIOD=0.5", images=120)
+    assert (plan.evaluate_every, plan.checkpoint_every) == (120, 30)
+    table = plan.table(settings("TRAIN.EPOCHS=6", "TRAIN.EVAL_PERIOD=2", "TRAIN.CHECKPOINT_PERIOD=0.5"))
+    assert re.search(r"evaluation +2 epochs +every 120 steps = 2.0 epochs, 3 times", table)
+    assert plan_of(2, "TRAIN.EVAL_PERIOD=0").evaluate_every == 0
+
+
+def test_periods_in_blocks_of_steps_are_as_they_were():
+    words = ["TRAIN.LR_SCHEDULE=1x", "TRAIN.STEPS_PER_EPOCH=500", "TRAIN.EVAL_PERIOD=50", "TRAIN.CHECKPOINT_PERIOD=2"]
+    plan = plan_of(2, *words, images=61)
+    assert (plan.evaluate_every, plan.checkpoint_every) == (25000, 1000)
+    assert "50 x 500 steps" in plan.table(settings(*words))
+    assert plan_of(2, "TRAIN.PERIOD_STEPS=7", images=61).checkpoint_every == 7
+
+
+def test_a_period_as_long_as_the_run_is_warned_of():
+    words = ["TRAIN.EPOCHS=12", "TRAIN.EVAL_PERIOD=50"]
+    (warning,) = plan_of(2, *words, images=61).warnings(settings(*words))
+    assert "TRAIN.EVAL_PERIOD=50" in warning and "auto" in warning
+    assert "evaluation" not in plan_of(2, *words).table(settings(*words, "DATA.VAL=[]"))
+
+
+# -------------------------------------------------------------------------------------------------------- continuing
+def through_json(plan, *args):
+    return json.loads(json.dumps(plan.record(settings(*args))))
+
+
+@pytest.mark.parametrize(
+    "asked", [[], ["TRAIN.EPOCHS=30"], ["TRAIN.LR_SCHEDULE=[50,90]"], ["TRAIN.MAX_STEPS=90"], COSINE]
+)
+def test_a_continued_run_keeps_its_plan_when_its_data_grows(asked):
+    plan = plan_of(2, *asked, images=90)
+    again = make_plan(settings(*asked), 2, 500, through_json(plan, *asked))
+    assert dataclasses.replace(again, images_per_epoch=90) == plan
+
+
+def test_a_continued_run_follows_the_settings_that_are_given_with_it():
+    record = through_json(plan_of(2, images=90))
+    longer = make_plan(settings("TRAIN.EPOCHS=100"), 2, 90, record)
+    assert longer == plan_of(2, "TRAIN.EPOCHS=100", images=90)
+    cut = make_plan(settings("TRAIN.MAX_STEPS=700"), 2, 90, record)
+    assert cut.total_steps == 700 and cut.schedule == plan_of(2, images=90).schedule  # cut, and otherwise the same
+    assert cut.warmup_steps == plan_of(2, images=90).warmup_steps
+    often = make_plan(settings("TRAIN.EVAL_PERIOD=1"), 2, 90, record)
+    assert often.evaluate_every == 45 and often.schedule == cut.schedule
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"schedule": [5, 3]},
+        {"schedule": "auto"},
+        {"warmup": -1},
+        {"checkpoint_every": 0},
+        {"settings": 3},
+        {"warmup": "x"},
+    ],
+)
+def test_a_damaged_plan_is_refused_in_one_line(damage):
+    with pytest.raises(UserError, match="plan stored with the checkpoint is damaged"):
+        make_plan(settings(), 2, 90, {**through_json(plan_of(2, images=90)), **damage})
+
+
+# --------------------------------------------------------------------------------------------------------------- time
+def test_a_run_of_weeks_is_warned_of_with_the_setting_to_change():
+    plan = plan_of(1, images=118287)
+    assert "TRAIN.EPOCHS=" in plan.long_run(settings(), 15 * 86400) and "15 days" in plan.long_run(
+        settings(), 15 * 86400
+    )
+    assert plan.long_run(settings(), 13 * 86400) == ""
+
+
+def test_times_are_told_in_the_unit_that_fits():
+    told = {40: "40 s", 2280: "38 min", 7000: "1.9 h", 86400: "24 h", 9 * 86400: "9 days", 5400: "1.5 h"}
+    assert {seconds: told_time(seconds) for seconds in told} == told

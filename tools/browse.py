@@ -16,6 +16,7 @@ from pathlib import Path
 from browse import SIZES, Filter, write_batches, write_images
 from common import UserError, logger
 from config import default_config, finalize_config
+from config_files import settings_words
 from dataset import load_split, load_training_split
 from run_start import load_model
 from viz import Style
@@ -41,6 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--colors", choices=["class", "instance"], default="class", help="what a colour stands for")
     args = parser.parse_args(argv)
     try:
+        args.config = settings_words(args.config)
         cfg = finalize_config(default_config().update_args(args.config))
         if args.load and args.batches is None:
             raise UserError("--load shows what a model makes of training batches: give --batches")

@@ -32,6 +32,7 @@ from tqdm import tqdm
 import dataset_coco
 from common import UserError, atomic_write, check_output_file, check_output_folder, logger, path_argument, write_json
 from config import default_config, finalize_config
+from config_files import settings_words
 from data_check import Finding, ImageFacts, look_at_image
 from dataset import load_split
 from dataset_build import WITHOUT_OUTLINE
@@ -726,7 +727,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError("give either --data JSON IMAGES or --config with DATA.TRAIN and DATA.VAL")
         stems = Counter(Path(j).stem for j, _ in args.data)
         named = [(j if stems[Path(j).stem] > 1 else Path(j).stem, j, folder) for j, folder in args.data]
-        pairs = [(read_source(*n), n[1]) for n in named] if args.data else configured_sources(args.config)
+        pairs = (
+            [(read_source(*n), n[1]) for n in named] if args.data else configured_sources(settings_words(args.config))
+        )
         findings, facts = _check_all([source for source, _ in pairs], args.quick)
         if args.json:
             _write_findings(args.json, findings)

@@ -28,6 +28,7 @@ from tabulate import tabulate
 
 from common import UserError, check_output_file, logger, path_argument, read_json, read_text
 from config import default_config
+from config_files import settings_words
 from utils.checkpoint import (
     is_tf_checkpoint,
     is_training_state,
@@ -1011,7 +1012,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.output:
             check_output_file(args.output, "output")
         names = _parse_class_names(args.class_names)
-        variables, settings, report = convert(args.input, args.config, names, args.drop_unused_classes)
+        variables, settings, report = convert(args.input, settings_words(args.config), names, args.drop_unused_classes)
         print(report.table(args.verbose))
         print("settings: " + " ".join(f"{k}={v}".replace(" ", "") for k, v in settings.items()))
         if (report.unused and not args.allow_unused) or (report.missing and not args.allow_missing):

@@ -17,6 +17,7 @@ from typing import Any
 
 from common import UserError, check_output_folder, logger, path_argument, write_json
 from config import Config
+from config_files import settings_words
 from data import list_images
 from export_proof import LIMITS, Proof, pick_images, prove, table, verdict
 from run_start import STRICT, Model, load_model, weight_loader
@@ -60,7 +61,7 @@ def export(args: argparse.Namespace) -> int:
     check_output_folder(out, "--out")
     paths = targets(out, list(dict.fromkeys(args.format)), args.version)
     given = list_images(args.images) if args.images else []
-    model = load_model(args.load, args.config, args.trust_code, uses_data=not given)
+    model = load_model(args.load, settings_words(args.config, args.trust_code), args.trust_code, uses_data=not given)
     model, cfg = with_export_settings(model, args.precision)
     sample = pick_images(model.cfg, given, args.verify)
 

@@ -8,58 +8,16 @@ import import_path
 
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 from common import UserError, atomic_write, logger
+from config_recipes import RECIPES, Section, read_recipes
 
-__all__ = ["Recipe", "read_recipes", "page"]
+__all__ = ["page"]
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCE = ROOT / "scripts" / "recipes.txt"
 TARGET = ROOT / "docs" / "RECIPES.md"
 MODELS = "http://models.tensorpack.com/FasterRCNN/COCO-MaskRCNN-{}.npz"
 START, END = "<!-- tables: written by tools/recipes.py -->\n", "<!-- end -->\n"
-
-
-class Recipe(NamedTuple):
-    """One line of scripts/recipes.txt with the facts above it."""
-
-    name: str
-    settings: list[str]
-    score: str  # published AP, "box / mask"
-    parameters: str  # millions
-    gflops: str
-    compared: str
-    model: str  # the published file's name
-
-
-class Section(NamedTuple):
-    title: str
-    text: list[str]
-    recipes: list[Recipe]
-
-
-def read_recipes(text: str) -> list[Section]:
-    """The sections of a recipes file. A recipe without a line of facts, or with a repeated name, is an error."""
-    sections: list[Section] = []
-    facts = None
-    names = set()
-    for number, line in enumerate(text.splitlines(), 1):
-        if line.startswith("## "):
-            sections.append(Section(line[3:], [], []))
-        elif line.startswith("#: "):
-            facts = ["" if part.strip() == "-" else part.strip() for part in line[3:].split("|")]
-        elif line.startswith("#"):
-            if sections:
-                sections[-1].text.append(line[1:].strip())
-        elif line.strip():
-            name, *settings = line.split()
-            if not sections or facts is None or len(facts) != 5 or name in names:
-                raise UserError(f"recipes, line {number}: {name} needs a new name and five facts in the line before it")
-            sections[-1].recipes.append(Recipe(name, settings, *facts))
-            names.add(name)
-            facts = None
-    return sections
 
 
 def tables(sections: list[Section]) -> str:
@@ -99,13 +57,13 @@ def page(current: str, recipes: str) -> str:
 
 def main() -> int:
     try:
-        written = page(TARGET.read_text(), SOURCE.read_text())
+        written = page(TARGET.read_text(), RECIPES.read_text())
     except UserError as e:
         logger.error(str(e))
         return 2
     with atomic_write(TARGET) as f:
         f.write(written)
-    logger.info(f"{TARGET} has the recipes of {SOURCE}")
+    logger.info(f"{TARGET} has the recipes of {RECIPES}")
     return 0
 
 

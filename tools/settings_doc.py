@@ -41,6 +41,11 @@ text. Quote a value with spaces or quotes of its own: `"DATA.TRAIN=['mine','your
 not allowed stops the program in one line, before anything is loaded. `./train.py --print-config` prints the settings
 that a command would use. A run stores its settings beside its checkpoints; `--resume`, `--load`, `--predict` and
 `--evaluate` read them from there, and `--config` wins.
+
+`--config @FILE` reads settings from a file as `--print-config` writes it, with a `KEY=VALUE` on each line and comments
+after #, or from the settings.json of a run, or from a run directory. Words and files are mixed, and later ones win:
+`--config @mine.txt @train_log/old TRAIN.SEED=7`. `--recipe r50-fpn` gives the settings of a known model before all of
+them ([recipes](RECIPES.md)); its schedule is followed on 50,000 images or more, others get one that fits them.
 """
 
 _COMING_FROM_TENSORPACK = """
