@@ -15,6 +15,7 @@ from utils.tf_v1 import tf
 # The first stage alone: starts are fast. Its evaluations' scores are made up.
 EVERY_STEP = ["MODE_RPN_ONLY=True", "TRAIN.STEPS_PER_EPOCH=1", "TRAIN.EVAL_PERIOD=1"]
 METRIC = "proposals/AR@1000"
+CLASS = "bbox/AP_per_class/cat"
 
 
 class Killed(BaseException):
@@ -34,9 +35,9 @@ def scripted(monkeypatch, scores: dict[int, float]) -> list[int]:
     steps: list[int] = []
 
     def builder(*args, **options):
-        def evaluate(sess, should_stop=None):
+        def evaluate(sess, should_stop=None, on_results=None):
             steps.append(int(tf.train.global_step(sess, tf.train.get_global_step(sess.graph))))
-            return {METRIC: scores[steps[-1]], "bbox/AP_per_class/cat": 0.5}
+            return {METRIC: scores[steps[-1]], CLASS: 0.5}
 
         return lambda: evaluate
 
@@ -71,6 +72,7 @@ def test_a_run_killed_between_any_two_writes_ends_with_the_same_best_checkpoint(
     assert weights_of(alone)["global_step"] == 6 and weights_of(alone / "best")["global_step"] == 4
     assert sorted(p.name for p in alone.glob("model-*.index")) == ["model-5.index", "model-6.index"]
 
+    logged = {step: {METRIC: score, CLASS: 0.5} for step, score in SCORES.items() if step < 7}
     moments = [
         (training_evaluation, "write_json", 1),  # the scores of step 1 are known and not written anywhere
         (training.Checkpoints, "describe", 2),  # those of step 2 are in the log alone
@@ -94,7 +96,7 @@ def test_a_run_killed_between_any_two_writes_ends_with_the_same_best_checkpoint(
         assert best_score(logdir) == best_score(alone)
         assert_same_weights(weights_of(alone), weights_of(logdir))
         assert_same_weights(weights_of(alone / "best"), weights_of(logdir / "best"))
-        assert evaluations(logdir) == evaluations(alone) == {s: {METRIC: v} for s, v in SCORES.items() if s < 7}
+        assert evaluations(logdir) == evaluations(alone) == logged
         metas = [read_checkpoint_meta(newest_checkpoint(folder)) for folder in (alone, logdir)]
         assert metas[0]["evaluations"] == metas[1]["evaluations"] and metas[0]["stopped"] == metas[1]["stopped"]
 
@@ -118,7 +120,7 @@ def test_a_run_killed_in_its_last_evaluation_is_scored_when_it_is_started_again(
     for _ in range(2):
         assert train_tiny(logdir, *settings, steps=2) == 0
     assert evaluated == [2]
-    assert json.loads((logdir / "metrics.json").read_text()) == {METRIC: 0.3, "bbox/AP_per_class/cat": 0.5}
+    assert json.loads((logdir / "metrics.json").read_text()) == {METRIC: 0.3, CLASS: 0.5}
     assert best_score(logdir)["step"] == 2
     assert "has finished its 2 steps" in capsys.readouterr().err
 
@@ -169,6 +171,22 @@ def test_losses_are_logged_and_the_smallest_is_the_best(here):
         for v in event.summary.value
     ]
     assert tags.count("val/total_loss") == 2
+    assert tags.count("bbox_AP_per_class/person") == 2  # beside the other classes, not among the overall scores
+
+
+def test_the_first_batch_and_fixed_validation_images_are_shown_in_tensorboard(here):
+    shown = [
+        (v.tag, event.step, v.image.encoded_image_string)
+        for path in here.glob("events.out.tfevents.*")
+        for event in tf.train.summary_iterator(str(path))
+        for v in event.summary.value
+        if v.HasField("image")
+    ]
+    assert [entry[:2] for entry in shown[:1]] == [("pictures/batch-0", 1)]
+    tags = [[tag for tag, at, _ in shown if at == step] for step in (2, 4)]
+    assert tags[0] == tags[1] and len(tags[0]) == 6  # all images of the set
+    for tag, step, content in shown:
+        assert content == (here / "pictures" / f"{tag.removeprefix('pictures/')}-step{step:07d}.jpg").read_bytes()
 
 
 def test_another_process_gives_the_same_scores_to_the_digit(here, tmp_path, capsys):
@@ -178,6 +196,10 @@ def test_another_process_gives_the_same_scores_to_the_digit(here, tmp_path, caps
     for name, metric in json.loads((here / "metrics.json").read_text()).items():
         other = json.loads((logdir / "metrics.json").read_text())[name]
         assert other == (pytest.approx(metric, rel=1e-6) if "val/" in name else metric)
+    drawn = sorted(p.name for p in (here / "pictures").glob("*-step0000004.jpg"))
+    assert len(drawn) == 6
+    for name in drawn:
+        assert (logdir / "pictures" / name).read_bytes() == (here / "pictures" / name).read_bytes()
     found, others = evaluations(here), evaluations(logdir)
     assert found[4]["bbox/AR100"] > 0
     assert others.keys() <= found.keys() and 4 in others
