@@ -127,7 +127,12 @@ class AsyncEvaluations:
                 start_new_session=True,  # Ctrl-C in the terminal is the training process's business
             )
         self._running = _Running(step, process, result, time.monotonic())
-        logger.info(f"evaluating step {step} in process {process.pid}; its output is in {self._logdir / LOG_NAME}")
+        device, threads = self._cfg.TEST.ASYNC_DEVICE, self._cfg.TEST.ASYNC_THREADS
+        where = "the CPU" if device == "cpu" else f"GPU {device}"
+        where += f" with {threads} threads" if threads else ""
+        logger.info(
+            f"evaluating step {step} in process {process.pid} on {where}; its output is in {self._logdir / LOG_NAME}"
+        )
 
     def _outcome(self, run: _Running) -> Outcome:
         seconds = time.monotonic() - run.started
