@@ -74,6 +74,7 @@ def test_a_run_has_one_colour_in_all_panels_also_where_others_have_no_value(tmp_
     (a, *_), (b, *_) = (line for line in panels["total_loss"] if line[1] == "-")
     (b_again, *_), (c, *_) = (line for line in panels["bbox/AP"] if line[1] == "-")
     assert b == b_again and len({a, b, c}) == 3
+    assert len({panel.get_xlim() for panel in figures[0].axes if panel.get_visible()}) == 1
     (legend,) = figures[0].legends
     shown = [tuple(handle.get_color()) for handle in legend.legend_handles]
     assert shown == [a, b, c]

@@ -76,6 +76,44 @@ def test_a_run_leaves_a_checkpoint_that_describes_itself(trained):
     assert list(trained.glob("events.out.tfevents.*"))
 
 
+def test_a_run_logs_its_speed_memory_and_first_batch(trained):
+    (line,) = map(json.loads, (trained / "log.jsonl").read_text().splitlines())
+    assert line["speed/images_per_s"] == pytest.approx(1 / line["speed/step_s"], rel=1e-5)
+    assert 0 <= line["speed/data_wait"] <= 1 and line["speed/eta_s"] == 0
+    assert 0.2 < line["memory/host_gb"] < 50
+    assert [p.name for p in (trained / "pictures").iterdir()] == ["batch-0-step0000001.jpg"]
+
+
+def test_the_time_in_which_a_step_waits_for_its_last_batch_is_counted(tmp_path, monkeypatch):
+    """The batches of steps 3 and 4 come 0.3 s after the graph has begun to wait for them, which two of them have done
+    with two micro-batches."""
+    begins, waits = threading.Semaphore(0), []
+    make, begin, add = data.BatchMaker.make, training.InputClock.run_begins, training.Meter.add_step
+
+    def late(self, batch, *args):
+        if batch >= 4:
+            begins.acquire(timeout=100)
+            time.sleep(0.3)
+        return make(self, batch, *args)
+
+    def run_begins(self):
+        begin(self)
+        if len(waits) >= 1:  # steps 1 and 2 are done
+            begins.release()
+
+    monkeypatch.setattr(data.BatchMaker, "make", late)
+    monkeypatch.setattr(training.InputClock, "run_begins", run_begins)
+    monkeypatch.setattr(
+        training.Meter, "add_step", lambda self, s, waited: waits.append(waited) or add(self, s, waited)
+    )
+    assert train_tiny(tmp_path / "run", "TRAIN.ACCUMULATION=2", "TRAIN.PICTURES=0", steps=4) == 0
+    # The clock may note the last of the four batches after the end of its step.
+    assert len(waits) == 3 and sum(waits[1:]) > 3 * 0.29
+    (line,) = map(json.loads, (tmp_path / "run" / "log.jsonl").read_text().splitlines())
+    assert line["speed/data_wait"] > 0
+    assert not (tmp_path / "run" / "pictures").exists()
+
+
 def logged_steps(logdir) -> tuple[list[int], list[int]]:
     """The steps in log.jsonl, and those of total_loss in TensorBoard's files."""
     lines = [json.loads(line)["step"] for line in (Path(logdir) / "log.jsonl").read_text().splitlines()]

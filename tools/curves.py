@@ -108,13 +108,13 @@ def draw_curves(runs: dict[str, Path], keys: Sequence[str], out: Path) -> list[s
     bests = {name: best_of(runs[name], log) for name, log in logs.items()}
     palette = pyplot.get_cmap("tab10" if len(runs) <= 10 else "tab20").colors
     colors = {name: palette[n % len(palette)] for n, name in enumerate(runs)}
-    columns = min(len(drawn), 4 if len(drawn) > 6 else 3)
+    columns = min(len(drawn), 4 if len(drawn) > 9 or len(drawn) in (7, 8) else 3)
     rows = -(-len(drawn) // columns)
     figure, grid = pyplot.subplots(rows, columns, figsize=(4.4 * columns, 3.1 * rows + 0.4), squeeze=False)
     for panel, key in zip(grid.flat, drawn):
         for name, log in logs.items():
             _draw_run(panel, key, log, bests[name], colors[name])
-        _dress(panel, key, logs.values())
+        _dress(panel, key, list(logs.values()))
     for panel in list(grid.flat)[len(drawn) :]:
         panel.set_visible(False)
     _legend(figure, drawn, logs, bests, colors)
@@ -171,7 +171,8 @@ def _dress(panel: Any, key: str, logs: Any) -> None:
     panel.tick_params(labelsize=8)
     panel.xaxis.set_major_locator(ticker.MaxNLocator(5, integer=True))
     panel.grid(alpha=0.3)
-    panel.set_xlim(left=0)
+    last = max(steps[-1] for log in logs for steps, _ in log.values())
+    panel.set_xlim(0, 1.02 * max(last, 1))  # the same in all panels
     top = None
     if _is_loss(key) or key == "gradient_norm":
         # The first values of a run may be far above all others, which would all look like zero.
