@@ -153,9 +153,9 @@ def predict_files(
             append(entry)
             add_rows(prediction_rows(entry))
             annotations = truth.annotations(known) if truth and known else None
-            picture, drawn, annotations = _to_draw(parts, detections, annotations, threshold)
+            picture, drawn, annotations, unit = _to_draw(parts, detections, annotations, threshold, cfg)
             path = write_prediction(
-                output, files[index], drawn, names, threshold, drawing.style, annotations, picture
+                output, files[index], drawn, names, threshold, drawing.style._replace(unit=unit), annotations, picture
             )  # fmt: skip
             if drawing.cut_outs:
                 write_cut_outs(Path(output) / "cut_outs", path.stem, files[index], detections, names, threshold)
@@ -163,6 +163,8 @@ def predict_files(
             shown = int((detections.scores >= threshold).sum())
             below = len(detections.scores) - shown
             hidden = f", {below} more below score {threshold:g}" if below and not shown else ""
+            if parts is not None and len(detections.scores) == cfg.TEST.TILE_RESULTS_PER_IM:
+                hidden += "; there may be more: raise TEST.TILE_RESULTS_PER_IM"
             rate = (time.time() - started) / done
             logger.info(f"{done}/{len(files)} {path}: {shown} objects{hidden} ({rate:.2f} s/image)")
             if window and len(files) == 1:
@@ -190,12 +192,16 @@ def _found_in(
 
 
 def _to_draw(
-    parts: ImageParts | None, detections: Detections, annotations: dict[str, Any] | None, threshold: float
-) -> tuple[np.ndarray | None, Detections, dict[str, Any] | None]:
-    """What is drawn of an image that was seen in tiles: if it is very large, a smaller one with everything in it."""
-    times = 1 if parts is None else math.ceil(math.sqrt(parts.height * parts.width / LARGEST_PICTURE))
-    if parts is None or times == 1:
-        return None, detections, annotations
+    parts: ImageParts | None, detections: Detections, annotations: dict[str, Any] | None, threshold: float, cfg: Config
+) -> tuple[np.ndarray | None, Detections, dict[str, Any] | None, float]:
+    """What is drawn of an image that was seen in tiles: if it is very large, a smaller one with everything in it. The
+    last value is that of `Style.unit`: lines as thin as in a picture of one tile."""
+    if parts is None or max(parts.height, parts.width) <= cfg.TEST.TILE:
+        return None, detections, annotations, 0
+    times = math.ceil(math.sqrt(parts.height * parts.width / LARGEST_PICTURE))
+    unit = max(cfg.TEST.TILE / times, 320)
+    if times == 1:
+        return None, detections, annotations, unit
     kept = np.flatnonzero(detections.scores >= threshold)
     drawn = Detections(
         detections.boxes[kept], detections.scores[kept], detections.labels[kept],
@@ -205,7 +211,7 @@ def _to_draw(
     if annotations is not None:
         rings = [[ring / times for ring in part] for part in annotations["rings"]]
         annotations = {**annotations, "boxes": annotations["boxes"] / times, "rings": rings}
-    return reduced(parts, times), reduced_detections(drawn, times), annotations
+    return reduced(parts, times), reduced_detections(drawn, times), annotations, unit
 
 
 class Truth:

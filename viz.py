@@ -53,6 +53,7 @@ class Style(NamedTuple):
     parts: str = "all"  # "boxes", "masks": these alone; objects without a mask keep their box
     contour: bool = False  # masks as outlines, not filled
     colors: str = "class"  # in several tones where objects of one class meet; "instance": each a colour of its own
+    unit: float = 0  # lines and letters as in a square picture of this side; 0: as the picture's own size asks for
     smallest: int = 0  # a picture with a shorter long side is enlarged by a whole number to at least this
 
 
@@ -207,7 +208,7 @@ def _draw(image: np.ndarray, items: list[_Item], style: Style) -> np.ndarray:
     canvas = image.copy()
     # Large objects first, so that small ones lie on top of them.
     items = sorted(items, key=lambda item: -_area(item.box))
-    unit = math.sqrt(image.shape[0] * image.shape[1])
+    unit = style.unit or math.sqrt(image.shape[0] * image.shape[1])
     line = max(1, round(unit / 320))
     masked = style.parts != "boxes"
     for item in items:

@@ -14,6 +14,7 @@ from small_videos import frame, write_video
 import video_source
 from common import UserError
 from video_source import Frame, Source, find_sources, newest_only, open_source, paced, read_ahead
+from video_views import LivePage
 
 pytestmark = pytest.mark.quick
 
@@ -130,6 +131,32 @@ def test_a_stream_that_answers_nothing_ends_after_its_time(monkeypatch):
             with pytest.raises(UserError, match=r"cannot be opened within 0.3 s") as error:
                 open_source(one(f"{scheme}://u:secret@127.0.0.1:{server.getsockname()[1]}/x"))
             assert "secret" not in str(error.value)
+
+
+def test_a_stream_is_live_and_ends_after_its_time_when_it_falls_silent(monkeypatch):
+    monkeypatch.setattr(video_source, "TIMEOUT", 1.0)
+    page, jpegs = LivePage(0), [cv2.imencode(".jpg", frame(n))[1].tobytes() for n in range(4)]
+    served = threading.Event()
+
+    def serve():
+        while not served.wait(0.02):
+            page.show(jpegs[0])
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        opened = open_source(one(page.address + "stream"))
+        assert opened.live and opened.count is None and opened.size == (96, 128)
+        frames = opened.frames(7, 1)
+        first = next(frames)
+        assert first.number == 7 and np.abs(first.pixels.astype(int) - frame(0)).mean() < 4
+        served.set()  # nothing comes any more
+        rest = [f.number for f in frames]  # what was on its way, then the end
+        assert rest == list(range(8, 8 + len(rest)))
+    finally:
+        served.set()
+        thread.join()
+        page.close()
 
 
 def test_a_folder_without_images_is_refused(tmp_path):
