@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -239,10 +240,14 @@ def _one_line(what: str) -> Iterator[None]:
         raise UserError(f"{what} cannot be written: {_reason(e)}") from None
 
 
+# Lines of TensorFlow's messages that tell where, or give hints about memory for a disk that is full.
+_AROUND = re.compile(r"Graph exec|Detected at|Node:|Hint:")
+
+
 def _reason(error: tf.errors.OpError) -> str:
     """The sentence of TensorFlow's error that says what went wrong, without the graph locations around it."""
     lines = (error.message or str(error)).splitlines()
-    told = [line.strip() for line in lines if line[:1].strip() and not re.match(r"Graph exec|Detected at|Node:", line)]
+    told = [line.strip() for line in lines if line[:1].strip() and not _AROUND.match(line)]
     return (told[-1] if told else lines[0] if lines else type(error).__name__)[:200]
 
 
@@ -299,6 +304,19 @@ class Checkpoints(Callback):
             self._steps.add(self._saved_at)
         self._handlers = contextlib.ExitStack()
         self._handlers.enter_context(on_stop(self._on_signal, self.close_input))
+        if self._chief:
+            self._check_space()
+
+    def _check_space(self) -> None:
+        """Raises UserError if the first checkpoint cannot fit on the disk."""
+        needed = sum(v.shape.num_elements() * v.dtype.size for v in tf.global_variables())
+        with contextlib.suppress(OSError):  # a disk that does not tell
+            free = shutil.disk_usage(self._logdir).free
+            if free < needed:
+                raise UserError(
+                    f"a checkpoint takes {needed / 1e6:.1f} MB, but the disk of {self._logdir} has {free / 1e6:.1f} MB "
+                    "free: make room, or give another --logdir"
+                )
 
     def _on_signal(self, number: int) -> None:
         if self.stop_signal is not None:

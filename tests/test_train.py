@@ -359,9 +359,24 @@ def test_weights_that_overflow_in_the_last_update_are_not_saved_and_end_the_run(
     assert not (tmp_path / "run" / ".saving").exists()
 
 
+# As TensorFlow tells it.
+FULL_DISK = """Graph execution error:
+
+Detected at node 'save/SaveV2' defined at (most recent call last):
+    File "train.py", line 6, in <module>
+Node: 'save/SaveV2'
+/x/model-1.data-00000-of-00001.tempstate1; No space left on device
+\t [[{{node save/SaveV2}}]]
+Hint: If you want to see a list of allocated tensors when OOM happens, add report_tensor_allocations_upon_oom."""
+
+
 @pytest.mark.parametrize(
     "error",
-    [tf.errors.OutOfRangeError(None, None, "File too large"), OSError(28, "No space left on device", "/x/model-1")],
+    [
+        tf.errors.OutOfRangeError(None, None, "File too large"),
+        tf.errors.ResourceExhaustedError(None, None, FULL_DISK),
+        OSError(28, "No space left on device", "/x/model-1"),
+    ],
 )
 def test_a_run_whose_checkpoint_cannot_be_written_does_not_say_that_it_finished(tmp_path, capsys, monkeypatch, error):
     """tensorpack takes OutOfRangeError, which TensorFlow raises for a file over a limit, for the end of training."""
@@ -373,7 +388,15 @@ def test_a_run_whose_checkpoint_cannot_be_written_does_not_say_that_it_finished(
     assert train_tiny(tmp_path / "run", steps=1) == 2
     err = capsys.readouterr()
     assert "finished" not in err.err and "Traceback" not in err.err
-    assert re.search(r"checkpoint .*/model-1 cannot be written: (File too large|No space left)", err.err)
+    assert re.search(r"checkpoint .*/model-1 cannot be written: (File too large|.*No space left)", err.err)
+
+
+def test_a_disk_on_which_no_checkpoint_fits_ends_the_run_before_its_first_step(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(training.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 10**5))
+    assert train_tiny(tmp_path / "run", steps=1) == 2
+    message = last_error(capsys)
+    assert re.search(r"a checkpoint takes \d\.\d MB, but the disk of .*/run has 0\.1 MB free: make room", message)
+    assert "step 1/1" not in message
 
 
 def test_a_file_size_limit_is_named_as_the_reason(tmp_path, capsys):
