@@ -81,6 +81,8 @@ def test_a_run_logs_its_speed_memory_and_first_batch(trained):
     assert line["speed/images_per_s"] == pytest.approx(1 / line["speed/step_s"], rel=1e-5)
     assert 0 <= line["speed/data_wait"] <= 1 and line["speed/eta_s"] == 0
     assert 0.2 < line["memory/host_gb"] < 50
+    documented = re.findall(r"`([^`\s]+)`", (ROOT / "docs" / "OUTPUTS.md").read_text())
+    assert set(line) <= set(documented)
     assert [p.name for p in (trained / "pictures").iterdir()] == ["batch-0-step0000001.jpg"]
 
 
