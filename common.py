@@ -23,7 +23,7 @@ __all__ = [
     "UserError", "logger", "atomic_write", "write_json", "without_nan", "read_json", "read_text", "decode_text",
     "installed_gpus", "visible_gpus", "git_revision", "project_version", "describe_error", "import_function",
     "check_output_folder", "check_output_file",
-    "path_argument",
+    "new_process_code", "path_argument",
 ]  # fmt: skip
 
 
@@ -268,6 +268,12 @@ def import_function(name: str, setting: str) -> Callable:
     if not callable(found):
         raise UserError(f"{where}: {function} of {module} is not a function, its type is {type(found).__name__}")
     return found
+
+
+def new_process_code(module: str, call: str) -> str:
+    """What `python -c` runs to call a function of one of the project's modules, which is found as in this process."""
+    own = [] if __package__ else [str(Path(__file__).parent)]
+    return f"import importlib, sys; sys.path[:] = {[*own, *sys.path]!r}; importlib.import_module({module!r}).{call}"
 
 
 def project_version() -> str:

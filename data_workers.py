@@ -22,13 +22,12 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 
-from common import UserError, logger
+from common import UserError, logger, new_process_code
 from config import Config
 from data import BatchMaker, padded_size
 from dataset_split import DatasetSplit
@@ -151,10 +150,6 @@ class TrainingFlow:
 # A message is a length and a pickled tuple (kind, content...). From a worker: ("batch", slot, image shape, other
 # arrays) or ("error", is the user's, text). To a worker: the number of a slot that may be written again, as one byte.
 _LENGTH = struct.Struct("<Q")
-_WORKER_CODE = (
-    "import importlib, sys; sys.path[:] = {path!r}; "
-    "importlib.import_module({module!r})._work({memory}, {shared}, {socket}, {slots}, {first_batch}, {parent})"
-)
 _PARENT_CHECK_SECONDS = 5.0
 _POLL_SECONDS = 0.5
 START_SECONDS = 60.0  # what a new worker may take beside DATA.WORKER_TIMEOUT for its first batch
@@ -207,12 +202,8 @@ class _Worker:
         try:
             os.truncate(memory, self._slot_bytes * slots)  # sparse: a page takes memory once it is written
             self._memory = mmap.mmap(memory, 0)
-            # The installed package is found there as it is here.
-            own = [] if __package__ else [str(Path(__file__).parent)]
-            code = _WORKER_CODE.format(
-                path=[*own, *sys.path], module=__name__, memory=memory, shared=shared, socket=theirs.fileno(),
-                slots=slots, first_batch=first_batch, parent=os.getpid(),
-            )  # fmt: skip
+            numbers = (memory, shared, theirs.fileno(), slots, first_batch, os.getpid())
+            code = new_process_code(__name__, f"_work{numbers}")
             self.process = subprocess.Popen(
                 [sys.executable, "-c", code],
                 stdin=subprocess.DEVNULL,

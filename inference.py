@@ -56,27 +56,38 @@ def inference_callable(cfg: Config, device: str | None = None, scope: str = "", 
     return attach
 
 
-def start_session(graph: Any, load: Callable[[Any], None]) -> Any:
-    """A session of `graph` with the weights that load(sess) assigns."""
-    if problem := gpu_problem():
+def start_session(graph: Any, load: Callable[[Any], None], device: str | None = None) -> Any:
+    """A session of `graph` with the weights that load(sess) assigns; of the device "/cpu:0" it leaves GPUs alone."""
+    on_cpu = device == "/cpu:0"
+    if not on_cpu and (problem := gpu_problem()):
         logger.warning(problem)
-    config = tf.ConfigProto(allow_soft_placement=True)
+    config = tf.ConfigProto(allow_soft_placement=True, device_count={"GPU": 0} if on_cpu else None)
     config.gpu_options.allow_growth = True
     use_own_gpu(config)
     session = tf.Session(graph=graph, config=config)
-    load(session)
+    try:
+        load(session)
+    except BaseException:
+        session.close()
+        raise
     return session
 
 
 class Predictor:
     """predict(image, image_shape) -> outputs, with its own graph and session."""
 
-    def __init__(self, cfg: Config, load: Callable[[Any], None]):
-        """load(sess) assigns the weights to the variables of the session's graph."""
+    def __init__(self, cfg: Config, load: Callable[[Any], None], device: str | None = None):
+        """load(sess) assigns the weights to the variables of the session's graph; device: "/cpu:0", "/gpu:1", …"""
         self.cfg = cfg
         with tf.Graph().as_default() as graph:
-            attach = inference_callable(cfg)
-            self._predict = attach(start_session(graph, load))
+            attach = inference_callable(cfg, device)
+            self._session = start_session(graph, load, device)
+            self._predict = attach(self._session)
 
     def __call__(self, image: np.ndarray, image_shape: np.ndarray) -> dict[str, np.ndarray]:
         return self._predict(image, image_shape)
+
+    def close(self) -> None:
+        """Frees the weights."""
+        self._session.close()
+        del self._predict, self._session

@@ -9,6 +9,7 @@ BACKBONE.NAME=module:function calls your own function (demo/own_backbone.py is a
 import contextlib
 import difflib
 import functools
+import importlib
 import inspect
 import os
 import re
@@ -146,9 +147,14 @@ def _family(application: str) -> tuple[tuple, str | None]:
     return next((convention, ends) for pattern, convention, ends in _FAMILIES if re.match(pattern, application))
 
 
+def _keras() -> Any:
+    """Keras 2 for graphs, whichever Keras `tf.keras` is in this process."""
+    return importlib.import_module("tf_keras.api._v1.keras")
+
+
 def _applications() -> dict[str, Callable]:
     """The names of the networks in tf_keras.applications."""
-    found = inspect.getmembers(tf.keras.applications, inspect.isfunction)
+    found = inspect.getmembers(_keras().applications, inspect.isfunction)
     return {name: make for name, make in found if "include_top" in inspect.signature(make).parameters}
 
 
@@ -160,7 +166,7 @@ def _network(application: str, precision: str) -> _Network:
         near = nearest(application, known, 0.5, 3)
         hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known)}"
         raise UserError(f"setting BACKBONE.NAME=keras:{application}: Keras has no such network; {hint}")
-    keras = tf.keras.backend
+    keras = _keras().backend
     before, own = keras.floatx(), "float16" if precision == "bfloat16" else precision
     with tf.Graph().as_default() as graph, _cpu_session_for_keras(graph):
         tf.set_random_seed(1)
@@ -209,11 +215,11 @@ def _half_to_bfloat16(node):
 def _cpu_session_for_keras(graph):
     """Keras evaluates constants of some networks while it builds them; this session does not occupy a GPU's memory."""
     with tf.Session(graph=graph, config=tf.ConfigProto(device_count={"GPU": 0})) as session:
-        tf.keras.backend.set_session(session)
+        _keras().backend.set_session(session)
         try:
             yield session
         finally:
-            tf.keras.backend.set_session(None)
+            _keras().backend.set_session(None)
 
 
 @functools.cache

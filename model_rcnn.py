@@ -163,7 +163,7 @@ def _check_head(key, head, side, wanted, cfg: Config):
                 session.run(tf.global_variables_initializer())
                 shape = session.run(tf.shape(output), {features: np.zeros([2, side, side, channels])}).tolist()
                 fits = len(shape) == len(wanted) and all(w in (None, n) for w, n in zip(wanted, shape))
-                good = fits and output.dtype.is_floating and output.shape[-1].value is not None
+                good = fits and output.dtype.is_floating and output.shape.as_list()[-1] is not None
                 found = f"{output.dtype.name} {shape}"
         except UserError:
             raise

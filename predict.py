@@ -60,15 +60,17 @@ GraphPredictor = Callable[[np.ndarray, np.ndarray], dict[str, np.ndarray]]  # (i
 
 
 # ---------------------------------------------------------------------------------------------------------- predictors
-def build_predictor(cfg: Config, load: Callable[[Any], None], meta: dict[str, Any] | None = None) -> GraphPredictor:
+def build_predictor(
+    cfg: Config, load: Callable[[Any], None], meta: dict[str, Any] | None = None, device: str | None = None
+) -> Predictor | AugmentedPredictor:
     """The predictor that the TEST settings describe; load(sess) assigns the weights in its session, meta comes from
-    their file."""
+    their file; device: "/cpu:0" or "/gpu:1", by default the first GPU if there is one."""
     if cfg.TEST.AUG_SHORT_EDGES:
         sizes = ", ".join(map(str, cfg.TEST.AUG_SHORT_EDGES))
         mirrored = ", each also mirrored" if cfg.TEST.AUG_FLIP else ""
         logger.info(f"test-time augmentation: short edges {sizes}{mirrored}")
-        return AugmentedPredictor(cfg, load, keypoint_flip(cfg, meta))
-    return Predictor(cfg, load)
+        return AugmentedPredictor(cfg, load, keypoint_flip(cfg, meta), device)
+    return Predictor(cfg, load, device)
 
 
 def keypoint_flip(cfg: Config, meta: dict[str, Any] | None) -> list[int]:
@@ -90,7 +92,7 @@ def keypoint_flip(cfg: Config, meta: dict[str, Any] | None) -> list[int]:
 class LoadedPredictor:
     """A trained model: predictor(image) -> `Detections`."""
 
-    def __init__(self, model: Model, fitting: Fitting = STRICT):
+    def __init__(self, model: Model, fitting: Fitting = STRICT, device: str | None = None):
         self.cfg = with_classes(model.cfg, model.weights)
         self.class_names: list[str] = self.cfg.DATA.CLASS_NAMES
         ids = (model.meta or {}).get("category_ids") or []
@@ -99,7 +101,7 @@ class LoadedPredictor:
         if self.cfg.MODE_RPN_ONLY:
             self.category_ids = None
         self.predict_batch = build_predictor(
-            self.cfg, weight_loader(model.weights, model.origin, fitting), model.meta
+            self.cfg, weight_loader(model.weights, model.origin, fitting), model.meta, device
         )  # fmt: skip
 
     def __call__(self, image: str | os.PathLike | np.ndarray) -> Detections:
@@ -107,10 +109,16 @@ class LoadedPredictor:
         if in_tiles(self.cfg):
             return detect_tiled(self.predict_batch, open_parts(image), self.cfg)
         pixels = image if isinstance(image, np.ndarray) else read_image(image)
-        height, width = pixels.shape[:2]
-        batch, shapes = stack_images([resize_for_test(pixels, self.cfg)], self.cfg)
+        return self.detect([resize_for_test(pixels, self.cfg)], [pixels.shape[:2]])[0]
+
+    def detect(self, resized: Sequence[np.ndarray], sizes: Sequence[tuple[int, int]]) -> list[Detections]:
+        """The objects of a batch of images after `resize_for_test`, in the frame of images of these heights and
+        widths."""
+        batch, shapes = stack_images(resized, self.cfg)
         outputs = self.predict_batch(batch, shapes)
-        return to_original_frame({k: v[0] for k, v in outputs.items()}, shapes[0], (height, width))
+        return [
+            to_original_frame({k: v[n] for k, v in outputs.items()}, shapes[n], size) for n, size in enumerate(sizes)
+        ]
 
 
 def load_predictor(
@@ -118,10 +126,11 @@ def load_predictor(
     settings: Sequence[str] = (),
     fitting: Fitting = STRICT,
     trusted: Sequence[str] = (),
+    device: str | None = None,
 ) -> LoadedPredictor:
     """The predictor of a run directory, checkpoint or .npz; `settings` are KEY=VAL as after --config, `trusted` modules
     as after --trust-code."""
-    return LoadedPredictor(load_model(str(path), settings, trusted), fitting)
+    return LoadedPredictor(load_model(str(path), settings, trusted), fitting, device)
 
 
 def predict_files(

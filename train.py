@@ -257,6 +257,9 @@ def _train(start: Start, fitting: Fitting, rank: int, size: int, started: float)
         check_trackers(start.cfg)
     cfg, split, validation = _load_data(start.cfg, rank, size)
 
+    from utils.tf_v1 import take_over
+
+    take_over()  # also of a process that has only predicted so far (packrcnn.py)
     from predict import evaluation_builder
     from trainers import describe_devices, local_devices, make_trainer
     from training import Interrupted, run_training

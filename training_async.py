@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from common import UserError, describe_error, installed_gpus, logger, visible_gpus
+from common import UserError, describe_error, installed_gpus, logger, new_process_code, visible_gpus
 from config import Config, default_config, finalize_config
 from dataset import load_validation_splits
 from run_start import weight_loader
@@ -28,7 +28,6 @@ from utils.checkpoint import is_model_tensor, load_weights, without_averages
 
 __all__ = ["AsyncEvaluations", "Outcome", "check_device"]
 
-_CODE = "import sys; sys.path[:] = {path!r}; import training_async; training_async._run({result}, {parent})"
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of Linux's prctl
 _PRIORITY = 19  # the lowest: it gets the time that training leaves
 LOG_NAME = "evaluation.log"
@@ -111,9 +110,7 @@ class AsyncEvaluations:
         step, self._waiting = self._waiting, None
         task = {"settings": self._cfg.to_dict(), "checkpoint": str((self._logdir / f"model-{step}").absolute())}
         result = tempfile.TemporaryFile()  # noqa: SIM115  closed when the evaluation has ended
-        code = _CODE.format(
-            path=[str(Path(__file__).parent), *sys.path], result=result.fileno(), parent=os.getpid()
-        )  # fmt: skip
+        code = new_process_code(__name__, f"_run({result.fileno()}, {os.getpid()})")
         with tempfile.TemporaryFile() as given, open(self._logdir / LOG_NAME, "w") as log:
             given.write(json.dumps(task).encode())
             given.seek(0)

@@ -61,14 +61,20 @@ class AugmentedPredictor:
     for the masks of the merged boxes.
     """
 
-    def __init__(self, cfg: Config, load: Callable[[Any], None], keypoint_flip: Sequence[int] = ()):
-        """load(sess) assigns the weights to the variables of the session's graph; keypoint_flip: each keypoint's number
-        in a mirrored image, needed for keypoints with TEST.AUG_FLIP."""
+    def __init__(
+        self,
+        cfg: Config,
+        load: Callable[[Any], None],
+        keypoint_flip: Sequence[int] = (),
+        device: str | None = None,
+    ):
+        """load, device: as for `Predictor`; keypoint_flip: each keypoint's number in a mirrored image, needed for
+        keypoints with TEST.AUG_FLIP."""
         self.cfg = cfg
         self._keypoint_flip = np.asarray(keypoint_flip, np.int64)
         flips = [False, True] if cfg.TEST.AUG_FLIP else [False]
         self._views = [(edge, flip) for edge in cfg.TEST.AUG_SHORT_EDGES for flip in flips]
-        with tf.Graph().as_default() as graph:
+        with tf.Graph().as_default() as graph, tf.device(device):
             image = tf.placeholder(tf.uint8, [None, None, None, 3])
             image_shape = tf.placeholder(tf.int32, [None, 2])
             features = backbone_features(image, image_shape, cfg)
@@ -91,7 +97,7 @@ class AugmentedPredictor:
                 rows = tf.placeholder(tf.float32, [None, 4])
                 points = decode_keypoints(heat, rows)
 
-            session = start_session(graph, load)
+            session = self._session = start_session(graph, load, device)
             self._find = session.make_callable([list(candidates), pooled], [image, image_shape])
             self._merge = session.make_callable(list(detections), [boxes, scores, labels])
             self._describe = session.make_callable(branches, [*given, boxes, labels])
@@ -110,6 +116,11 @@ class AugmentedPredictor:
         if self.cfg.MODE_MASK or self.cfg.MODE_KEYPOINT:
             outputs |= self._average(features, views, boxes, labels, image_shape)
         return outputs
+
+    def close(self) -> None:
+        """Frees the weights."""
+        self._session.close()
+        del self._find, self._merge, self._describe, self._decode, self._session
 
     def _average(
         self, features: list, views: list[View], boxes: np.ndarray, labels: np.ndarray, image_shape: np.ndarray

@@ -1,11 +1,14 @@
 """What the tests of the graph share: running a small graph of its own, small settings, small batches."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
 from config import Config, default_config, finalize_config
+from inference import inference_callable
 from tests.tiny import TINY_MODEL
+from utils.checkpoint import save_npz
 from utils.tf_v1 import tf
 
 
@@ -23,6 +26,19 @@ def evaluate(make: Callable, variables: dict[str, np.ndarray] | None = None):
 
 def tiny_config(*settings: str) -> Config:
     return finalize_config(default_config().update_args([*TINY_MODEL, "DATA.NUM_CATEGORY=3", *settings]))
+
+
+def save_untrained(path: Path, *settings: str) -> Path:
+    """An untrained detector of the classes cat, dog and owl, whose low scores pass its threshold."""
+    cfg = tiny_config("TEST.RESULT_SCORE_THRESH=0.0", "TEST.RESULTS_PER_IM=5", "MODE_MASK=True", *settings)
+    with tf.Graph().as_default(), tf.Session() as session:
+        tf.set_random_seed(3)
+        inference_callable(cfg)
+        session.run(tf.global_variables_initializer())
+        weights = session.run({v.op.name: v for v in tf.global_variables()})
+    names = ["cat", "dog", "owl"]
+    save_npz(path, weights, {"settings": cfg.to_dict(), "class_names": names, "category_ids": [7, 8, 9]})
+    return path
 
 
 def constants(batch: dict[str, np.ndarray]) -> dict:

@@ -15,9 +15,9 @@ pytestmark = pytest.mark.quick
 ROOT = Path(__file__).resolve().parent.parent
 PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
 # Distributions whose module has another name.
-DISTRIBUTIONS = {"cv2": "opencv-python-headless"}
+DISTRIBUTIONS = {"cv2": "opencv-python-headless", "PIL": "matplotlib"}  # matplotlib needs pillow
 # Asked for where they are used, with a message that says how to install them.
-OPTIONAL = {"horovod", "mlflow", "sagemaker", "torch", "wandb"}
+OPTIONAL = {"horovod", "mlflow", "sagemaker", "supervision", "torch", "wandb"}
 
 
 def requirements(name):

@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 import pycocotools.mask as coco_mask
 import pytest
-from graph import tiny_config
+from graph import save_untrained, tiny_config
 from small_videos import read_video, write_video
 from test_predict_tiles import Squares, drawn
 from test_predict_tiles import config as tiles_config
@@ -27,11 +27,8 @@ from config import default_config, finalize_config
 from data import inference_batches, list_images
 from dataset import load_split
 from detections import Detections, to_original_frame
-from inference import inference_callable
 from predict import evaluate_split, keypoint_flip, load_predictor, merge_shards, predict_files, write_cut_outs
-from utils.checkpoint import save_npz
 from utils.polygons import encode_mask
-from utils.tf_v1 import tf
 from viz import Drawing, Style
 
 
@@ -39,16 +36,7 @@ from viz import Drawing, Style
 @pytest.fixture(scope="module")
 def model_file(tmp_path_factory) -> Path:
     """An untrained detector of three classes, with low scores that pass its threshold."""
-    cfg = tiny_config("TEST.RESULT_SCORE_THRESH=0.0", "TEST.RESULTS_PER_IM=5", "MODE_MASK=True")
-    with tf.Graph().as_default(), tf.Session() as session:
-        tf.set_random_seed(3)
-        inference_callable(cfg)
-        session.run(tf.global_variables_initializer())
-        weights = session.run({v.op.name: v for v in tf.global_variables()})
-    path = tmp_path_factory.mktemp("model") / "model.npz"
-    names = ["cat", "dog", "owl"]
-    save_npz(path, weights, {"settings": cfg.to_dict(), "class_names": names, "category_ids": [7, 8, 9]})
-    return path
+    return save_untrained(tmp_path_factory.mktemp("model") / "model.npz")
 
 
 def test_a_loaded_predictor_finds_in_a_photograph_what_the_batches_of_a_data_set_find(model_file):

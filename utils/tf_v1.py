@@ -2,6 +2,7 @@
 
 The environment must be set before TensorFlow is first imported, so nothing else in the project imports it directly.
 PACKRCNN_VERBOSE_TF=1 in the environment (train.py --verbose-tf) brings TensorFlow's own start-up messages back.
+As a guest of another program (utils/guest.py) nothing is set: tf.Graph and tf.Session compute in graphs all the same.
 """
 
 import contextlib
@@ -14,17 +15,24 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from common import visible_gpus
+from utils.guest import is_guest
 
-__all__ = ["do_not_fold_initial_values", "gpu_count", "gpu_problem", "onednn_enabled", "tensor_bundle_pb2", "tf"]
+__all__ = [
+    "do_not_fold_initial_values", "gpu_count", "gpu_problem", "onednn_enabled", "take_over", "tensor_bundle_pb2", "tf",
+]  # fmt: skip
 
 _VERBOSE = bool(os.environ.get("PACKRCNN_VERBOSE_TF"))
+_GUEST = is_guest()
+# A program that has imported TensorFlow before has decided about its messages.
+_QUIET = not (_VERBOSE or _GUEST and "tensorflow" in sys.modules)
 
-# tensorpack's layers need Keras 2, which TensorFlow now takes from the tf_keras package.
-os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")
-if not _VERBOSE:
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
-    warnings.filterwarnings("ignore", module=r"(tensorflow|tensorpack|tf_keras|keras)(\.|$)")
+if not _GUEST:
+    # tensorpack's layers need Keras 2, which TensorFlow takes from the tf_keras package.
+    os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")
+    if not _VERBOSE:
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+        os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+        warnings.filterwarnings("ignore", module=r"(tensorflow|tensorpack|tf_keras|keras)(\.|$)")
 
 
 @contextlib.contextmanager
@@ -42,25 +50,43 @@ def _stderr_to_nowhere() -> Iterator[None]:
         os.close(sink)
 
 
-with contextlib.nullcontext() if _VERBOSE else _stderr_to_nowhere():
+@contextlib.contextmanager
+def _quiet_import() -> Iterator[None]:
+    """TensorFlow reads the level of its C++ messages once; a guest leaves the variable as it was."""
+    unset = "TF_CPP_MIN_LOG_LEVEL" not in os.environ
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    try:
+        with _stderr_to_nowhere():
+            yield
+    finally:
+        if unset:
+            del os.environ["TF_CPP_MIN_LOG_LEVEL"]
+
+
+with _quiet_import() if _QUIET else contextlib.nullcontext():
     import tensorflow
     import tensorflow.compat.v1 as tf
     from tensorflow.core.protobuf import tensor_bundle_pb2  # of a checkpoint's index
 
-    _DEVICES = tf.config.list_physical_devices()
+    if not _GUEST:
+        tf.config.list_physical_devices()
 
-if "TF_DETERMINISTIC_OPS" not in os.environ and not any(d.device_type == "GPU" for d in _DEVICES):
-    # The multi-threaded CPU gradient of crop_and_resize accumulates without synchronisation and is wrong (errors up
-    # to 10 % of the largest gradient) unless deterministic kernels are asked for. GPU kernels refuse to run under it.
-    tensorflow.config.experimental.enable_op_determinism()
 
-if not _VERBOSE:
-    tf.logging.set_verbosity(tf.logging.ERROR)
-    logging.getLogger("tensorflow").setLevel(logging.ERROR)
-tf.disable_v2_behavior()
-# A reference variable may be updated while other operations of the same step still read it; reads of a resource
-# variable are snapshots. Without this, two runs of the same step differ by up to 1 % in some gradients.
-tf.enable_resource_variables()
+def take_over() -> None:
+    """Makes TensorFlow compute in graphs everywhere in this process, as training needs it."""
+    os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")  # also where this process was a guest until now
+    if "TF_DETERMINISTIC_OPS" not in os.environ and not gpu_count():
+        # The multi-threaded CPU gradient of crop_and_resize accumulates without synchronisation and is wrong (errors up
+        # to 10 % of the largest gradient) unless deterministic kernels are asked for. GPU kernels refuse to run under
+        # it.
+        tensorflow.config.experimental.enable_op_determinism()
+    if not _VERBOSE:
+        tf.logging.set_verbosity(tf.logging.ERROR)
+        logging.getLogger("tensorflow").setLevel(logging.ERROR)
+    tf.disable_v2_behavior()
+    # A reference variable may be updated while other operations of the same step still read it; reads of a resource
+    # variable are snapshots. Without this, two runs of the same step differ by up to 1 % in some gradients.
+    tf.enable_resource_variables()
 
 
 @functools.cache
@@ -111,3 +137,7 @@ def do_not_fold_initial_values(variables: Sequence[Any]) -> None:
             op._update_input(0, op.inputs[0] + tf.cast(nothing, op.inputs[0].dtype))  # noqa: SLF001
         else:
             todo += [tensor.op for tensor in op.inputs]
+
+
+if not _GUEST:
+    take_over()
