@@ -305,7 +305,8 @@ def resize_for_test(image: np.ndarray, cfg: Config) -> np.ndarray:
     """The image in the size in which the network sees it; test-time augmentation resizes by itself."""
     if cfg.TEST.AUG_SHORT_EDGES:
         return image
-    height, width = resized_shape(*image.shape[:2], cfg.PREPROC.TEST_SHORT_EDGE_SIZE, cfg.PREPROC.MAX_SIZE)
+    height, width = image.shape[:2]
+    height, width = resized_shape(height, width, cfg.PREPROC.TEST_SHORT_EDGE_SIZE, cfg.PREPROC.MAX_SIZE)
     return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
 
 

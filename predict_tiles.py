@@ -5,6 +5,7 @@ pieces that continue each other across tiles become one object. Masks are kept a
 mask and, where the file allows it, no image of that size is ever in memory.
 """
 
+import functools
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -90,7 +91,8 @@ def open_parts(image: str | os.PathLike | np.ndarray) -> ImageParts:
 
 
 def _of_pixels(pixels: np.ndarray) -> ImageParts:
-    return ImageParts(*pixels.shape[:2], lambda x, y, width, height: pixels[y : y + height, x : x + width])
+    height, width = pixels.shape[:2]
+    return ImageParts(height, width, lambda x, y, w, h: pixels[y : y + h, x : x + w])
 
 
 def _of_tiff(tiff: TiffParts) -> ImageParts:
@@ -183,7 +185,7 @@ def _batches(parts: ImageParts, views: Sequence[View], cfg: Config) -> Iterator[
     size = cfg.TEST.BATCH_SIZE
     jobs: list[Callable[[], list]] = [whole] if cfg.TEST.TILE_WHOLE or len(views) == 1 else []
     if len(views) > 1:
-        jobs += [lambda part=views[i : i + size]: read(part) for i in range(0, len(views), size)]
+        jobs += [functools.partial(read, views[i : i + size]) for i in range(0, len(views), size)]
     with ThreadPoolExecutor(1) as pool:
         ahead = pool.submit(jobs[0])
         for job in [*jobs[1:], None]:

@@ -119,16 +119,18 @@ def _predict_video(predictor: Any, job: _Job, options: VideoOptions, style: Styl
     start = done[-1]["frame"] + options.every if done else 0
     if done:
         logger.info(f"{name}: {len(done)} frames are in {job.lines}; going on with frame {start}")
+    for number in sorted({*range(0, start, options.every)} - {e["frame"] for e in done}):
+        opened.skipped(number)
     dropped = [job.description["dropped"], 0]  # in all, and since the last report
 
     def drop(_: Frame) -> None:
         dropped[0], dropped[1] = dropped[0] + 1, dropped[1] + 1
 
-    stream: Iterator[Frame] = opened.frames(start, options.every)
+    frames: Iterator[Frame] = opened.frames(start, options.every)
     if options.realtime and not opened.live:
-        stream = paced(stream, time.monotonic, time.sleep)
+        frames = paced(frames, time.monotonic, time.sleep)
     live = opened.live or options.realtime
-    stream = newest_only(stream, drop) if live else read_ahead(stream, 2 * size + 2)
+    stream = newest_only(frames, drop) if live else read_ahead(frames, 2 * size + 2)
     tracker = _replayed(done, options, predictor) if options.track else None
     report = _Report(name, opened, start, dropped)
     writer = _Writer(predictor, job, done, tracker, options, style, views)
@@ -200,8 +202,7 @@ def _predict(predictor: Any, batch: list[Frame]) -> list[Callable[[], Detections
     """For each frame, a function that gives its detections; the graph has run when this returns."""
     cfg = predictor.cfg
     if in_tiles(cfg):
-        found = [detect_tiled(predictor.predict_batch, open_parts(f.pixels), cfg) for f in batch]
-        return [lambda one=one: one for one in found]
+        return [_constant(detect_tiled(predictor.predict_batch, open_parts(f.pixels), cfg)) for f in batch]
     image, shapes = stack_images([resize_for_test(f.pixels, cfg) for f in batch], cfg)
     outputs = predictor.predict_batch(image, shapes)
 
@@ -210,6 +211,10 @@ def _predict(predictor: Any, batch: list[Frame]) -> list[Callable[[], Detections
         return lambda: to_original_frame(one, shapes[n], batch[n].pixels.shape[:2])
 
     return [make(n) for n in range(len(batch))]
+
+
+def _constant(detections: Detections) -> Callable[[], Detections]:
+    return lambda: detections
 
 
 class _Report:
@@ -243,6 +248,7 @@ class _Writer:
         self.predictor, self.job, self.tracker, self.style, self.views = predictor, job, tracker, style, views
         self.threshold = predictor.cfg.TEST.RESULT_SCORE_THRESH_VIS
         self.options, self.count, self.avi = options, len(done), None
+        self._failed = False
         self.began = None if not done else done[0].get("clock")
         self.rate = job.opened.fps / options.every
         _keep_lines(job.lines, len(done))
@@ -252,8 +258,17 @@ class _Writer:
             self.avi = AviWriter(job.video, *size, self.rate, len(done))
 
     def add(self, batch: list[Frame], found: list[Callable[[], Detections]]) -> None:
-        for frame, one in zip(batch, found):
-            self._add(frame, one())
+        if self._failed:  # frames after those that could not be written must not be either
+            return
+        self._failed = True
+        try:
+            for frame, one in zip(batch, found):
+                self._add(frame, one())
+            self._failed = False
+        except OSError as e:
+            raise UserError(
+                f"{self.job.lines}: {e.strerror or e}; when that is put right, the same command goes on"
+            ) from None
 
     def _add(self, frame: Frame, detections: Detections) -> None:
         names = self.predictor.class_names
@@ -369,7 +384,7 @@ def _find_job(opened: Opened, output: Path, predictor: Any, options: VideoOption
         if not isinstance(known, dict) or known.get("source") != wanted["source"]:
             continue
         _refuse_changes(known, wanted, about)
-        if known.get("complete"):
+        if known.get("complete") and lines.exists():
             return _Job(opened, about, lines, video, known, [], True)
         known = {**wanted, "size": known["size"], "dropped": known["dropped"]}
         done = _read_lines(lines)

@@ -8,7 +8,7 @@ import queue
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
@@ -123,8 +123,8 @@ class Opened:
         """Frames `start`, start + every, …; of a live source, its next frame has the number `start`."""
         raise NotImplementedError
 
-    def close(self) -> None:
-        pass
+    def skipped(self, number: int) -> None:
+        """Called for a frame that an earlier command wanted and could not read."""
 
 
 class _Folder(Opened):
@@ -148,6 +148,9 @@ class _Folder(Opened):
                 continue
             yield Frame(number, number / self.fps, None, pixels)
         self.read = len(self.files)
+
+    def skipped(self, number: int) -> None:
+        self.unreadable.append(str(self.files[number]))
 
 
 def _natural(path: Path) -> list:
@@ -270,7 +273,7 @@ def _reader(frames: Iterable[Frame], put: Callable[[Any], None], stop: threading
     return thread
 
 
-def read_ahead(frames: Iterable[Frame], ahead: int) -> Iterator[Frame]:
+def read_ahead(frames: Iterable[Frame], ahead: int) -> Generator[Frame, None, None]:
     """The frames, decoded by a thread that is at most `ahead` frames before."""
     waiting: queue.Queue = queue.Queue(ahead)
     stop = threading.Event()
@@ -293,7 +296,7 @@ def read_ahead(frames: Iterable[Frame], ahead: int) -> Iterator[Frame]:
         thread.join(TIMEOUT)
 
 
-def newest_only(frames: Iterable[Frame], dropped: Callable[[Frame], None]) -> Iterator[Frame]:
+def newest_only(frames: Iterable[Frame], dropped: Callable[[Frame], None]) -> Generator[Frame, None, None]:
     """The newest frame whenever one is asked for; frames that a newer one replaced are given to dropped()."""
     slot: list[Any] = []
     changed, stop = threading.Condition(), threading.Event()

@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 import urllib.request
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import predict_video
 import train
 from common import UserError
 from predict_video import Views, predict_videos
+from utils.mjpeg_avi import AviWriter
 from utils.polygons import decode_rle
 from utils.stopping import Stopped
 from video_options import VideoOptions
@@ -97,6 +99,10 @@ def test_a_folder_of_frames_of_several_sizes_one_of_them_damaged(tmp_path):
     assert len(pictures) == 5 and {p.shape for p in pictures} == {(96, 128, 3)}
     assert pictures[3][:8].max() < 30 and pictures[2][:8].mean() > 50  # the smaller one in the middle of black
     with pytest.raises(UserError, match="could not be read"):  # complete, but still with the same fault
+        run(folder, tmp_path / "out", frames=True, fps=2)
+    about = tmp_path / "out/frames.video.json"
+    about.write_text(json.dumps({**json.loads(about.read_text()), "complete": False}))
+    with pytest.raises(UserError, match=r"1 frames of .*e.g. .*4.png"):  # killed behind it
         run(folder, tmp_path / "out", frames=True, fps=2)
 
 
@@ -184,6 +190,65 @@ def test_an_error_of_the_model_leaves_what_was_written(tmp_path):
         run(video, tmp_path / "out", watch=fail)
     assert len(lines(tmp_path / "out/walk.jsonl")) == 8
     assert run(video, tmp_path / "out") == 0 and len(lines(tmp_path / "out/walk.jsonl")) == 24
+
+
+def test_a_full_disk_is_one_line_and_the_run_goes_on_later(tmp_path, monkeypatch):
+    video = write_video(tmp_path / "walk.avi", 24)
+    run(video, tmp_path / "whole")
+    add, count = AviWriter.add, []
+
+    def full(self, jpeg):
+        count.append(1)
+        if len(count) == 10:
+            raise OSError(28, "No space left on device")
+        add(self, jpeg)
+
+    monkeypatch.setattr(AviWriter, "add", full)
+    with pytest.raises(UserError, match="walk.jsonl: No space left on device; when that is put right"):
+        run(video, tmp_path / "out")
+    monkeypatch.undo()
+    assert run(video, tmp_path / "out") == 0 and content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+def test_frames_are_read_and_written_while_the_graph_runs(tmp_path):
+    out, seen = tmp_path / "out", []
+
+    def look(done):
+        """The graph works on frames 8 to 11: meanwhile 8 frames are written and further ones are read."""
+        if done == 8:
+            for _ in range(400):
+                seen[:] = [len(lines(out / "walk.jsonl")), *numbers]
+                if seen[0] == 8 and max(numbers) > 15:
+                    break
+                time.sleep(0.05)
+
+    numbers = []
+
+    video = write_video(tmp_path / "walk.avi", 24)
+    _, sources = find_sources([str(video)], False)
+    read = predict_video.read_ahead
+
+    def counted(frames, ahead):
+        def each():
+            for f in frames:
+                numbers.append(f.number)
+                yield f
+
+        return read(each(), ahead)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(predict_video, "read_ahead", counted)
+        predict_videos(RedSquares(look), sources, str(out))
+    assert seen[0] == 8 and max(seen[1:]) > 15
+
+
+def test_a_video_of_large_frames_is_seen_in_tiles(tmp_path):
+    video = write_video(tmp_path / "walk.avi", 5)
+    run(video, tmp_path / "out", "TEST.TILE=64", "TEST.TILE_WHOLE=False", track=True)
+    for n, e in enumerate(lines(tmp_path / "out/walk.jsonl")):
+        (found,) = e["detections"]
+        assert found["box"] == pytest.approx([4 + STEP * n, 30, 4 + STEP * n + SIDE, 30 + SIDE], abs=2)
+        assert found["track"] == 1 and found["mask"]["size"] == [96, 128]
 
 
 def test_a_truncated_video_is_predicted_as_far_as_it_goes_and_named(tmp_path):

@@ -136,10 +136,10 @@ def _pictures(file) -> Iterator[tuple[int, int, int]]:
 
 def _fixed(header: bytes) -> bytes:
     """A header without the numbers that grow."""
-    header = bytearray(header)
+    fixed = bytearray(header)
     for at in (4, _TOTAL_AT, _LENGTH_AT, _ALL_AT, _HEADER - 8):
-        header[at : at + 4] = bytes(4)
-    return bytes(header)
+        fixed[at : at + 4] = bytes(4)
+    return bytes(fixed)
 
 
 def _header(width: int, height: int, fps: float) -> bytes:

@@ -27,7 +27,7 @@ _CACHE = 1 << 28  # bytes of decoded pieces that are kept: the strips of one row
 
 class _Tag(NamedTuple):
     kind: int
-    count: int
+    values: int
     content: bytes
 
 
@@ -126,7 +126,7 @@ class TiffParts:
             if len(field) > 4:
                 field = struct.pack(self._order + "I", after + len(extra))
                 extra += tag.content + bytes(len(tag.content) % 2)
-            entries += struct.pack(self._order + "HHI", number, tag.kind, tag.count) + field.ljust(4, b"\0")
+            entries += struct.pack(self._order + "HHI", number, tag.kind, tag.values) + field.ljust(4, b"\0")
         mark = b"II" if self._order == "<" else b"MM"
         head = mark + struct.pack(self._order + "HI", 42, 8 + len(body))
         return head + body + struct.pack(self._order + "H", len(tags)) + entries + bytes(4) + extra
@@ -135,7 +135,7 @@ class TiffParts:
         tag = self._tags.get(number)
         if tag is None or tag.kind not in _WHOLE:
             raise ValueError(f"no tag {number}")
-        return list(struct.unpack(f"{self._order}{tag.count}{_WHOLE[tag.kind]}", tag.content))
+        return list(struct.unpack(f"{self._order}{tag.values}{_WHOLE[tag.kind]}", tag.content))
 
     def _number(self, number: int, default: int | None = None) -> int:
         if number not in self._tags and default is not None:
