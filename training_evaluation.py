@@ -124,7 +124,8 @@ class PeriodicEvaluation(Callback):
             self._scores.drop(outcome.step)
             self._checkpoints.describe(outcome.step)
             return
-        overall = [shown_score(k, v) for k, v in outcome.metrics.items() if k.endswith(("/AP", "/mAP", "total_loss"))]
+        ends = ("/AP", "/mAP", "/AR@1000", "total_loss")
+        overall = [shown_score(k, v) for k, v in outcome.metrics.items() if k.endswith(ends)]
         logger.info(f"step {outcome.step} was evaluated in {outcome.seconds:.0f} s: {', '.join(overall)}")
         if self._record(outcome.step, outcome.metrics):
             self._checkpoints.end_early()

@@ -1,6 +1,7 @@
 """Evaluations of whole runs: the best checkpoint and the end of runs that are killed, and other processes' scores."""
 
 import json
+import re
 
 import pytest
 from test_train import assert_same_weights, logged_steps, run, train_tiny, weights_of
@@ -271,7 +272,7 @@ def test_scores_of_another_process_come_later_and_decide_all_the_same(tmp_path, 
     assert asked[:4] == [1, 2, 3, 4]
     err = capsys.readouterr().err
     assert "the evaluation of step 4 failed and training goes on: it was killed by SIGKILL" in err
-    skipped = [int(line.split()[5]) for line in err.splitlines() if "is skipped" in line]
+    skipped = list(map(int, re.findall(r"the evaluation of step (\d+) is skipped", err)))
     assert skipped
     found = evaluations(logdir)
     assert all(found[step] == {METRIC: score_of(step)} for step in found) and not set(skipped) & set(found)
