@@ -21,7 +21,7 @@ import data
 import train
 import trainers
 import training
-from common import git_revision
+from common import UserError, git_revision
 from utils.checkpoint import load_weights, newest_checkpoint, save_npz
 from utils.tf_v1 import tf
 
@@ -637,6 +637,18 @@ def test_training_evaluates_at_the_end_when_asked(tmp_path):
     assert train_tiny(logdir, "TRAIN.EVAL_PERIOD=1", "TRAIN.CPU_REPLICAS=2", steps=2) == 0
     metrics = json.loads((logdir / "metrics.json").read_text())
     assert 0 <= metrics["bbox/AP"] <= 1
+
+
+def test_a_report_that_cannot_be_written_leaves_results_and_scores(trained, tmp_path, capsys, monkeypatch):
+    def fail(*args):
+        raise UserError("--report: the disk is full")
+
+    monkeypatch.setattr(train, "write_report", fail)
+    out = tmp_path / "results.json"
+    settings = ["--config", "TEST.RESULT_SCORE_THRESH=0.0", "TEST.RESULTS_PER_IM=5"]
+    assert run("--evaluate", out, "--load", trained, "--report", tmp_path / "report", *settings) == 2
+    assert last_error(capsys) == "--report: the disk is full"
+    assert json.loads(out.read_text()) and "bbox/AP" in json.loads((tmp_path / "results.metrics.json").read_text())
 
 
 def test_a_mismatch_stops_and_partial_loading_or_trimming_goes_on(trained, tmp_path, capsys):
