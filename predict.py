@@ -44,8 +44,8 @@ from utils.polygons import orient_outer, rle_to_rings
 from viz import CSV_HEADER, Drawing, cut_out, prediction_entry, prediction_rows, show_window, write_prediction
 
 __all__ = [
-    "EvaluationStopped", "LoadedPredictor", "build_predictor", "evaluate_split", "evaluation_builder", "keypoint_flip",
-    "load_predictor", "merge_shards", "predict_files", "score", "write_cut_outs",
+    "EvaluationStopped", "LoadedPredictor", "build_predictor", "evaluate_split", "evaluation_builder",
+    "found_in_files", "keypoint_flip", "load_predictor", "merge_shards", "predict_files", "score", "write_cut_outs",
 ]  # fmt: skip
 
 
@@ -154,7 +154,7 @@ def predict_files(
         unreadable.append(files[index])
 
     with _growing_list(target) as append, _table(target.with_suffix(".csv")) as add_rows:
-        for index, size, detections, parts in _found_in(predictor, files, leave_out):
+        for index, size, detections, parts in found_in_files(predictor, files, leave_out):
             entry = prediction_entry(files[index], size, detections, names, predictor.category_ids)
             known = truth.find(files[index]) if truth else None
             if known:
@@ -183,7 +183,7 @@ def predict_files(
         raise UserError(f"{_some(unreadable)} of {len(files)} images could not be read and were left out")
 
 
-def _found_in(
+def found_in_files(
     predictor: LoadedPredictor, files: Sequence[str], leave_out: Callable[[int, UserError], None]
 ) -> Iterator[tuple[int, tuple[int, int], Detections, ImageParts | None]]:
     """(index, height and width, detections, the image if it was seen in tiles) of each file that can be read."""

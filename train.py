@@ -63,7 +63,7 @@ try:
     from utils import ranks
     from utils.checkpoint import best_score, make_meta, newest_step, read_meta
     from utils.stopping import Stopped, stop_by_exception
-    from video_options import VideoOptions, video_options
+    from video_options import VideoOptions, idle_options, video_options
     from video_source import find_sources, open_source
     from viz import Drawing, Style
 except ModuleNotFoundError as e:
@@ -161,6 +161,8 @@ def predict(
     check_output_folder(output, "--output")
     images, sources = find_sources(images, videos.frames)
     files = list_images(images) if images else []
+    if not sources and (idle := idle_options(videos)):
+        logger.warning(f"without effect on images: {', '.join(idle)}")
     for source in sources:
         open_source(source, videos.fps)  # so that errors come before expensive work
     model = load_model(load, settings, trusted)

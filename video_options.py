@@ -3,7 +3,7 @@
 import argparse
 from typing import NamedTuple
 
-__all__ = ["VIDEO_OPTIONS", "VideoOptions", "add_video_options", "video_options"]
+__all__ = ["VIDEO_OPTIONS", "VideoOptions", "add_video_options", "idle_options", "video_options"]
 
 
 VIDEO_OPTIONS = [
@@ -47,6 +47,13 @@ def video_options(args: argparse.Namespace) -> VideoOptions:
         args.every or 1, args.frames, args.fps, args.track or args.track_age is not None, args.track_age or 30,
         args.realtime, not args.no_video, args.page, args.show,
     )  # fmt: skip
+
+
+def idle_options(options: VideoOptions) -> list[str]:
+    """The given options, which have no effect where there is no video."""
+    given = [getattr(options, k) != v for k, v in VideoOptions()._asdict().items()]
+    flags = ["--every", "--frames", "--fps", "--track", "--track-age", "--realtime", "--no-video", "--page", "--show"]
+    return [flag for flag, one in zip(flags, given) if one]
 
 
 def _count(text: str) -> int:

@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import predict_tiles
-from benchmarks.tiles import write_tiled_tiff
+from benchmarks.tiles import make_mosaics, write_tiled_tiff
 from common import UserError
 from config import default_config, finalize_config
 from data import read_image
+from demo.make_shapes import draw_image
 from detections import Detections
 from predict_tiles import (
     Found,
@@ -26,7 +27,8 @@ from predict_tiles import (
     tiled_images,
 )
 from tests.tiny import TINY_MODEL
-from utils.polygons import decode_mask, encode_mask
+from utils.coco_format import read_truth
+from utils.polygons import decode_mask, encode_mask, encode_segmentation
 
 pytestmark = pytest.mark.quick
 
@@ -257,6 +259,21 @@ def test_pairs_of_boxes_that_meet_are_all_found(rows):
 
 
 # ------------------------------------------------------------------------------------------ large images
+def test_a_mosaic_has_the_objects_of_its_pictures(tmp_path):
+    content = read_truth(make_mosaics(tmp_path, 1, 2), need_size=True)
+    (image,) = content["images"]
+    pixels = cv2.imread(str(tmp_path / "mosaics" / image["file_name"]))
+    assert pixels.shape == (448, 448, 3)
+    picture, objects = draw_image(np.random.default_rng([11, 0, 3]))  # the last of four
+    height, width = picture.shape[:2]
+    np.testing.assert_array_equal(pixels[224 : 224 + height, 224 : 224 + width], picture)
+    assert content["annotations"][-1]["bbox"][:2] == [v + 224 for v in objects[-1]["bbox"][:2]]
+    own = decode_mask(encode_segmentation(objects[0]["segmentation"], height, width))
+    moved = content["annotations"][-len(objects)]["segmentation"]
+    whole = decode_mask(encode_segmentation(moved, 448, 448))
+    np.testing.assert_array_equal(whole[224 : 224 + height, 224 : 224 + width], own)
+
+
 def test_a_large_tiff_is_never_whole_in_memory(tmp_path, monkeypatch):
     """Scaled down: 2000 x 2000 pixels are "large", of which 12 MB would be decoded."""
     monkeypatch.setattr(predict_tiles, "SMALL", 10**6)

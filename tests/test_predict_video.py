@@ -344,6 +344,14 @@ def test_bad_sources_and_options_end_the_command_before_the_model_is_read(tmp_pa
     assert not (tmp_path / "out").exists()
 
 
+def test_options_of_videos_have_no_effect_on_images(tmp_path, capfd):
+    cv2.imwrite(str(tmp_path / "a.png"), frame(0))
+    words = ["--predict", str(tmp_path / "a.png"), "--load", "/nowhere/model", "--output", str(tmp_path)]
+    assert train.main([*words, "--page", "0", "--no-video", "--track-age", "5"]) == 2
+    assert "without effect on images: --track, --track-age, --no-video, --page" in capfd.readouterr().err
+    assert train.main(words) == 2 and "without effect" not in capfd.readouterr().err
+
+
 def test_options_of_videos_have_no_effect_without_predict(capfd):
     args = command_line.parse_args(["--evaluate", "o.json", "--load", "x", "--track", "--every", "2"])
     command_line.warn_without_effect(args)

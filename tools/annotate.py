@@ -22,8 +22,7 @@ from typing import Any
 from tqdm import tqdm
 
 from common import UserError, check_output_folder, logger, path_argument, read_json
-from data import inference_batches, list_images
-from detections import to_original_frame
+from data import list_images
 from labels_write import WRITERS, Outlines, write_labels
 from tools.convert_data import report_lost
 from utils.coco_format import Unusable, as_results, read_file_name, read_id, read_number, read_truth
@@ -150,7 +149,7 @@ def predict_entries(
     load: str, images: str, settings: Sequence[str], trusted: Sequence[str]
 ) -> tuple[list[dict[str, Any]], dict[str, int | str]]:
     """(entries as in predictions.json, the model's classes with their ids) for all images of a folder."""
-    from predict import load_predictor
+    from predict import found_in_files, load_predictor
 
     files = list_images([images])
     predictor = load_predictor(load, settings, trusted=trusted)
@@ -160,15 +159,9 @@ def predict_entries(
         logger.warning(f"{reason}; this image is left out")
 
     with tqdm(total=len(files), unit="image", mininterval=0.1 if sys.stderr.isatty() else 30) as bar:
-        for batch in inference_batches(files, predictor.cfg, (0, 1), leave_out):
-            outputs = predictor.predict_batch(batch["image"], batch["image_shape"])
-            for n, index in enumerate(batch["indices"]):
-                size = batch["original_shapes"][n]
-                found = to_original_frame({k: v[n] for k, v in outputs.items()}, batch["image_shape"][n], size)
-                entries.append(
-                    prediction_entry(files[index], size, found, predictor.class_names, predictor.category_ids)
-                )
-                bar.update()
+        for index, size, found, _ in found_in_files(predictor, files, leave_out):
+            entries.append(prediction_entry(files[index], size, found, predictor.class_names, predictor.category_ids))
+            bar.update()
     names = predictor.class_names
     return entries, dict(zip(names, predictor.category_ids or range(1, len(names) + 1)))
 
