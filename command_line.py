@@ -112,6 +112,26 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--cut-outs", action="store_true", help="--predict: also every object as a PNG with alpha")
     parser.add_argument("--no-window", action="store_true", help="--predict: never open a window")
     add_video_options(parser)
+    parser.add_argument(
+        "--find-lr",
+        nargs="?",
+        const=200,
+        type=int,
+        metavar="STEPS",
+        help="look for a learning rate: train so many steps (200) while it rises, write a chart to --logdir, which "
+        "must be new, suggest a rate, and stop",
+    )
+    parser.add_argument(
+        "--find-batch",
+        nargs="?",
+        const=64,
+        type=int,
+        metavar="MOST",
+        help="measure which TRAIN.BATCH_SIZE_PER_GPU (up to MOST, 64) fits into memory and how fast it trains; stop",
+    )
+    parser.add_argument(
+        "--memory-limit", type=float, metavar="GB", help="--find-batch: memory that may be used (default: what is free)"
+    )
     parser.add_argument("--print-config", action="store_true", help="explain the settings in effect and stop")
     parser.add_argument("--verbose-tf", action="store_true", help="show TensorFlow's start-up messages")
     parser.add_argument(
@@ -135,6 +155,18 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         parser.error("--resume needs --logdir")
     if args.resume and args.recipe and args.recipe != "list":
         parser.error("--resume continues a run with its own settings; leave out --recipe")
+    for name in ("--find-lr", "--find-batch"):
+        asked = getattr(args, name[2:].replace("-", "_"))
+        if asked is None:
+            continue
+        other = next((o for o in ("--predict", "--evaluate", "--resume") if getattr(args, o[2:])), None)
+        if other or (args.find_lr is not None and args.find_batch is not None):
+            parser.error(f"{name} and {other or '--find-lr'} exclude each other")
+        least = 20 if name == "--find-lr" else 1
+        if asked < least:
+            parser.error(f"{name} {asked}: give {least} or more")
+    if args.memory_limit is not None and not args.memory_limit > 0:
+        parser.error("--memory-limit takes a number of gigabytes above 0")
     if args.resume and args.load:
         parser.error("--resume continues a checkpoint of --logdir; leave out --load")
     return args
@@ -157,6 +189,7 @@ def warn_without_effect(args: argparse.Namespace) -> None:
         "--output": bool(args.predict), "--no-window": bool(args.predict), "--resume": not runs,
         "--contour": bool(args.predict), "--truth": bool(args.predict), "--cut-outs": bool(args.predict),
         "--logdir": not (runs and args.load), "--match-classes": new and bool(args.load),
+        "--memory-limit": args.find_batch is not None,
         "--trim-heads": bool(runs or new and args.load), "--partial-load": bool(runs or new),
         **{option: bool(args.predict) for option in VIDEO_OPTIONS},
     }  # fmt: skip

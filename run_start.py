@@ -263,6 +263,7 @@ class Request(NamedTuple):
     checkpoint: str | None = None  # the checkpoint of that run to continue from, by default its newest
     fitting: Fitting = STRICT
     trusted: Sequence[str] = ()  # modules that stored settings may name
+    find_lr: int | None = None  # look for a learning rate in so many steps, in a new directory
 
 
 @dataclass
@@ -382,7 +383,9 @@ def begin(request: Request) -> Start:
     load, fitting = request.load, request.fitting
     weights, meta = load_weights(load, is_model_tensor) if load else (None, None)
     cfg = training_settings(request.settings, meta, load or "", request.trusted)
-    logdir = Path(request.logdir or f"train_log/{time.strftime('%Y%m%d-%H%M%S')}")
+    logdir = Path(request.logdir or f"train_log/{'find-lr-' * bool(request.find_lr)}{time.strftime('%Y%m%d-%H%M%S')}")
+    if request.find_lr and logdir.exists() and any(logdir.iterdir()):
+        raise UserError(f"--find-lr never touches a run, and --logdir {logdir} is not empty; choose another directory")
     if request.resume and not logdir.exists():
         raise UserError(f"--resume: there is no run in {logdir}; leave out --resume to start one")
     check_output_folder(logdir, "--logdir")

@@ -58,6 +58,7 @@ try:
     )
     from training_async import check_device
     from training_best import Scores, check_metrics, make_rule, shown_score
+    from training_find_batch import find_batch, outcome
     from training_trackers import check_trackers
     from trust import trust_options
     from utils import ranks
@@ -121,12 +122,15 @@ def _run(args: argparse.Namespace, fitting: Fitting) -> int:
             drawing = Drawing(style, args.truth, args.cut_outs)
             window, videos = not args.no_window, video_options(args)
             return predict(args.predict, model, args.config, output, window, fitting, args.trust_code, drawing, videos)
+        elif args.find_batch:
+            plan_batch(args)
         elif args.evaluate:
             evaluate(Path(args.evaluate), model, args.config, fitting, args.report, args.trust_code)
         else:
             checkpoint = args.resume if isinstance(args.resume, str) else None
             resume, trusted = bool(args.resume), args.trust_code
-            return train(Request(args.config, args.load, args.logdir, resume, checkpoint, fitting, trusted))
+            settings = [*args.config, "TRAIN.EVAL_PERIOD=0"] if args.find_lr else args.config
+            return train(Request(settings, args.load, args.logdir, resume, checkpoint, fitting, trusted, args.find_lr))
     return 0
 
 
@@ -142,6 +146,14 @@ def print_config(args: argparse.Namespace) -> None:
     else:
         cfg = training_settings(args.config, meta, args.load or "", args.trust_code)
     print(explain(cfg))
+
+
+def plan_batch(args: argparse.Namespace) -> None:
+    """--find-batch: prints which batches fit, and how fast they train."""
+    meta = read_meta(args.load) if args.load else None
+    cfg = training_settings(args.config, meta, args.load or "", args.trust_code)
+    limit = None if args.memory_limit is None else int(args.memory_limit * 1e9)
+    print(outcome(find_batch(cfg, args.find_batch, limit)))
 
 
 # ------------------------------------------------------------------------------------------------------------- running
@@ -245,6 +257,8 @@ def train(request: Request) -> int:
     with ranks.lost_rank_in_one_line(size):
         start = begin(request) if size == 1 else begin_with_the_others(request, rank)
         try:
+            if request.find_lr:
+                return _find_lr(start, request.fitting, request.find_lr, rank, size)
             return _train(start, request.fitting, rank, size, started)
         finally:
             if start.lock is not None:
@@ -344,6 +358,31 @@ def _train(start: Start, fitting: Fitting, rank: int, size: int, started: float)
         if best := best_score(logdir):
             shown = shown_score(best["metric"], best["score"])
             logger.info(f"the best model is {logdir}/best: {shown} at step {best['step']}")
+    return 0
+
+
+def _find_lr(start: Start, fitting: Fitting, steps: int, rank: int, size: int) -> int:
+    """--find-lr: trains `steps` steps while the rate rises, from the weights and with the batches of a run; writes a
+    chart into the new directory, and no checkpoint."""
+    cfg, split, _ = _load_data(start.cfg, rank, size)
+
+    from trainers import local_devices, make_trainer
+    from training_find_lr import find_rate, rising, suggestion, write_found
+    from training_plan import make_plan
+
+    devices = local_devices(cfg)
+    plan = rising(make_plan(cfg, size * len(devices), len(split)), steps)
+    per_step = plan.accumulation * len(devices)
+    dataflow = training_dataflow(split, cfg, shard=(rank, size), batches_per_step=per_step)
+    load = start.loader(fitting, cfg.DATA.CLASS_NAMES)
+    trainer = make_trainer(cfg, plan, devices)
+    try:
+        records = find_rate(cfg, plan, dataflow, training_keys(cfg), devices, trainer, load)
+    finally:
+        dataflow.stop()
+    if rank == 0:
+        for sentence in write_found(records, suggestion(records), plan, cfg, start.logdir):
+            logger.info(sentence)
     return 0
 
 

@@ -41,6 +41,8 @@ __all__ = [
 def learning_rate_tensor(plan: TrainingPlan, step):
     """The learning rate at the global step (a scalar tensor) as float32 scalar; equals `TrainingPlan.learning_rate`."""
     step = tf.cast(step, tf.float32)
+    if plan.rise:
+        return plan.warmup_lr * tf.exp(math.log(plan.rise) * step)
     ramp = plan.warmup_lr + (plan.base_lr - plan.warmup_lr) * step / max(plan.warmup_steps, 1)
     if plan.cosine_end is not None:
         left = tf.maximum(plan.cosine_end - step, 0.0) / plan.cosine_steps

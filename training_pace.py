@@ -13,6 +13,7 @@ from training_plan import TrainingPlan, told_time
 __all__ = ["TellPace"]
 
 _STEPS, _SECONDS = 10, 60.0  # so many steps are looked at, or fewer that take so long
+_WORTH_TELLING = 60.0  # seconds
 
 
 class TellPace(Callback):
@@ -41,7 +42,7 @@ class TellPace(Callback):
             return
         self._told = True
         pace, left = statistics.median(times), self._plan.total_steps - step
-        if left <= 0:
+        if pace * left < _WORTH_TELLING:
             return
         rest = "" if not self._plan.evaluate_every else ", evaluations not included"
         logger.info(f"{left} more steps take about {told_time(pace * left)} at {pace:.2f} s/step{rest}")

@@ -50,6 +50,7 @@ class TrainingPlan:
     # Cosine schedule: the step at which it ends (TRAIN.MAX_STEPS may end the run earlier), and its rate there.
     cosine_end: int | None = None
     final_lr: float = 0.0
+    rise: float = 0.0  # learning-rate finder: the rate begins at warmup_lr and is multiplied by this at each step
 
     @property
     def total_batch(self) -> int:
@@ -60,6 +61,8 @@ class TrainingPlan:
 
     def learning_rate(self, step: int) -> float:
         """The rate of the update that makes step `step` + 1; the graph's `learning_rate_tensor` equals it."""
+        if self.rise:
+            return self.warmup_lr * self.rise**step
         if step < self.warmup_steps:
             return self.warmup_lr + (self.base_lr - self.warmup_lr) * step / self.warmup_steps
         if self.cosine_end is not None:
