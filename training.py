@@ -141,7 +141,8 @@ class ProgressLog(Callback):
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
             if step % 5 == 0:
-                self._bar.set_postfix_str(f"loss {self.smooth['total_loss']:.3f}", refresh=False)
+                words = [f"loss {self.smooth['total_loss']:.3f}", *self._meter.words(step, beside_bar=True)]
+                self._bar.set_postfix_str(" · ".join(words), refresh=False)
         elif now - self._last_print > (5 if now - self._started < 60 else 30) or step == self._plan.total_steps:
             self._last_print = now
             logger.info(self._line(step, values))

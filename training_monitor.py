@@ -111,17 +111,17 @@ class Meter:
             "speed/eta_s": self.time_left(step) or 0.0,
         }
 
-    def words(self, step: int) -> list[str]:
-        """The same for the printed line: "0.52 s/step", …"""
+    def words(self, step: int, beside_bar: bool = False) -> list[str]:
+        """The same for the printed line: "0.52 s/step", …; beside_bar: without what a progress bar says itself."""
         speed = self.speed(step)
         if not speed:
             return []
         memory = self.memory()
         device = f", GPU {memory['memory/device_gb']:.1f} GB" if "memory/device_gb" in memory else ""
+        pace = f"{speed['speed/step_s']:.2f} s/step", f"ETA {format_seconds(speed['speed/eta_s'])}"
         return [
-            f"{speed['speed/step_s']:.2f} s/step",
+            *(() if beside_bar else pace),
             f"{speed['speed/images_per_s']:.3g} images/s",
-            f"ETA {format_seconds(speed['speed/eta_s'])}",
             f"{100 * speed['speed/data_wait']:.0f} % waiting for data",
             f"memory {memory['memory/host_gb']:.1f} GB{device}",
         ]

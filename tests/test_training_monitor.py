@@ -59,8 +59,9 @@ def test_speed_share_and_time_left_follow_from_the_steps():
     meter.add_pause(30)  # an evaluation in these ten steps: as many are to come
     assert meter.time_left(10) == pytest.approx(990 * (2 + 3))
     assert [w for w in meter.words(10) if "memory" not in w] == [
-        "2.00 s/step", "8 images/s", "ETA 1:22:30", "25 % waiting for data"
+        "2.00 s/step", "ETA 1:22:30", "8 images/s", "25 % waiting for data"
     ]  # fmt: skip
+    assert [w for w in meter.words(10, beside_bar=True) if "memory" not in w] == ["8 images/s", "25 % waiting for data"]
     meter.add_step(1.0, 7.0)  # more than the step: clocks of two threads
     assert meter.speed(11)["speed/data_wait"] <= 1
 
