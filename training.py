@@ -10,7 +10,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -499,8 +499,11 @@ def _run_in_graph(
     source = QueueInput(watched, queue)
     trainer.setup_graph(model.get_input_signature(), source, model.build_graph, model.get_optimizer)
     do_not_fold_initial_values([*tf.global_variables(), *tf.local_variables()])
+
+    def worker_pids() -> Sequence[int]:
+        return getattr(dataflow, "worker_pids", ())
+
     gpus = sum("gpu" in d for d in devices)
-    worker_pids = lambda: getattr(dataflow, "worker_pids", ())  # noqa: E731
     meter = Meter(plan.total_batch, plan.total_steps, cfg.DATA.NUM_WORKERS, worker_pids, gpus)
     log = ProgressLog(model, plan, logdir, describe_batch, chief, meter, clock, first_pictures, trackers, smooth)
     checkpoints = Checkpoints(cfg, plan, logdir, meta, log, chief, scores)
