@@ -316,7 +316,7 @@ def test_what_is_probably_a_mistake_is_warned_of():
         ("NUM_CLASSES", "DATA.CLASS_NAMES"), ("MODEL.MASK_ON", "MODE_MASK?"), ("OUTPUT_DIR", "--logdir"),
         ("mode_fpn", "MODE_FPN?"), ("MODE-FPN", "MODE_FPN?"), ("FP16", "TRAIN.PRECISION"),
         ("SCORE_THRESHOLD", "TEST.RESULT_SCORE_THRESH?"), ("IMAGE_SIZE", "PREPROC.SHORT_EDGE_SIZE"),
-        ("TRAIN.LR_SCHEDUL", "TRAIN.LR_SCHEDULE?"), ("LEARNINGRATE", "TRAIN.BASE_LR?"), ("a\nb", "--print-config"),
+        ("TRAIN.LR_SCHEDUL", "TRAIN.LR_SCHEDULE?"), ("LEARNINGRATE", "TRAIN.BASE_LR?"), ("q\nx", "--print-config"),
         *((key, hint[-30:]) for key, hint in TENSORPACK.items()), ("DATA.ABSOLUTE_COORD", "normalised=True"),
     ],
 )  # fmt: skip
