@@ -63,6 +63,7 @@ _SHARE = number(0, 1)
 _OVERLAP = number(0, 1)
 _SCORE = number(0, below=1)
 _WEIGHT = number(0, 10**6)
+_ROI_SIZE = whole(1, 64)
 _BOX_LOSS = one_of("smooth_l1", "giou")
 _RGB = "a list of three numbers, for R, G and B"
 _FOUR_WEIGHTS = list_of(number(0.01, 1000), 4, says="a list of four numbers from 0.01 to 1000")
@@ -380,6 +381,11 @@ SETTINGS: dict[str, Setting] = {
         2000, _COUNT, "FPN.PROPOSAL_MODE=Level: best anchors of each level that enter NMS in training."
     ),
     "RPN.TRAIN_FPN_NMS_TOPK": Setting(2000, _COUNT, "Proposals of an image kept from all levels in training."),
+    "RPN.TRAIN_TOPK_OF_BATCH": Setting(
+        False, flag,
+        "True: in training the proposals of all images of a device's batch are chosen together, as many as otherwise "
+        "of one image (Detectron's FPN, maskrcnn-benchmark).",
+    ),
     "RPN.TEST_PER_LEVEL_NMS_TOPK": Setting(
         1000, _COUNT, "As RPN.TRAIN_PER_LEVEL_NMS_TOPK, in evaluation and prediction."
     ),
@@ -428,6 +434,11 @@ SETTINGS: dict[str, Setting] = {
         "True: a class takes part in an image's softmax only if annotators looked for it there, and a box with several "
         "labels belongs to each of them. For Open Images and LVIS.",
     ),
+    "FRCNN.ROI_SIZE": Setting(
+        7, _ROI_SIZE,
+        "Side of a RoI's features in the box head. C4 pools twice as many and its stage 5 halves them; masks then have "
+        "twice this side. Weights of FPN's box heads fit one size only.",
+    ),
     "FRCNN.ROI_TO_LAST_PIXEL": Setting(
         False, flag, "True: RoIs end at x2 - 1, y2 - 1, the index of their last pixel (Detectron, maskrcnn-benchmark)."
     ),
@@ -463,6 +474,9 @@ SETTINGS: dict[str, Setting] = {
     "FPN.CASCADE": Setting(False, flag, "Cascade R-CNN: box heads in a row, each with a higher IoU threshold."),
     # ------------------------------------------------------------------------------------------------------ the heads
     "MRCNN.HEAD_DIM": Setting(256, _CHANNELS, "Channels of the mask head."),
+    "MRCNN.ROI_SIZE": Setting(
+        14, _ROI_SIZE, "FPN: side of a RoI's features in the mask head; masks have twice this side."
+    ),
     "MRCNN.LOSS_WEIGHT": Setting(1.0, _WEIGHT, "Weight of the mask loss."),
     "KRCNN.NUM_KEYPOINT": Setting(17, whole(1, 1000), "Keypoints of an object; COCO's persons have 17."),
     "KRCNN.FLIP_PAIRS": Setting(
@@ -474,6 +488,9 @@ SETTINGS: dict[str, Setting] = {
         "Falloff of each keypoint's similarity (OKS) in the scores; COCO's for its 17 points if empty.",
     ),
     "KRCNN.HEAD_DIM": Setting(512, _CHANNELS, "Channels of the keypoint head."),
+    "KRCNN.ROI_SIZE": Setting(
+        14, _ROI_SIZE, "Side of a RoI's features in the keypoint head; its maps have four times this side."
+    ),
     "KRCNN.LOSS_WEIGHT": Setting(1.0, _WEIGHT, "Weight of the keypoint loss."),
     "CASCADE.IOUS": Setting(
         [0.5, 0.6, 0.7], list_of(number(above=0, high=1), says="a list of numbers above 0, at most 1"),

@@ -4,10 +4,14 @@ from basemodel import conv2d, deconv2d, he_fan_out, normal_init
 from config import Config
 from utils.tf_v1 import tf
 
-__all__ = ["KEYPOINT_RESOLUTION", "decode_keypoints", "keypoint_head", "keypoint_losses", "keypoint_targets"]
+__all__ = ["decode_keypoints", "keypoint_head", "keypoint_losses", "keypoint_resolution", "keypoint_targets"]
 
-KEYPOINT_RESOLUTION = 56
 _NUM_CONVS = 8
+
+
+def keypoint_resolution(cfg: Config):
+    """Side of the maps of keypoints."""
+    return 4 * cfg.KRCNN.ROI_SIZE
 
 
 def keypoint_head(features, cfg: Config):
@@ -16,10 +20,10 @@ def keypoint_head(features, cfg: Config):
     for index in range(_NUM_CONVS):
         x = conv2d(f"conv{index}", x, cfg.KRCNN.HEAD_DIM, 3, relu=True, init=he_fan_out)
     x = deconv2d("deconv", x, cfg.KRCNN.NUM_KEYPOINT, 4, 2, init=normal_init(0.001))
-    return tf.image.resize_bilinear(tf.cast(x, tf.float32), [KEYPOINT_RESOLUTION] * 2, half_pixel_centers=True)
+    return tf.image.resize_bilinear(tf.cast(x, tf.float32), [keypoint_resolution(cfg)] * 2, half_pixel_centers=True)
 
 
-def keypoint_targets(boxes, keypoints, resolution=KEYPOINT_RESOLUTION):
+def keypoint_targets(boxes, keypoints, resolution=56):
     """The cell of each keypoint in the grid over its RoI.
 
     boxes [F,4], keypoints [F,K,3] as x, y, visibility -> cell int32 [F,K] = row · resolution + column, valid bool

@@ -22,7 +22,7 @@ from model_frcnn import (
     fastrcnn_outputs,
     sample_rois,
 )  # fmt: skip
-from model_keypoint import decode_keypoints, keypoint_head, keypoint_losses, keypoint_targets
+from model_keypoint import decode_keypoints, keypoint_head, keypoint_losses, keypoint_resolution, keypoint_targets
 from model_mrcnn import mask_head, mask_losses, mask_probabilities, mask_targets
 from model_rpn import rpn_anchors, rpn_head, rpn_losses, rpn_proposals
 from model_syncbn import valid_area
@@ -98,10 +98,10 @@ def box_branch(pool, boxes, cfg: Config):
     flat, index = tf.reshape(boxes, [-1, 4]), _image_index(boxes)
     if cfg.MODE_FPN:
         with tf.variable_scope("fastrcnn"):
-            hidden = fastrcnn_head(pool(flat, index, 7), cfg)
+            hidden = fastrcnn_head(pool(flat, index, cfg.FRCNN.ROI_SIZE), cfg)
             with tf.variable_scope("outputs"):
                 return *fastrcnn_outputs(hidden, cfg.DATA.NUM_CATEGORY, cfg.FRCNN.CLASS_AGNOSTIC), None
-    features = c5_on_rois(pool(flat, index, 14), cfg)
+    features = c5_on_rois(pool(flat, index, 2 * cfg.FRCNN.ROI_SIZE), cfg)
     with tf.variable_scope("fastrcnn"):
         outputs = fastrcnn_outputs(_mean_over_pixels(features), cfg.DATA.NUM_CATEGORY, cfg.FRCNN.CLASS_AGNOSTIC)
     return *outputs, features
@@ -129,7 +129,8 @@ def _never_empty(branch, *inputs):
 
 
 def mask_resolution(cfg: Config):
-    return 28 if cfg.MODE_FPN else 14
+    """Side of the masks of RoIs."""
+    return 2 * (cfg.MRCNN.ROI_SIZE if cfg.MODE_FPN else cfg.FRCNN.ROI_SIZE)
 
 
 def check_own_parts(cfg: Config) -> None:
@@ -139,7 +140,7 @@ def check_own_parts(cfg: Config) -> None:
     if not cfg.MODE_FPN or cfg.MODE_RPN_ONLY:
         return
     classes = max(cfg.DATA.NUM_CATEGORY, 1)
-    _check_head("FPN.FRCNN_HEAD_FUNC", lambda x: fastrcnn_head(x, cfg), 7, [2, None], cfg)
+    _check_head("FPN.FRCNN_HEAD_FUNC", lambda x: fastrcnn_head(x, cfg), cfg.FRCNN.ROI_SIZE, [2, None], cfg)
     if cfg.MODE_MASK:
         m = mask_resolution(cfg)
         _check_head("FPN.MRCNN_HEAD_FUNC", lambda x: mask_head(x, classes, cfg), m // 2, [2, m, m, classes], cfg)
@@ -193,7 +194,7 @@ def build_training(batch, cfg: Config):
     if cfg.FPN.CASCADE:
 
         def pool_boxes(boxes):
-            return pool(tf.reshape(boxes, [-1, 4]), _image_index(boxes), 7)
+            return pool(tf.reshape(boxes, [-1, 4]), _image_index(boxes), cfg.FRCNN.ROI_SIZE)
 
         box_losses, box_stats = cascade_losses(pool_boxes, rois, batch, cfg)
     else:
@@ -213,7 +214,9 @@ def build_training(batch, cfg: Config):
         labels = tf.gather_nd(rois["labels"], where)
         targets = mask_targets(boxes, tf.gather_nd(batch["gt_edges"], gt_index), mask_resolution(cfg))
         if cfg.MODE_FPN:
-            mask_logits = _never_empty(lambda b, i: _mask_branch(pool(b, i, 14), cfg), boxes, image_index)
+            mask_logits = _never_empty(
+                lambda b, i: _mask_branch(pool(b, i, cfg.MRCNN.ROI_SIZE), cfg), boxes, image_index
+            )
         else:
             row = image_index * tf.shape(rois["labels"])[1] + tf.cast(where[:, 1], tf.int32)
             mask_logits = _never_empty(lambda r: _mask_branch(tf.gather(c5, r), cfg), row)
@@ -221,11 +224,13 @@ def build_training(batch, cfg: Config):
         losses.update(branch_losses)
         stats.update(branch_stats)
     if cfg.MODE_KEYPOINT:
-        cells, visible = keypoint_targets(boxes, tf.gather_nd(batch["gt_keypoints"], gt_index))
+        cells, visible = keypoint_targets(
+            boxes, tf.gather_nd(batch["gt_keypoints"], gt_index), keypoint_resolution(cfg)
+        )
         used = tf.where(tf.reduce_any(visible, 1))[:, 0]  # RoIs without a visible keypoint contribute no loss
         cells, visible, image_index = (tf.gather(x, used) for x in (cells, visible, image_index))
         keypoint_logits = _never_empty(
-            lambda b, i: _keypoint_branch(pool(b, i, 14), cfg), tf.gather(boxes, used), image_index
+            lambda b, i: _keypoint_branch(pool(b, i, cfg.KRCNN.ROI_SIZE), cfg), tf.gather(boxes, used), image_index
         )
         num_images = tf.shape(batch["image"])[0]
         branch_losses, branch_stats = keypoint_losses(keypoint_logits, cells, visible, image_index, num_images, cfg)
@@ -254,7 +259,7 @@ def detect_boxes(features, pool, image_shape, cfg: Config):
     if cfg.FPN.CASCADE:
 
         def pool_boxes(boxes):
-            return pool(tf.reshape(boxes, [-1, 4]), _image_index(boxes), 7)
+            return pool(tf.reshape(boxes, [-1, 4]), _image_index(boxes), cfg.FRCNN.ROI_SIZE)
 
         boxes, scores = cascade_inference(pool_boxes, proposals, image_shape, cfg)
     else:
@@ -277,7 +282,11 @@ def describe_boxes(pool, boxes, labels, cfg: Config, decode=True):
         return outputs
     where = tf.where(labels > 0)  # [F, 2]
     found, found_labels = tf.gather_nd(boxes, where), tf.gather_nd(labels, where)
-    features_of_rois = pool(found, tf.cast(where[:, 0], tf.int32), 14)
+    image_index = tf.cast(where[:, 0], tf.int32)
+    mask_size = cfg.MRCNN.ROI_SIZE if cfg.MODE_FPN else 2 * cfg.FRCNN.ROI_SIZE
+    sizes = {mask_size} if cfg.MODE_MASK else set()
+    sizes |= {cfg.KRCNN.ROI_SIZE} if cfg.MODE_KEYPOINT else set()
+    pooled = {size: pool(found, image_index, size) for size in sorted(sizes)}  # once where both have the same size
     leading = tf.shape(labels, out_type=tf.int64)
 
     def put_back(rows):
@@ -291,14 +300,14 @@ def describe_boxes(pool, boxes, labels, cfg: Config, decode=True):
                     roi_features = c5_on_rois(roi_features, cfg)
             return mask_probabilities(_mask_branch(roi_features, cfg), tf.maximum(roi_labels, 1))
 
-        outputs["masks"] = put_back(_never_empty(mask_probabilities_of, features_of_rois, found_labels))
+        outputs["masks"] = put_back(_never_empty(mask_probabilities_of, pooled[mask_size], found_labels))
     if cfg.MODE_KEYPOINT:
 
         def keypoints_of(roi_features, roi_boxes):
             logits = _keypoint_branch(roi_features, cfg)
             return decode_keypoints(logits, roi_boxes) if decode else logits
 
-        outputs["keypoints"] = put_back(_never_empty(keypoints_of, features_of_rois, found))
+        outputs["keypoints"] = put_back(_never_empty(keypoints_of, pooled[cfg.KRCNN.ROI_SIZE], found))
     return outputs
 
 

@@ -18,7 +18,7 @@ from model_box import (
 from model_losses import box_losses, sample_per_image, usable_gt
 from utils.tf_v1 import tf
 
-__all__ = ["match_anchors", "rpn_anchors", "rpn_head", "rpn_losses", "rpn_proposals"]
+__all__ = ["best_of_batch", "match_anchors", "rpn_anchors", "rpn_head", "rpn_losses", "rpn_proposals"]
 
 _SALT_RPN = (11, 12)  # for foreground and background
 
@@ -97,7 +97,21 @@ def rpn_proposals(logits, deltas, anchors, image_shape, cfg: Config, training):
     scores = tf.where_v2(tf.range(after)[None] < count[:, None], scores, absent)
     boxes = tf.reshape(boxes, [-1, levels * after, 4])
     scores, order = tf.nn.top_k(tf.reshape(scores, [-1, levels * after]), after)  # [N, P]
-    return tf.gather(boxes, order, batch_dims=1), scores, tf.math.is_finite(scores)
+    boxes = tf.gather(boxes, order, batch_dims=1)
+    if training and rpn.TRAIN_TOPK_OF_BATCH:
+        scores = tf.where_v2(best_of_batch(scores, after), scores, absent)
+    return boxes, scores, tf.math.is_finite(scores)
+
+
+def best_of_batch(scores, limit):
+    """scores [N,P], -inf where absent -> bool [N,P]: the `limit` best of all images together; of equal ones the first.
+
+    Images with confident proposals get more of them (Detectron's collect_and_distribute_fpn_rpn_proposals).
+    """
+    flat = tf.reshape(scores, [-1])
+    best, index = tf.nn.top_k(flat, tf.minimum(limit, tf.size(flat)))
+    chosen = tf.scatter_nd(index[:, None], tf.cast(tf.math.is_finite(best), tf.int32), tf.shape(flat))
+    return tf.reshape(chosen > 0, tf.shape(scores))
 
 
 # ------------------------------------------------------------------------------------------------ matching, sampling

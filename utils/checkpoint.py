@@ -634,6 +634,8 @@ class LoadReport:
                 return f"set BACKBONE.NORM={value}"
         if any_of(mismatched, _CLASS_TENSOR.match) and not any_of(mismatched, lambda n: not _CLASS_TENSOR.match(n)):
             return "the number of classes differs: --trim-heads re-initialises those tensors,"
+        if mismatched and all(re.search(r"(^fastrcnn|/head)/fc6?/W$", n) for n in mismatched):
+            return "set FRCNN.ROI_SIZE to the size of RoIs the weights were trained with (7 in most models)"
         if any_of(self.unused, re.compile(r"^group\d/block\d+/conv3/").match) and not any_of(
             [*self.loaded, *self.missing, *mismatched], re.compile(r"^group\d/block\d+/conv3/").match
         ):
