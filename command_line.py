@@ -110,6 +110,12 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         "--truth", type=path_argument, metavar="JSON", help="--predict: draw these annotations beside the detections"
     )
     parser.add_argument("--cut-outs", action="store_true", help="--predict: also every object as a PNG with alpha")
+    parser.add_argument(
+        "--benchmark", action="store_true", help="--predict: measure decoding, resizing, graph and masks instead"
+    )
+    parser.add_argument(
+        "--raw", action="store_true", help="--predict: draw proposals, and the best classes of each object, instead"
+    )
     parser.add_argument("--no-window", action="store_true", help="--predict: never open a window")
     add_video_options(parser)
     parser.add_argument(
@@ -144,6 +150,8 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         parser.error("--predict and --evaluate exclude each other")
     if (args.predict or args.evaluate) and not (args.load or args.logdir):
         parser.error("--predict and --evaluate need --load")
+    if args.benchmark and args.raw:
+        parser.error("--benchmark and --raw exclude each other")
     if args.report and not args.evaluate:
         parser.error("--report needs --evaluate; of a results file: python tools/report.py")
     if args.trim_heads and args.match_classes:
@@ -188,6 +196,7 @@ def warn_without_effect(args: argparse.Namespace) -> None:
     plays = {
         "--output": bool(args.predict), "--no-window": bool(args.predict), "--resume": not runs,
         "--contour": bool(args.predict), "--truth": bool(args.predict), "--cut-outs": bool(args.predict),
+        "--benchmark": bool(args.predict), "--raw": bool(args.predict),
         "--logdir": not (runs and args.load), "--match-classes": new and bool(args.load),
         "--memory-limit": args.find_batch is not None,
         "--trim-heads": bool(runs or new and args.load), "--partial-load": bool(runs or new),

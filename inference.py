@@ -64,6 +64,8 @@ def start_session(graph: Any, load: Callable[[Any], None], device: str | None = 
     config = tf.ConfigProto(allow_soft_placement=True, device_count={"GPU": 0} if on_cpu else None)
     config.gpu_options.allow_growth = True
     use_own_gpu(config)
+    if device and device.startswith("/cpu:"):
+        config.device_count["CPU"] = int(device.removeprefix("/cpu:")) + 1
     session = tf.Session(graph=graph, config=config)
     try:
         load(session)

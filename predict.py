@@ -33,6 +33,7 @@ from dataset_split import DatasetSplit
 from detections import Detections, coco_results, to_original_frame
 from eval import evaluate_proposals
 from inference import Predictor, inference_callable
+from predict_devices import inference_devices, predict_in_turn
 from predict_tiles import ImageParts, detect_tiled, in_tiles, open_parts, reduced, reduced_detections, tiled_images
 from run_start import STRICT, Fitting, Model, load_model, weight_loader, with_classes
 from training_best import scored_kinds
@@ -92,7 +93,10 @@ def keypoint_flip(cfg: Config, meta: dict[str, Any] | None) -> list[int]:
 class LoadedPredictor:
     """A trained model: predictor(image) -> `Detections`."""
 
-    def __init__(self, model: Model, fitting: Fitting = STRICT, device: str | None = None):
+    def __init__(
+        self, model: Model, fitting: Fitting = STRICT, device: str | None = None, all_devices: bool = False
+    ):  # fmt: skip
+        """all_devices: files are predicted on all devices of this process (`predictors`), not on the first alone."""
         self.cfg = with_classes(model.cfg, model.weights)
         self.class_names: list[str] = self.cfg.DATA.CLASS_NAMES
         ids = (model.meta or {}).get("category_ids") or []
@@ -100,9 +104,10 @@ class LoadedPredictor:
         self.category_ids: list[int | str] | None = ids if len(ids) == len(self.class_names) else None
         if self.cfg.MODE_RPN_ONLY:
             self.category_ids = None
-        self.predict_batch = build_predictor(
-            self.cfg, weight_loader(model.weights, model.origin, fitting), model.meta, device
-        )  # fmt: skip
+        load = weight_loader(model.weights, model.origin, fitting)
+        devices = inference_devices(self.cfg) if all_devices else [device]
+        self.predictors = [build_predictor(self.cfg, load, model.meta, one) for one in devices]
+        self.predict_batch = self.predictors[0]
 
     def __call__(self, image: str | os.PathLike | np.ndarray) -> Detections:
         """Detects the objects of an image: a file, or pixels uint8 [H,W,3] in OpenCV's order BGR."""
@@ -192,8 +197,7 @@ def found_in_files(
         for index, parts, detections in tiled_images(predictor.predict_batch, files, cfg, (0, 1), leave_out):
             yield index, (parts.height, parts.width), detections, parts
         return
-    for batch in inference_batches(files, cfg, (0, 1), leave_out):
-        outputs = predictor.predict_batch(batch["image"], batch["image_shape"])
+    for batch, outputs in predict_in_turn(predictor.predictors, inference_batches(files, cfg, (0, 1), leave_out)):
         for n, index in enumerate(batch["indices"]):
             size = batch["original_shapes"][n]
             one = {k: v[n] for k, v in outputs.items()}

@@ -121,7 +121,10 @@ def _run(args: argparse.Namespace, fitting: Fitting) -> int:
             style = Style(args.draw, args.contour, args.colors, smallest=320)
             drawing = Drawing(style, args.truth, args.cut_outs)
             window, videos = not args.no_window, video_options(args)
-            return predict(args.predict, model, args.config, output, window, fitting, args.trust_code, drawing, videos)
+            instead = "benchmark" if args.benchmark else "raw" if args.raw else ""
+            return predict(
+                args.predict, model, args.config, output, window, fitting, args.trust_code, drawing, videos, instead
+            )
         elif args.find_batch:
             plan_batch(args)
         elif args.evaluate:
@@ -167,9 +170,10 @@ def predict(
     trusted: Sequence[str],
     drawing: Drawing = Drawing(),  # noqa: B008
     videos: VideoOptions = VideoOptions(),  # noqa: B008
+    instead: str = "",
 ) -> int:
     """Runs the model on images, on all images of folders and on videos, and draws its detections; returns the exit
-    code."""
+    code. instead: "benchmark" measures the time that it takes, "raw" draws proposals and scores of several classes."""
     check_output_folder(output, "--output")
     images, sources = find_sources(images, videos.frames)
     files = list_images(images) if images else []
@@ -178,14 +182,27 @@ def predict(
     for source in sources:
         open_source(source, videos.fps)  # so that errors come before expensive work
     model = load_model(load, settings, trusted)
+    if instead and sources:
+        raise UserError(f"--{instead} takes images and folders of them, not videos: {sources[0].name}")
+    if instead == "raw":
+        from predict_raw import RawReader, predict_raw
+
+        predict_raw(RawReader(model, fitting), files, output)
+        return 0
 
     from predict import LoadedPredictor, predict_files
+
+    if instead == "benchmark":
+        from predict_benchmark import benchmark_files
+
+        benchmark_files(LoadedPredictor(model, fitting), files, output)
+        return 0
 
     views = open_views(videos if sources else VideoOptions())
     try:
         what = [f"{len(files)} images"] * bool(files) + [s.name for s in sources[:5]] + ["…"] * (len(sources) > 5)
         logger.info(f"{', '.join(what)}; building the model")
-        predictor = LoadedPredictor(model, fitting)
+        predictor = LoadedPredictor(model, fitting, all_devices=bool(files))
         if files:
             predict_files(predictor, files, output, window, drawing)
         return predict_videos(predictor, sources, output, videos, drawing.style, views, load)
@@ -214,16 +231,18 @@ def evaluate(
     cfg = with_classes(model.cfg, model.weights, splits[0].class_names)
 
     from predict import build_predictor, evaluate_split, score
+    from predict_devices import inference_devices
 
     rank, size = ranks.start()
-    predictor = build_predictor(cfg, weight_loader(model.weights, model.origin, fitting), model.meta)
+    load_weights = weight_loader(model.weights, model.origin, fitting)
+    predictors = [build_predictor(cfg, load_weights, model.meta, d) for d in inference_devices(cfg, size)]
     every: dict[str, float] = {}
     unreadable: list[str] = []
     for split in splits:
         path = out if len(splits) == 1 else out.with_name(f"{out.stem}-{split.name}{out.suffix or '.json'}")
         with ranks.lost_rank_in_one_line(size):
             gather = ranks.gather if size > 1 else None
-            results = evaluate_split(predictor, split, cfg, (rank, size), gather, unreadable=unreadable)
+            results = evaluate_split(predictors, split, cfg, (rank, size), gather, unreadable=unreadable)
         if rank > 0:
             continue
         write_results(path, results)

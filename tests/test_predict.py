@@ -306,6 +306,7 @@ class OneBox:
 
     def __init__(self, watch=lambda seen: None):
         self.seen, self.watch = 0, watch
+        self.predictors = [self.predict_batch]
 
     def predict_batch(self, image, image_shape):
         self.watch(self.seen)
