@@ -131,7 +131,7 @@ def compare(wanted: Detections, found: Detections, threshold: float, limit: int)
             score = detections.scores[i]
             last = min(min(wanted.scores, default=1.0), min(found.scores, default=1.0))
             full = max(len(wanted.scores), len(found.scores)) >= limit
-            good = score <= threshold + near or full and score <= last + near
+            good = bool(score <= threshold + near or full and score <= last + near)
             alone, excused = alone + (not good), excused + good
     return result._replace(pairs=len(pairs), alone=alone, excused=excused)
 

@@ -412,14 +412,24 @@ def batched_nms(boxes, scores, iou_threshold, max_outputs):
     """Greedy NMS of B independent problems in one op.
 
     boxes [B,K,4]; scores [B,K], -inf marks absent boxes; a box is suppressed by a better one of IoU > iou_threshold.
-    -> boxes [B,T,4], scores [B,T] (decreasing), count int32 [B]; T = max_outputs.
+    -> boxes [B,T,4], scores [B,T] (decreasing, 0 from count on), count int32 [B]; T = max_outputs.
+
+    The operation sees ranks, not scores: TensorFlow's CPU kernel returns empty boxes of score -1 in the place of
+    suppressed ones, before all boxes whose scores are below -1 (TensorFlow 2.21).
     """
     boxes, scores = tf.stop_gradient(boxes), tf.stop_gradient(scores)
-    out_boxes, out_scores, _, count = tf.image.combined_non_max_suppression(
-        boxes[:, :, None, :], scores[:, :, None], max_outputs, max_outputs, iou_threshold,
-        score_threshold=np.finfo(np.float32).min, clip_boxes=False,
+    size = tf.shape(scores)[1]
+    scores, order = tf.nn.top_k(scores, size)
+    boxes = tf.gather(boxes, order, batch_dims=1)
+    rank = tf.range(size)
+    points = tf.where_v2(tf.math.is_finite(scores), tf.cast(size - rank, tf.float32), 0.0)  # K, K - 1, … 1; 0: absent
+    out_boxes, out_points, _, count = tf.image.combined_non_max_suppression(
+        boxes[:, :, None, :], points[:, :, None], max_outputs, max_outputs, iou_threshold, score_threshold=0.5,
+        clip_boxes=False,
     )  # fmt: skip
-    return out_boxes, out_scores, count
+    place = tf.clip_by_value(size - tf.cast(out_points, tf.int32), 0, size - 1)
+    out_scores = tf.gather(scores, place, batch_dims=1)
+    return out_boxes, tf.where_v2(tf.range(max_outputs)[None] < count[:, None], out_scores, 0.0), count
 
 
 def greedy_nms(boxes, scores, groups, rescore, max_outputs, min_score):

@@ -433,6 +433,21 @@ def test_nms_ignores_absent_boxes_and_counts_none():
     assert count.tolist() == [0, 0] and not boxes.any() and boxes.shape == (2, 4, 4) and scores.shape == (2, 4)
 
 
+@pytest.mark.parametrize("lowest", [0.0, -0.9, -5.0, -1e6])
+def test_nms_keeps_boxes_of_any_score_in_the_place_of_suppressed_ones(lowest):
+    boxes = np.zeros([8, 4], np.float32)
+    boxes[:, 0] = [0, 0, 20, 20, 40, 60, 80, 100]  # the second and fourth are suppressed
+    boxes[:, 2:] = boxes[:, :2] + 5
+    scores = (lowest + np.array([7, 6, 5, 4, 3, 2, 1, 0], np.float32))[[0, 1, 4, 5, 3, 7, 6, 2]]
+    kept_boxes, kept_scores, count = evaluate(
+        lambda: model_box.batched_nms(tf.constant(boxes[None]), tf.constant(scores[None]), 0.5, 8)
+    )
+    best = np.array([0, 7, 4, 2, 6, 5])
+    assert count.tolist() == [6]
+    np.testing.assert_array_equal(kept_boxes[0, :6], boxes[best])
+    np.testing.assert_array_equal(kept_scores[0], [*scores[best], 0, 0])
+
+
 def test_iou_equals_the_recording_and_is_zero_between_empty_boxes(golden):
     boxes = golden["nms/boxes"][:40]
     iou = evaluate(lambda: model_box.pairwise_iou(tf.constant(boxes), tf.constant(boxes)))

@@ -22,9 +22,14 @@ from data import list_images
 from export_proof import LIMITS, Proof, pick_images, prove, table, verdict
 from run_start import STRICT, Model, load_model, weight_loader
 
-__all__ = ["export", "main"]
+__all__ = ["export", "main", "report"]
 
 FORMATS = ("savedmodel", "onnx", "tflite")
+_NO_TFLITE = (
+    "--format tflite: TensorFlow Lite has no operation for CombinedNonMaxSuppression and CropAndResize, and the "
+    "interpreter of TensorFlow 2.21 runs no TensorFlow operations in their place (Flex), so no file could be proven; "
+    "use --format onnx"
+)
 PRECISIONS = ("float32", "bfloat16", "float16", "int8")
 
 
@@ -59,6 +64,12 @@ def size_of(path: Path) -> float:
 def export(args: argparse.Namespace) -> int:
     out = Path(args.out)
     check_output_folder(out, "--out")
+    if "tflite" in args.format:
+        raise UserError(_NO_TFLITE)
+    if args.precision == "int8" and "savedmodel" in args.format:
+        raise UserError("--precision int8 is for --format onnx alone: TensorFlow has no int8 kernels for a SavedModel")
+    if args.precision == "bfloat16" and "onnx" in args.format:
+        raise UserError("--precision bfloat16: ONNX Runtime has no bfloat16 convolutions on the CPU; use float16")
     paths = targets(out, list(dict.fromkeys(args.format)), args.version)
     given = list_images(args.images) if args.images else []
     model = load_model(args.load, settings_words(args.config, args.trust_code), args.trust_code, uses_data=not given)
@@ -66,7 +77,12 @@ def export(args: argparse.Namespace) -> int:
     sample = pick_images(model.cfg, given, args.verify)
 
     from export_model import CLASSES_FILE, SETTINGS_FILE, freeze, saved_model_runner, write_assets, write_saved_model
+    from export_onnx import onnx_module, onnx_runner, onnx_runtime, quantize, write_onnx, write_paste_masks
+    from model_rcnn import mask_resolution
     from predict import LoadedPredictor
+
+    if "onnx" in paths:
+        onnx_module(), onnx_runtime()  # an error now, if they are missing
 
     reference = LoadedPredictor(model)
     cfg = cfg.copy()
@@ -80,6 +96,14 @@ def export(args: argparse.Namespace) -> int:
     if "savedmodel" in paths:
         write_saved_model(paths["savedmodel"], frozen, [out / SETTINGS_FILE, out / CLASSES_FILE])
         runners["savedmodel"] = saved_model_runner(paths["savedmodel"])
+    if "onnx" in paths:
+        paste = out / "paste_masks.onnx" if "box_masks" in frozen.outputs["images"] else None
+        write_onnx(paths["onnx"], frozen, cfg)
+        if args.precision == "int8":
+            quantize(paths["onnx"])
+        if paste:
+            write_paste_masks(paste, mask_resolution(cfg))
+        runners["onnx"] = onnx_runner(paths["onnx"], paste)
 
     threshold = 0.0 if cfg.MODE_RPN_ONLY else cfg.TEST.RESULT_SCORE_THRESH
     limit = cfg.TEST.RESULTS_PER_IM

@@ -18,7 +18,8 @@ from common import visible_gpus
 from utils.guest import is_guest
 
 __all__ = [
-    "do_not_fold_initial_values", "gpu_count", "gpu_problem", "onednn_enabled", "take_over", "tensor_bundle_pb2", "tf",
+    "do_not_fold_initial_values", "function_to_graph", "gpu_count", "gpu_problem", "onednn_enabled", "take_over",
+    "tensor_bundle_pb2", "tf",
 ]  # fmt: skip
 
 _VERBOSE = bool(os.environ.get("PACKRCNN_VERBOSE_TF"))
@@ -67,6 +68,7 @@ with _quiet_import() if _QUIET else contextlib.nullcontext():
     import tensorflow
     import tensorflow.compat.v1 as tf
     from tensorflow.core.protobuf import tensor_bundle_pb2  # of a checkpoint's index
+    from tensorflow.python.framework.function_def_to_graph import function_def_to_graph as function_to_graph
 
     if not _GUEST:
         tf.config.list_physical_devices()
