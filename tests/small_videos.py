@@ -27,10 +27,11 @@ def frame(number: int) -> np.ndarray:
     return pixels
 
 
-def write_video(path: Path, frames: int = 24, fps: float = 10, codec: str = "MJPG") -> Path:
+def write_video(path: Path, frames: int = 24, fps: float = 10, codec: str = "MJPG", jump: int = 0) -> Path:
+    """jump: so many frames at the beginning show the square elsewhere, as if it was another one."""
     writer = cv2.VideoWriter(str(path), cv2.CAP_FFMPEG, cv2.VideoWriter_fourcc(*codec), fps, SIZE[::-1])
     for n in range(frames):
-        writer.write(frame(n))
+        writer.write(frame(n + 20 if n < jump else n - jump))
     writer.release()
     return path
 

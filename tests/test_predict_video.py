@@ -113,7 +113,7 @@ def kill_at(number, video, out):
 
 
 def test_a_run_killed_again_and_again_gives_the_bytes_of_an_uninterrupted_one(tmp_path, capfd):
-    video = write_video(tmp_path / "walk.avi", 30)
+    video = write_video(tmp_path / "walk.avi", 30, jump=5)
     whole, out = tmp_path / "whole", tmp_path / "out"
     assert small_videos.main(str(video), str(whole), "-1") == 0
     for number in (9, 13):  # of each process, in which frames that are written are not predicted again
@@ -123,12 +123,13 @@ def test_a_run_killed_again_and_again_gives_the_bytes_of_an_uninterrupted_one(tm
         assert not json.loads((out / "walk.video.json").read_text())["complete"]
     assert small_videos.main(str(video), str(out), "-1") == 0 and "frames are in" in capfd.readouterr().err
     assert content(out) == content(whole) and len(lines(out / "walk.jsonl")) == 30
+    assert [e["detections"][0]["track"] for e in lines(out / "walk.jsonl")] == [1] * 5 + [2] * 25
 
 
 @pytest.mark.parametrize("options", [{}, {"every": 2}, {"video": False}])
 def test_files_cut_off_anywhere_continue_to_the_same_bytes(tmp_path, options):
     """As a power cut may leave them: a line without its end, a picture without its end, one file behind the other."""
-    video = write_video(tmp_path / "walk.avi", 24)
+    video = write_video(tmp_path / "walk.avi", 24, jump=3)
     run(video, tmp_path / "whole", track=True, **options)
     whole = content(tmp_path / "whole")
     rng = np.random.default_rng(0)
@@ -158,6 +159,18 @@ def test_a_signal_stops_at_a_whole_frame_and_says_how_to_go_on(tmp_path, capfd):
     seen = []
     assert run(video, tmp_path / "out", watch=seen.append) == 0
     assert content(tmp_path / "out") == content(tmp_path / "whole") and len(seen) == 3  # batches of 4 of 12 frames
+
+
+def test_batches_begin_at_the_same_frames_after_a_kill(tmp_path):
+    """In another batch the same frame may give scores that differ in the last digit."""
+    video = write_video(tmp_path / "walk.avi", 24)
+    run(video, tmp_path / "out", video=False)
+    path, about = tmp_path / "out/walk.jsonl", tmp_path / "out/walk.video.json"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:10]))
+    about.write_text(json.dumps({**json.loads(about.read_text()), "complete": False}))
+    seen = []
+    run(video, tmp_path / "out", video=False, watch=seen.append)
+    assert seen == [0, 4, 8, 12] and len(lines(path)) == 24  # batches of 4 from frame 8 on
 
 
 def test_what_is_complete_stays_and_other_settings_are_refused(tmp_path, capfd):

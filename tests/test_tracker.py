@@ -34,10 +34,10 @@ def test_an_object_keeps_its_id_while_it_moves_and_is_listed_anywhere():
 
 @pytest.mark.parametrize("every", [1, 4])
 def test_objects_that_cross_keep_their_ids_because_they_go_on_as_before(every):
-    """They meet in the middle, one 6 pixels below the other: without the velocity each would take the other's box."""
+    """Where they meet, each is nearer to the other's last place than to its own."""
 
     def place(t):
-        return [(box(100 + 4 * (t - 15), 50), 1, 0.9), (box(100 - 4 * (t - 15), 56), 1, 0.9)]
+        return [(box(101 + 4 * (t - 15), 50), 1, 0.9), (box(99 - 4 * (t - 15), 50), 1, 0.9)]
 
     for ids in run([place(t) for t in range(31)], every=every):
         assert ids == [1, 2]
