@@ -7,12 +7,29 @@ from pathlib import Path
 import pytest
 
 from common import UserError, check_output_file, check_output_folder, path_argument
-from tools import check_data, convert, curves, flops, parity, report, score, split, subset, tile_data
+from tools import (
+    annotate,
+    check_data,
+    convert,
+    convert_data,
+    curves,
+    download,
+    flops,
+    parity,
+    report,
+    score,
+    split,
+    subset,
+    tile_data,
+)
 
 pytestmark = pytest.mark.quick
 # Programs, their arguments before the output, and the output: a file's name, or "folder". The inputs do not exist: an
 # output that cannot be written is found before they are looked at.
 OUTPUTS = {
+    "annotate": (annotate.main, ["missing.json", "--output"], "folder"),
+    "convert_data": (convert_data.main, ["missing.xml"], "file.json"),
+    "download": (download.main, ["balloon", "--output"], "folder"),
     "convert": (convert.main, ["missing.pth"], "file.npz"),
     "curves": (curves.main, ["missing", "--out"], "file.png"),
     "flops": (flops.main, ["--json"], "file.json"),
