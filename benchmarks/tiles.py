@@ -194,6 +194,7 @@ def main() -> int:
             return 0
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(args.work or temporary)
+            folder.mkdir(parents=True, exist_ok=True)
             score(args.load, folder) if args.what == "score" else memory(args.load, folder, args.side)
     except UserError as e:
         logger.error(str(e))

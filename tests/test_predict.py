@@ -98,6 +98,12 @@ def test_a_predictor_with_tiles_finds_in_an_image_that_fits_what_it_finds_withou
     assert len(found.boxes) > len(plain.boxes)  # five of each of several tiles
     assert found.masks[0]["size"] == [height, width] and (found.boxes[:, 2:] <= [width, height]).all()
     assert (np.diff(found.scores) <= 0).all() and found.boxes[:, 2].max() > 200
+    # Tiles are square, so one view of the same short edge is what the network sees without augmentation.
+    view = ["TEST.AUG_SHORT_EDGES=[96]", "TEST.AUG_FLIP=False", "TEST.TILE_WHOLE=False"]
+    augmented = load_predictor(model_file, ["TEST.TILE=200", *view])(file)
+    alone = load_predictor(model_file, ["TEST.TILE=200", "TEST.TILE_WHOLE=False"])(file)
+    np.testing.assert_allclose(augmented.boxes, alone.boxes, atol=0.01)
+    np.testing.assert_array_equal(augmented.labels, alone.labels)
 
 
 def test_small_objects_of_a_data_set_are_scored_in_tiles(tmp_path):
