@@ -96,6 +96,13 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         "--evaluate", type=path_argument, metavar="OUT.json", help="score on DATA.VAL and write the results there"
     )
     parser.add_argument(
+        "--replay",
+        type=path_argument,
+        metavar="DIR",
+        help="repeat the step that a run recorded in LOGDIR/incident-STEP and find where its bad number comes from "
+        "(docs/INCIDENTS.md)",
+    )
+    parser.add_argument(
         "--output", type=path_argument, metavar="DIR", help="where --predict writes (default: predictions)"
     )
     parser.add_argument("--draw", choices=["all", "boxes", "masks"], default="all", help="--predict: what is drawn")
@@ -152,6 +159,8 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         parser.error("--predict and --evaluate need --load")
     if args.benchmark and args.raw:
         parser.error("--benchmark and --raw exclude each other")
+    if args.replay and (args.predict or args.evaluate or args.load or args.logdir or args.resume):
+        parser.error("--replay needs no other option than --config and --trust-code")
     if args.report and not args.evaluate:
         parser.error("--report needs --evaluate; of a results file: python tools/report.py")
     if args.trim_heads and args.match_classes:

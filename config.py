@@ -270,6 +270,16 @@ SETTINGS: dict[str, Setting] = {
     "TRAIN.GRADIENT_CLIP": Setting(
         None, optional(number(0.0001, 10**6)), "Gradients of a larger global norm are scaled down to it."
     ),
+    "TRAIN.SKIP_BAD_STEPS": Setting(
+        0, whole(0, 10**6),
+        "Goes on past at most so many steps with a loss, gradient or weight that is not finite, without their updates. "
+        "Each leaves a folder LOGDIR/incident-STEP (docs/INCIDENTS.md); the next one ends the run.",
+    ),
+    "TRAIN.INCIDENT_GRAD_FACTOR": Setting(
+        None, optional(number(1.0, 10**9)),
+        "A gradient norm of more than this many times its median in the 101 steps before is treated like one that is "
+        "not finite.",
+    ),
     "TRAIN.EMA_DECAY": Setting(
         0.0, number(0, below=1),
         "Decay per update of averaged weights, e.g. 0.9998, which evaluation and prediction use (TEST.USE_EMA). In the "

@@ -37,7 +37,7 @@ from utils.tiff_parts import open_tiff
 
 __all__ = [
     "BatchMaker",
-    "batch_image_ids",
+    "batch_images",
     "inference_batches",
     "list_images",
     "make_batch",
@@ -292,12 +292,23 @@ class BatchMaker:
         return [self.split.image_id(i) for i in [*images, *(p for p in pasted if p is not None)]]
 
 
-def batch_image_ids(
+def batch_images(
     split: DatasetSplit, cfg: Config, first_batch: int, batches_per_step: int, shard: tuple[int, int] = (0, 1)
-) -> list[int | str]:
-    """Ids of the images that this process reads for the step that begins with `first_batch`."""
+) -> list[list[dict[str, Any]]]:
+    """For each batch that this process reads for the step that begins with `first_batch`: {id, file} of each image,
+    with `pasted`, the same of the image from which objects are pasted into it."""
     maker = BatchMaker(split, cfg, shard, batches_per_step)
-    return [i for batch in range(first_batch, first_batch + batches_per_step) for i in maker.ids(batch)]
+
+    def describe(i: int) -> dict[str, Any]:
+        return {"id": split.image_id(i), "file": split.image_file(i)}
+
+    batches = []
+    for batch in range(first_batch, first_batch + batches_per_step):
+        images, seeds = maker.members(batch)
+        partners = [paste_partner(seed, maker.partners, cfg)[0] for seed in seeds]
+        pasted = [{} if p is None else {"pasted": describe(p)} for p in partners]
+        batches.append([{**describe(i), **other} for i, other in zip(images.tolist(), pasted)])
+    return batches
 
 
 # ------------------------------------------------------------------------------------------------ inference

@@ -16,8 +16,17 @@ from typing import Any
 
 from utils.tf_v1 import tf
 
-__all__ = ["batch_norm", "batch_statistics", "collective_sum", "normalize_batch", "valid_area", "wide_type"]
+__all__ = [
+    "STATISTICS",
+    "batch_norm",
+    "batch_statistics",
+    "collective_sum",
+    "normalize_batch",
+    "valid_area",
+    "wide_type",
+]
 
+STATISTICS = "batch_statistics"  # collection of the moving averages that a step updates
 _DECAY = 0.9  # of the moving averages, per update of the weights
 # None: use the moving averages. Otherwise sum_over_replicas(tensor) -> tensor, and the averages' decay per batch.
 _BATCH: contextvars.ContextVar[tuple[Callable[[Any], Any], float] | None] = contextvars.ContextVar(
@@ -101,6 +110,7 @@ def normalize_batch(x, gamma, beta, mean_ema, var_ema, epsilon, trainable):
     for average, value in ((mean_ema, mean), (var_ema, variance)):
         update = average.assign_sub((1.0 - decay) * (average.read_value() - tf.stop_gradient(value)))
         tf.add_to_collection(tf.GraphKeys.UPDATE_OPS, update)
+        tf.add_to_collection(STATISTICS, average)
     return y
 
 

@@ -33,13 +33,14 @@ try:
     from config import Config, explain
     from config_files import settings_words
     from config_recipes import listing, recipe_settings
-    from data import batch_image_ids, list_images, training_keys
+    from data import batch_images, list_images, training_keys
     from data_check import quick_check
     from data_workers import training_dataflow
     from dataset import class_count_table, load_training_split, load_validation_splits
     from dataset_split import DatasetSplit
     from eval import write_results
     from predict_video import open_views, predict_videos
+    from replay import replay
     from report import write_report
     from report_files import problem_of_split
     from run_start import (
@@ -116,6 +117,8 @@ def _run(args: argparse.Namespace, fitting: Fitting) -> int:
         print_config(args)
     else:
         warn_without_effect(args)
+        if args.replay:
+            return replay(Path(args.replay), args.config, args.trust_code)
         model, output = args.load or args.logdir, args.output or "predictions"
         if args.predict:
             style = Style(args.draw, args.contour, args.colors, smallest=320)
@@ -298,6 +301,7 @@ def _train(start: Start, fitting: Fitting, rank: int, size: int, started: float)
     from predict import evaluation_builder
     from trainers import describe_devices, local_devices, make_trainer
     from training import Interrupted, run_training
+    from training_incidents import describe_skipped
     from training_plan import make_plan
 
     devices = local_devices(cfg)
@@ -352,15 +356,14 @@ def _train(start: Start, fitting: Fitting, rank: int, size: int, started: float)
         split, cfg, start_batch=start.step * per_step, shard=(rank, size), batches_per_step=per_step
     )
 
-    def describe_batch(step: int) -> str:
-        ids = batch_image_ids(split, cfg, (step - 1) * per_step, per_step, (rank, size))
-        return ", ".join(map(str, ids))
+    def describe_batches(step: int) -> list[list[dict[str, Any]]]:
+        return batch_images(split, cfg, (step - 1) * per_step, per_step, (rank, size))
 
     try:
         stopped = run_training(
-            cfg, plan, dataflow, training_keys(cfg), devices, trainer, logdir, meta, load, describe_batch,
-            evaluation_builder(cfg, validation, devices, rank, size) if validation else None,
-            scores, size, smooth=(start.meta or {}).get("smooth"),
+            cfg, plan, dataflow, training_keys(cfg), devices, trainer, logdir, meta, load, describe_batches,
+            (rank, size), evaluation_builder(cfg, validation, devices, rank, size) if validation else None, scores,
+            start.meta,
         )  # fmt: skip
     except Interrupted as e:
         if chief:
@@ -373,7 +376,8 @@ def _train(start: Start, fitting: Fitting, rank: int, size: int, started: float)
         if stopped:
             logger.info(f"ended before step {plan.total_steps}: {stopped}")
         steps = newest_step(logdir) if stopped else plan.total_steps
-        logger.info(f"finished {steps} steps in {minutes:.1f} min; the model is {logdir}")
+        skipped = describe_skipped(meta)
+        logger.info(f"finished {steps} steps in {minutes:.1f} min{skipped}; the model is {logdir}")
         if best := best_score(logdir):
             shown = shown_score(best["metric"], best["score"])
             logger.info(f"the best model is {logdir}/best: {shown} at step {best['step']}")

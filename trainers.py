@@ -15,6 +15,7 @@ from common import UserError, logger, visible_gpus
 from config import Config
 from model_rcnn import INPUT_TYPES, build_training
 from model_syncbn import batch_statistics, collective_sum
+from training_guard import StepGuard
 from training_plan import TrainingPlan
 from utils.tf_v1 import gpu_count, gpu_problem, tf
 
@@ -80,24 +81,28 @@ def moving_averages(variables: list) -> list[tuple[Any, Any]]:
 
 class DetectionOptimizer(tf.train.MomentumOptimizer):
     """SGD with momentum on averaged gradients after dividing by the loss scale, weight decay on weights "W", and
-    clipping.
+    clipping. An update that the guard refuses changes nothing.
 
     Weight decay acts on the gradient, which equals an L2 term in the loss without the cost of evaluating one. With
-    `loss_scale` (float16) an update whose gradients are not finite is skipped and the scale halves; it doubles after
-    2000 good updates (Micikevicius et al. 2018, section 3.2).
+    `loss_scale` (float16) the scale halves when gradients are not finite; it doubles after 2000 good updates
+    (Micikevicius et al. 2018, section 3.2).
     """
 
     GROWTH_INTERVAL = 2000
 
-    def __init__(self, learning_rate, momentum, weight_decay, clip_norm, loss_scale, average_decay=None):
-        """average_decay: decay of the weights' moving averages (a scalar tensor); None: no averages."""
+    def __init__(self, learning_rate, momentum, weight_decay, clip_norm, loss_scale, average_decay=None, guard=None):
+        """average_decay: decay of the weights' moving averages (a scalar tensor); None: no averages. guard: the
+        `StepGuard` of the replicas; None: one that knows of no losses."""
         super().__init__(learning_rate, momentum)
+        self.guard = guard or StepGuard()
+        self._rate, self._momentum_factor = learning_rate, momentum
         self._weight_decay = weight_decay
         self._clip_norm = clip_norm
         self._dynamic_scale = loss_scale
         self._average_decay = average_decay
         self._averages = None
         self._scale_variables = None
+        self._scale_before: dict[str, Any] = {}  # the update
         self._scale_updated = False
 
     def _scale(self):
@@ -112,34 +117,38 @@ class DetectionOptimizer(tf.train.MomentumOptimizer):
     def compute_gradients(self, loss, **kwargs):
         if not self._dynamic_scale:
             return super().compute_gradients(loss, **kwargs)
-        scale = self._scale()[0].read_value()
+        scale, good = (v.read_value() for v in self._scale())
+        self._scale_before = self._scale_before or {"loss_scale": scale, "loss_scale_good": good}
         pairs = super().compute_gradients(loss * scale, **kwargs)
         return [(None if g is None else g / scale, v) for g, v in pairs]
 
     def apply_gradients(self, grads_and_vars, global_step=None, name=None):
-        pairs = [(tf.convert_to_tensor(g), v) for g, v in grads_and_vars]
+        variables = [v for _, v in grads_and_vars]
+        gradients = [self._decayed(tf.convert_to_tensor(g), v) for g, v in grads_and_vars]
         averages = []
         if (
             self._average_decay is not None and self._averages is None
         ):  # averages exist once, made from the first replica's weights
-            averages = self._averages = moving_averages([v for _, v in pairs])
+            averages = self._averages = moving_averages(variables)
+        self._create_slots(variables)  # variables must not be created inside a conditional
+        if self.guard.verdict is None:  # replicas have the same gradients: those of the first one are judged
+            momenta = [self.get_slot(v, "momentum") for v in variables]
+            pairs = list(zip(gradients, variables))
+            self.guard.judge(pairs, momenta, self._momentum_factor, self._rate, self._clipped, self._scale_before)
 
         def update(name=None):
-            done = super(DetectionOptimizer, self).apply_gradients(self._processed(pairs), global_step, name)
+            pairs = list(zip(self._clipped(gradients, self.guard.norm), variables))
+            done = super(DetectionOptimizer, self).apply_gradients(pairs, global_step, name)
             with tf.control_dependencies([done]):
                 shares = [tf.cast(1 - self._average_decay, a.dtype) for a, _ in averages]
                 changes = [a.assign_sub(s * (a - v.read_value())) for s, (a, v) in zip(shares, averages)]
             return tf.group(*changes) if changes else done
 
-        if not self._dynamic_scale:
-            return update(name)
-        finite = tf.reduce_all([tf.reduce_all(tf.math.is_finite(g)) for g, _ in pairs])
-        self._create_slots([v for _, v in pairs])  # variables must not be created inside a conditional
-
-        ops = [tf.cond(finite, update, tf.no_op)]
-        if not self._scale_updated:  # replicas have the same gradients: the first one adapts the shared loss scale
+        ops = [tf.cond(self.guard.good, update, tf.no_op)]
+        if self._dynamic_scale and not self._scale_updated:  # the scale is shared by the replicas
             self._scale_updated = True
             scale, good = self._scale()
+            finite = self.guard.finite_gradient
             enough = good + 1 >= self.GROWTH_INTERVAL
             grown = tf.where_v2(enough, tf.minimum(scale * 2, 2.0**24), scale)
             new_scale = tf.where_v2(finite, grown, tf.maximum(scale * 0.5, 1.0))
@@ -148,13 +157,13 @@ class DetectionOptimizer(tf.train.MomentumOptimizer):
                 ops += [scale.assign(new_scale), good.assign(new_good)]
         return tf.group(*ops, name=name)
 
-    def _processed(self, pairs):
-        if self._weight_decay:
-            pairs = [(g + self._weight_decay * v if v.op.name.endswith("/W") else g, v) for g, v in pairs]
-        if self._clip_norm:
-            clipped, _ = tf.clip_by_global_norm([g for g, _ in pairs], self._clip_norm)
-            pairs = list(zip(clipped, [v for _, v in pairs]))
-        return pairs
+    def _decayed(self, gradient, variable):
+        decays = self._weight_decay and variable.op.name.endswith("/W")
+        return gradient + self._weight_decay * variable if decays else gradient
+
+    def _clipped(self, gradients, norm):
+        """The gradients, scaled down if their common norm is above TRAIN.GRADIENT_CLIP."""
+        return tf.clip_by_global_norm(gradients, self._clip_norm, norm)[0] if self._clip_norm else gradients
 
 
 # --------------------------------------------------------------------------------------------------- model description
@@ -163,6 +172,7 @@ class DetectionModel(ModelDesc):
 
     def __init__(self, cfg: Config, plan: TrainingPlan, keys: list[str]):
         self._cfg, self._plan, self._keys = cfg, plan, keys
+        self.guard = StepGuard()
         self.losses: dict[str, Any] = {}  # of the first replica
         self.stats: dict[str, Any] = {}
 
@@ -179,9 +189,10 @@ class DetectionModel(ModelDesc):
         tower = tf.get_default_graph().get_name_scope()
         with tf.control_dependencies(tf.get_collection(tf.GraphKeys.UPDATE_OPS, f"{tower}/" if tower else None)):
             total = tf.add_n(list(losses.values()), name="total_loss")
+        losses = {**losses, "total_loss": total}
+        self.guard.add_replica(dict(zip(self._keys, tensors)), losses)
         if not self.losses:
-            self.losses = {**losses, "total_loss": total}
-            self.stats = stats
+            self.losses, self.stats = losses, stats
         return total
 
     def _sum_over_replicas(self) -> Callable[[Any], Any]:
@@ -200,7 +211,7 @@ class DetectionModel(ModelDesc):
         self.stats["learning_rate"] = rate
         return DetectionOptimizer(
             rate, train.MOMENTUM, train.WEIGHT_DECAY, train.GRADIENT_CLIP, train.PRECISION == "float16",
-            average_decay_tensor(train.EMA_DECAY, step) if train.EMA_DECAY else None,
+            average_decay_tensor(train.EMA_DECAY, step) if train.EMA_DECAY else None, self.guard,
         )  # fmt: skip
 
 
@@ -230,6 +241,7 @@ class _Accumulation:
     """Mixin for trainers: `accumulation` micro-batches make one update from the mean of their gradients."""
 
     accumulation = 1
+    synchronise: Any = None  # operation that gives all replicas the variables of the first one
     # Called with the error of a step without input; otherwise tensorpack would treat it as the end of training.
     on_end_of_input: Callable[[Exception], None] | None = None
     # Called before each run of the graph that takes a batch for each replica.
@@ -241,27 +253,34 @@ class _Accumulation:
 
         def averaged():
             pairs = gradients_of_tower()
+            self._guard = get_opt_fn().guard
+            self._guard.any_rank = getattr(self, "any_rank", tf.identity)
+            replica = self._guard.replicas[-1]
+            replica.gradients = pairs
             if self.accumulation == 1:
                 return pairs
-            out = []
-            for gradient, variable in pairs:
-                # Not with get_variable, which inside a replica would treat it as a copy of a variable of the first
-                # replica.
-                total = tf.Variable(
-                    tf.zeros(variable.shape, variable.dtype.base_dtype), trainable=False,
-                    collections=[tf.GraphKeys.LOCAL_VARIABLES], name="accumulated",
-                )  # fmt: skip
-                self._accumulators.append(total)
-                self._accumulate_ops.append(total.assign_add(gradient))
-                out.append(((total.read_value() + gradient) * (1.0 / self.accumulation), variable))
-            return out
+            replica.loss_of_step = self._accumulated(replica.loss_of_step, [])
+            mean = 1.0 / self.accumulation
+            return [(self._accumulated(g, v.shape) * mean, v) for g, v in pairs]
 
         return averaged
 
+    def _accumulated(self, value, shape):
+        """The sum of a tensor over the micro-batches of a step."""
+        # Not with get_variable, which inside a replica would treat it as a copy of a variable of the first replica.
+        total = tf.Variable(
+            tf.zeros(shape, value.dtype.base_dtype), trainable=False, collections=[tf.GraphKeys.LOCAL_VARIABLES],
+            name="accumulated",
+        )  # fmt: skip
+        self._accumulators.append(total)
+        self._accumulate_ops.append(total.assign_add(value))
+        return total.read_value() + value
+
     def _setup_graph(self, input, get_cost_fn, get_opt_fn):
         callbacks = super()._setup_graph(input, get_cost_fn, get_opt_fn)
+        self.train_op = tf.group(self.train_op, self._guard.settle)
+        self.accumulate_op = tf.group(*self._accumulate_ops)
         if self.accumulation > 1:
-            self._accumulate = tf.group(*self._accumulate_ops)
             with tf.control_dependencies([self.train_op]):
                 self.train_op = tf.group(*[a.assign(tf.zeros_like(a)) for a in self._accumulators])
         return callbacks
@@ -276,7 +295,7 @@ class _Accumulation:
         try:
             for _ in range(self.accumulation - 1):
                 self.on_batches()
-                self.sess.run(self._accumulate)
+                self.sess.run(self.accumulate_op)
             self.on_batches()
             self.hooked_sess.run(self.train_op)
         except (tf.errors.OutOfRangeError, tf.errors.CancelledError) as e:
@@ -329,6 +348,7 @@ class _ReplicatedBuilder(SyncMultiGPUReplicatedBuilder):
                 updates.append(optimizer.apply_gradients(pairs, name=f"apply_gradients_{index}"))
         with tf.name_scope("sync_variables"):
             synchronise = self.get_post_init_ops()
+        self.synchronise = synchronise
         return tf.group(*updates, name="train_op"), synchronise
 
 
@@ -340,6 +360,10 @@ class ReplicatedTrainer(_Accumulation, SyncMultiGPUTrainerReplicated):
         self._builder = _ReplicatedBuilder(devices)
         # Copies start equal and get equal updates; statistics of frozen norms never change.
         self.BROADCAST_EVERY_EPOCH = False
+
+    @property
+    def synchronise(self):
+        return self._builder.synchronise
 
 
 def _horovod_trainer():

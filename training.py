@@ -10,6 +10,7 @@ import shutil
 import signal
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from config import Config
 from model_rcnn import INPUT_TYPES
 from trainers import DetectionModel, session_config
 from training_best import Scores
+from training_incidents import IncidentRecorder
 from training_monitor import InputClock, Meter, smoothed
 from training_pace import TellPace
 from training_pictures import show_batches
@@ -41,7 +43,7 @@ from utils.checkpoint import save_tf_checkpoint, update_description
 from utils.image_header import image_header_size
 from utils.stopping import on_stop
 
-__all__ = ["Checkpoints", "Interrupted", "ProgressLog", "run_training"]
+__all__ = ["Checkpoints", "Interrupted", "ProgressLog", "build_graph", "run_training", "session_creator"]
 
 # Errors are raised and reported once, by train.py; tensorpack's own report misuses the logging module.
 logging.getLogger("tensorpack").setLevel("CRITICAL")
@@ -57,7 +59,7 @@ class Interrupted(Exception):
 
 
 class ProgressLog(Callback):
-    """Fetches losses and stats with each step, stops on NaN, prints progress with ETA, writes TensorBoard and jsonl."""
+    """Fetches losses and stats with each step, prints progress with ETA, writes TensorBoard and jsonl."""
 
     _chief_only = False
 
@@ -66,7 +68,6 @@ class ProgressLog(Callback):
         model: DetectionModel,
         plan: TrainingPlan,
         logdir: Path,
-        describe_batch: Callable[[int], str],
         chief: bool,
         meter: Meter,
         clock: InputClock,
@@ -77,7 +78,6 @@ class ProgressLog(Callback):
         """first_pictures(step) writes the pictures of the first batch; smooth: the smoothed values of the run that is
         continued."""
         self._model, self._plan, self._logdir = model, plan, logdir
-        self._describe_batch = describe_batch
         self._chief = chief
         self._meter, self._clock, self._first_pictures, self._trackers = meter, clock, first_pictures, trackers
         self.smooth: dict[str, float] = dict(smooth or {})
@@ -114,12 +114,6 @@ class ProgressLog(Callback):
 
     def _trigger_step(self):
         values, step = self._values, self.global_step
-        bad = [k for k in self._model.losses if not math.isfinite(values[k])]
-        if bad:
-            raise FloatingPointError(
-                f"{bad[0]} is {values[bad[0]]} at step {step}; images of the batch: {self._describe_batch(step)}. "
-                "Lower TRAIN.BASE_LR, lengthen TRAIN.WARMUP, set TRAIN.GRADIENT_CLIP, or check these images"
-            )
         now = time.time()
         seconds, self._last_time = now - self._last_time, now
         waited = self._clock.waited()
@@ -417,13 +411,26 @@ class _LoadWeights(SessionInit):
         self._load(sess)
 
 
+class OrderedInput(QueueInput):
+    """Replicas take their batches in the order of their numbers, so that the same step is the same computation."""
+
+    _taken: Any = None
+
+    def _get_input_tensors(self):
+        with tf.control_dependencies([] if self._taken is None else [self._taken]):
+            tensors = super()._get_input_tensors()
+        self._taken = tensors[0].op
+        return tensors
+
+
 class _WatchedDataflow(DataFlow):
     """Stores the exception that ends the input, which tensorpack's thread would only log, tells a clock of each batch
-    that is in the queue, and keeps the first ones."""
+    that is in the queue, keeps the first ones, and holds each until the step that it belongs to is done."""
 
     def __init__(self, dataflow: Any, clock: InputClock, keep: int):
         self._dataflow, self._clock = dataflow, clock
         self.keep, self.first = keep, []
+        self.held: deque[list[Any]] = deque()
         self.error: BaseException | None = None
 
     def reset_state(self):
@@ -438,6 +445,7 @@ class _WatchedDataflow(DataFlow):
                 if self.keep > 0:
                     self.keep -= 1
                     self.first.append(batch)
+                self.held.append(batch)
                 yield batch
                 self._clock.batch_arrives()  # tensorpack's thread asks for the next one: this one is in the queue
         except BaseException as e:
@@ -457,32 +465,53 @@ def run_training(
     logdir: Path,
     meta: dict[str, Any],
     load: Callable[[Any], None],
-    describe_batch: Callable[[int], str],
+    describe_batches: Callable[[int], list[list[dict[str, Any]]]],
+    shard: tuple[int, int],
     build_evaluation: Callable[[], Callable] | None,
     scores: Scores,
-    size: int = 1,
-    smooth: dict[str, float] | None = None,
+    before: dict[str, Any] | None = None,
 ) -> str:
     """Trains to the plan's end and saves the model; returns why the scores ended the run earlier, or "".
 
-    load(sess) assigns weights (and, when resuming, momentum and step); scores: the run's evaluations; size: the number
-    of ranks; smooth: the smoothed losses of a run that is continued. Raises Interrupted after a signal, or the error
-    that ended training before the plan's end.
+    load(sess) assigns weights (and, when resuming, momentum and step); describe_batches(step) says for each batch of
+    this process in the step which images it has; shard: (rank, number of ranks); scores: the run's evaluations; before:
+    the description of the checkpoint that is continued. Raises Interrupted after a signal, or the error that ended
+    training before the plan's end.
     """
     with tracking(cfg, logdir, trainer.is_chief) as trackers, tf.Graph().as_default():
         return _run_in_graph(
-            cfg, plan, dataflow, keys, devices, trainer, logdir, meta, load, describe_batch, build_evaluation, scores,
-            size, trackers, smooth,
+            cfg, plan, dataflow, keys, devices, trainer, logdir, meta, load, describe_batches, shard, build_evaluation,
+            scores, trackers, before or {},
         )  # fmt: skip
 
 
-def _run_in_graph(
-    cfg, plan, dataflow, keys, devices, trainer, logdir, meta, load, describe_batch, build_evaluation, scores, size,
-    trackers, smooth,
-):  # fmt: skip
-    chief = trainer.is_chief
+def build_graph(
+    cfg: Config, plan: TrainingPlan, dataflow: Any, keys: list[str], devices: list[str], trainer: Any
+) -> tuple[DetectionModel, QueueInput]:
+    """Builds the training graph in the default graph: the model, and the queue through which batches come."""
     tf.set_random_seed(cfg.TRAIN.SEED)
     model = DetectionModel(cfg, plan, keys)
+    capacity = max(2, 2 * len(devices))
+    types = [INPUT_TYPES[k][0] for k in keys]
+    source = OrderedInput(dataflow, tf.FIFOQueue(capacity, types, name="input_queue"))
+    trainer.setup_graph(model.get_input_signature(), source, model.build_graph, model.get_optimizer)
+    do_not_fold_initial_values([*tf.global_variables(), *tf.local_variables()])
+    model.stats["gradient_norm"] = model.guard.norm
+    return model, source
+
+
+def session_creator(devices: list[str]) -> NewSessionCreator:
+    """What makes the session of a run; its number of threads determines the order of sums on the CPU."""
+    creator = NewSessionCreator()
+    creator.config.MergeFrom(session_config(sum(d.startswith("/cpu") for d in devices) or 1))
+    return creator
+
+
+def _run_in_graph(
+    cfg, plan, dataflow, keys, devices, trainer, logdir, meta, load, describe_batches, shard, build_evaluation, scores,
+    trackers, before,
+):  # fmt: skip
+    chief = trainer.is_chief
     clock = InputClock(len(devices))
     per_step = len(devices) * plan.accumulation
     watched = _WatchedDataflow(
@@ -493,36 +522,32 @@ def _run_in_graph(
         batches, watched.first = watched.first, []
         return show_batches(logdir, step, [dict(zip(keys, batch)) for batch in batches], cfg)
 
-    capacity = max(2, 2 * len(devices))
-    types = [INPUT_TYPES[k][0] for k in keys]
-    queue = tf.FIFOQueue(capacity, types, name="input_queue")
-    source = QueueInput(watched, queue)
-    trainer.setup_graph(model.get_input_signature(), source, model.build_graph, model.get_optimizer)
-    do_not_fold_initial_values([*tf.global_variables(), *tf.local_variables()])
+    model, source = build_graph(cfg, plan, watched, keys, devices, trainer)
 
     def worker_pids() -> Sequence[int]:
         return getattr(dataflow, "worker_pids", ())
 
     gpus = sum("gpu" in d for d in devices)
     meter = Meter(plan.total_batch, plan.total_steps, cfg.DATA.NUM_WORKERS, worker_pids, gpus)
-    log = ProgressLog(model, plan, logdir, describe_batch, chief, meter, clock, first_pictures, trackers, smooth)
+    recorder = IncidentRecorder(
+        cfg, plan, model, logdir, meta, watched.held, describe_batches, shard, before.get("incidents")
+    )
+    log = ProgressLog(model, plan, logdir, chief, meter, clock, first_pictures, trackers, before.get("smooth"))
     checkpoints = Checkpoints(cfg, plan, logdir, meta, log, chief, scores)
     checkpoints.close_op, checkpoints.input_error = source.thread.close_op, lambda: watched.error
     trainer.on_end_of_input = checkpoints.on_end_of_input
     trainer.on_batches = clock.run_begins
-    callbacks = [log, checkpoints, TellPace(cfg, plan)]
+    callbacks = [recorder, log, checkpoints, TellPace(cfg, plan)]
     evaluation = None
     if build_evaluation is not None and plan.evaluate_every:
-        evaluation = PeriodicEvaluation(cfg, plan, logdir, build_evaluation, log, checkpoints, scores, size)
+        evaluation = PeriodicEvaluation(cfg, plan, logdir, build_evaluation, log, checkpoints, scores, shard[1])
         checkpoints.evaluates_at = evaluation.due
         callbacks.append(evaluation)
     else:
         scores.pending.clear()
     end = StopAtEnd(plan)
     callbacks.append(end)
-    creator = NewSessionCreator()
-    cpu_devices = sum(d.startswith("/cpu") for d in devices) or 1
-    creator.config.MergeFrom(session_config(cpu_devices))
+    creator = session_creator(devices)
     trainer.train(callbacks, [], creator, _LoadWeights(load), sys.maxsize, 1, 1)
     stopped = evaluation.stopped if evaluation is not None else ""
     if not end.reached and not stopped:

@@ -238,7 +238,12 @@ def test_a_batch_names_the_images_pasted_into_it(coloured, monkeypatch):
     read, original = [], data.read_split_image
     monkeypatch.setattr(data, "read_split_image", lambda s, i: read.append(s.image_id(i)) or original(s, i))
     next(iter(training_dataflow(split, cfg, 5)))
-    assert sorted(read) == sorted(data.batch_image_ids(split, cfg, 5, 1)) and len(read) == 4
+    (images,) = data.batch_images(split, cfg, 5, 1)
+    named = [i for image in images for i in (image, image["pasted"])]
+    assert sorted(read) == sorted(i["id"] for i in named) and len(read) == 4
+    assert {split.image_id(i): split.image_file(i) for i in range(len(split))}.items() >= {
+        (i["id"], i["file"]) for i in named
+    }
 
 
 # ---------------------------------------------------------------- draws

@@ -52,7 +52,7 @@ def test_ids_of_a_step_are_those_of_its_images():
     flow = training_dataflow(split, cfg, start_batch=6, batches_per_step=2)
     classes = [set(labels[labels > 0]) for batch in islice(flow, 2) for labels in batch[4]]
     number = {split.image_id(i): i for i in range(len(split))}
-    ids = data.batch_image_ids(split, cfg, 6, 2)
+    ids = [image["id"] for batch in data.batch_images(split, cfg, 6, 2) for image in batch]
     assert [set(split.annotations(number[i])["labels"]) for i in ids] == classes and len(set(ids)) == 4
 
 

@@ -268,6 +268,13 @@ def _checked_meta(meta: Any, origin: str) -> dict[str, Any]:
     meta = {key: value for key, value in meta.items() if value is not None}
     if isinstance(meta.get("smooth"), dict):  # a value that was not finite is stored as null
         meta["smooth"] = {key: value for key, value in meta["smooth"].items() if value is not None}
+
+    def is_incidents(value: Any) -> bool:
+        if not isinstance(value, dict) or not is_list(value.get("skipped", []), dict):
+            return False
+        steps = all(type(s.get("step")) is int and type(s.get("what")) is str for s in value.get("skipped", []))
+        return steps and is_list(value.get("norms", []), int, float)
+
     wants = {
         "settings": ("an object of settings", lambda v: isinstance(v, dict)),
         "class_names": ("a list of texts", lambda v: is_list(v, str)),
@@ -277,6 +284,7 @@ def _checked_meta(meta: Any, origin: str) -> dict[str, Any]:
         "total_batch": ("a number of images", lambda v: type(v) is int and v >= 1),
         "data": ("an object of digests", lambda v: isinstance(v, dict)),
         "smooth": ("an object of numbers", lambda v: isinstance(v, dict) and is_list([*v.values()], int, float)),
+        "incidents": ("an object of the steps that were skipped", is_incidents),
         "versions": ("an object of versions", lambda v: isinstance(v, dict)),
         "evaluations": ("a list of steps with their metrics", lambda v: isinstance(v, list) and all(map(is_scores, v))),
         "pending_evaluations": ("a list of steps", lambda v: is_list(v, int)),
