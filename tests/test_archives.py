@@ -174,6 +174,21 @@ def test_members_that_claim_too_much_take_no_memory(tmp_path):
         read_file(f"{path}/a.jpg")
 
 
+def test_broken_lists_end_in_one_line_and_take_no_memory(tmp_path):
+    path = zipped(tmp_path / "a.zip", {"a.jpg": bytes(500)})
+    content = bytearray(path.read_bytes())
+    place = content.index(b"PK\x01\x02")
+    content[place + 20 : place + 24] = struct.pack("<I", 1 << 31)  # its size in the archive
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"a\.jpg is damaged: the archive ends before it does"):
+        read_file(f"{path}/a.jpg")
+    archives._open_archives.clear()
+    content[place + 28 : place + 30] = bytes(2)  # no name: what follows is read as another entry
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="not a zip file"):
+        is_folder(path)
+
+
 def test_encrypted_and_strangely_compressed_members_are_named(tmp_path):
     path = zipped(tmp_path / "a.zip", {"a.jpg": b"x" * 500}, zipfile.ZIP_BZIP2)
     with pytest.raises(UserError, match=r"a\.jpg is damaged: it is compressed by method 12"):

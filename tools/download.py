@@ -22,6 +22,7 @@ import sys
 import tarfile
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -82,13 +83,15 @@ def _members(path: Path) -> Iterator[list[tuple[str, int, Any]]]:
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as z:
-                files = [i for i in z.infolist() if not i.is_dir() and not stat.S_ISLNK(i.external_attr >> 16)]
+                files = [
+                    i for i in z.infolist() if not i.filename.endswith("/") and not stat.S_ISLNK(i.external_attr >> 16)
+                ]
                 yield [(i.filename, i.file_size, lambda i=i: z.open(i)) for i in files]
         else:
             with tarfile.open(path) as t:
                 files = [m for m in t.getmembers() if m.isreg()]
                 yield [(m.name, m.size, lambda m=m: t.extractfile(m)) for m in files]
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError, OSError, NotImplementedError) as e:
+    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, OSError, ValueError, RuntimeError) as e:
         raise UserError(f"{path} cannot be unpacked: {e}; remove it and start again") from None
 
 

@@ -39,6 +39,7 @@ class _Member(NamedTuple):
 class _Archive(NamedTuple):
     path: str
     descriptor: int
+    length: int  # bytes
     is_zip: bool
     members: dict[str, _Member]
     folders: dict[str, list[str]]  # names in each folder
@@ -157,6 +158,8 @@ def _content(archive: _Archive, name: str, member: _Member, length: int | None) 
         return _exactly(archive, member.offset, wanted)
     # The header's name and extra field may be longer than those of the list, so a second read may be needed.
     packed = min(member.packed, wanted + 1024) if part else member.packed
+    if member.offset + member.packed > archive.length:
+        raise ValueError("the archive ends before it does")
     guess = 30 + len(name.encode(errors="surrogateescape")) + 64
     data = os.pread(archive.descriptor, guess + packed, member.offset)
     if data[:4] != b"PK\x03\x04" or len(data) < 30:
@@ -218,7 +221,9 @@ def _open(path: str) -> _Archive:
             name = "" if known else parent
     first = list(folders[""])
     top = first[0] if len(first) == 1 and first[0] in folders else ""
-    return _Archive(path, descriptor, is_zip, members, {k: list(v) for k, v in folders.items()}, top)
+    return _Archive(
+        path, descriptor, os.fstat(descriptor).st_size, is_zip, members, {k: list(v) for k, v in folders.items()}, top
+    )
 
 
 def _plain_name(name: str) -> str:
@@ -236,7 +241,7 @@ def _zip_members(path: str) -> dict[str, _Member]:
     members = {}
     for entry in entries:
         name = _plain_name(entry.filename)
-        if entry.is_dir() or not name:
+        if entry.filename.endswith("/") or not name:
             continue
         method = -1 if entry.flag_bits & 1 else entry.compress_type  # 1: encrypted
         members[name] = _Member(entry.header_offset, entry.file_size, entry.compress_size, method, entry.CRC)
