@@ -10,6 +10,7 @@ import pickle
 import random
 import shutil
 import struct
+import tarfile
 import tempfile
 import zipfile
 import zlib
@@ -293,6 +294,28 @@ def _results(folder: Path, rng: Dice) -> list[Call]:
     return [_scores("--protocol", protocol, *words) for protocol in protocols]
 
 
+def _archive(folder: Path, rng: Dice) -> list[Call]:
+    """COCO's set with its images in a broken zip or tar."""
+    shutil.copytree(COCO_MINI / "annotations", folder / "annotations")
+    path = folder / f"val2017.{rng.choice(['zip', 'tar'])}"
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w", rng.choice([zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])) as z:
+            for file in sorted((COCO_MINI / "val2017").iterdir()):
+                z.writestr(zipfile.ZipInfo(f"val2017/{file.name}"), file.read_bytes())
+    else:
+        with tarfile.open(path, "w", format=rng.choice([tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])) as t:
+            t.add(COCO_MINI / "val2017", "val2017")
+    content = path.read_bytes()
+    if rng.random() < 0.5:  # most bytes are pixels: break those of the lists
+        at = content.find(b"PK\x01\x02") if path.suffix == ".zip" else 512 * rng.randrange(2)
+        content = content[:at] + _break_bytes(content[at : at + 512], rng) + content[at + 512 :]
+    else:
+        content = _break_bytes(content, rng)
+    path.write_bytes(content)
+    settings = [f"DATA.BASEDIR={folder}", "DATA.TRAIN=coco_val2017", "DATA.VAL=coco_val2017"]
+    return [_train_reads(*settings), _checks("--config", *settings)]
+
+
 def _labels(folder: Path, rng: Dice) -> list[Call]:
     """Annotations of a labelling program, one file of them broken."""
     content = json.loads((COCO_MINI / "annotations/instances_val2017.json").read_text())
@@ -538,8 +561,8 @@ def _settings(folder: Path, rng: Dice) -> list[Call]:
 
 KINDS: dict[str, Callable[[Path, random.Random], list[Call]]] = {
     "COCO": _coco, "VOC": _voc, "csv": _csv, "Cityscapes": _cityscapes, "LVIS": _lvis, "Open Images": _open_images,
-    "results": _results, "labels": _labels, "images": _image, "weights": _weights, "pickles": _pickle,
-    "checkpoints": _checkpoint, "settings": _settings,
+    "results": _results, "labels": _labels, "archives": _archive, "images": _image, "weights": _weights,
+    "pickles": _pickle, "checkpoints": _checkpoint, "settings": _settings,
 }  # fmt: skip
 
 
