@@ -121,13 +121,13 @@ def _graph(cfg: Config, height: int, width: int) -> tuple[Any, Any, set[str], di
 
 
 def _variables_of(op: Any) -> set[str]:
-    """Names of the variables that are a factor of this product, directly or through casts and reshapes."""
-    found = set()
-    for tensor in op.inputs:
-        source = tensor.op
-        while source.type in ("Identity", "ReadVariableOp", "Cast", "Reshape", "Transpose") and source.inputs:
-            source = source.inputs[0].op
-        found.add(source.name)
+    """Names of what the kernel of this product is computed from: its variable, and those of a norm folded into it."""
+    todo, found = [op.inputs[1].op], set()
+    while todo:
+        source = todo.pop()
+        if source.name not in found:
+            found.add(source.name)
+            todo += [tensor.op for tensor in source.inputs]
     return found
 
 

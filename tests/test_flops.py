@@ -5,7 +5,7 @@ import json
 import pytest
 
 from config import default_config, finalize_config
-from model_flops import count
+from model_flops import count, count_training
 from tests.tiny import TINY_MODEL
 from tools.flops import main
 
@@ -112,3 +112,34 @@ def test_command_prints_a_table_and_writes_json(tmp_path, capsys):
     assert float(total[4]) == pytest.approx(2 * counted["macs"] / 1e9, abs=0.005)
     assert main(["--config", "MODE_FPN=Tru"]) == 2
     assert main(["--size", "0", "5"]) == 2
+
+
+def test_training_costs_three_products_of_what_learns_and_one_of_what_is_frozen():
+    """Against the counts of a prediction, part by part: an image of 256 x 256, 512 RoIs, 128 of them foreground."""
+    rois = {"proposals": 512, "detections": 128}
+    whole = count(settings("MODE_FPN=True"), 256, 256, **rois)["macs"]
+    learning = count_training(settings("MODE_FPN=True", "BACKBONE.FREEZE_AT=0"))
+    first = 128 * 128 * 7 * 7 * 3 * 64  # the first convolution needs no gradient of the image
+    assert sum(learning.of_image(256 * 256).values()) == 3 * whole - first
+    frozen = count_training(settings("MODE_FPN=True", "BACKBONE.FREEZE_AT=2"))
+    # Stage 2: three bottlenecks of 64 channels with 256 outputs, and a shortcut, on 64 x 64 cells.
+    stage = 64 * 64 * (64 * 64 + 2 * 256 * 64 + 3 * (9 * 64 * 64 + 64 * 256) + 64 * 256)
+    shortcut_of_stage_3 = 32 * 32 * 256 * 512  # it or the first convolution beside it is the first that learns
+    got = sum(frozen.of_image(256 * 256).values())
+    assert got - (3 * whole - 2 * first - 2 * stage) in (-shortcut_of_stage_3, -(64 * 64 * 256 * 128))
+    heads = count(settings("MODE_FPN=True"), 256, 256, **rois)["parts"]
+    assert sum(frozen.of_rois.values()) == 3 * (heads["box head"]["macs"] + heads["mask head"]["macs"])
+
+
+def test_a_training_image_of_twice_the_pixels_costs_twice_as_much_outside_the_heads():
+    counted = count_training(settings("MODE_FPN=True", "MODE_MASK=False"))
+    one, two = counted.of_image(1000), counted.of_image(2000)
+    for large in (False, True):
+        assert two[large] - one[large] == pytest.approx(1000 * counted.of_pixel[large])
+    assert count_training(settings(*FPN), 512).of_pixel[True] == pytest.approx(counted.of_pixel[True], rel=0.01)
+
+
+def test_c4_training_computes_the_last_stage_once_for_boxes_and_masks():
+    masks, boxes = count_training(settings()), count_training(settings("MODE_MASK=False"))
+    deconvolution = 128 * (14 * 14 * 256 * 80 + 7 * 7 * 4 * 2048 * 256)
+    assert sum(masks.of_rois.values()) - sum(boxes.of_rois.values()) == 3 * deconvolution
