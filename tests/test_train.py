@@ -79,7 +79,7 @@ def test_a_run_logs_its_speed_memory_and_first_batch(trained):
     (line,) = map(json.loads, (trained / "log.jsonl").read_text().splitlines())
     assert line["speed/images_per_s"] == pytest.approx(1 / line["speed/step_s"], rel=1e-5)
     assert 0 <= line["speed/data_wait"] <= 1 and line["speed/eta_s"] == 0
-    assert 0.2 < line["memory/host_gb"] < 50
+    assert 0.2 < line["memory/host_gb"] < 50 and line["gradient_norm"] > 0
     documented = re.findall(r"`([^`\s]+)`", (ROOT / "docs" / "OUTPUTS.md").read_text())
     assert set(line) <= set(documented)
     assert [p.name for p in (trained / "pictures").iterdir()] == ["batch-0-step0000001.jpg"]
