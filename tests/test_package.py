@@ -1,5 +1,6 @@
 """The installed package: what the wheel holds, and that it works outside of the checkout, alone in its name space."""
 
+import ast
 import base64
 import csv
 import hashlib
@@ -73,6 +74,22 @@ def test_every_module_can_be_rewritten_and_keeps_its_lines():
             after = name_space.rewritten(source, OWN, str(path))
             compile(after, name, "exec")
             assert len(after.split("\n")) == len(source.split("\n")), name
+
+
+@pytest.mark.quick
+def test_what_the_package_imports_of_itself_is_in_it():
+    files = name_space.package_files(ROOT)
+    modules = {name.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for name in files}
+    for name in (n for n in files if n.endswith(".py")):
+        for node in ast.walk(ast.parse(name_space.rewritten(files[name].read_text(), OWN))):
+            imported = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                inside = node.module in ("packrcnn", *(f"packrcnn.{folder}" for folder in name_space.FOLDERS))
+                imported = [f"{node.module}.{alias.name}" for alias in node.names] if inside else [node.module]
+            for module in imported:
+                top, _, rest = module.partition(".")
+                assert top not in OWN, f"{name} imports {module}, which is outside of the package"
+                assert top != "packrcnn" or rest in modules | {"command"}, f"{name} imports {module}, which is left out"
 
 
 # -------------------------------------------------------------------------------------------------------- what it holds
