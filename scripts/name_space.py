@@ -31,7 +31,7 @@ _WORDS = (
     (r"\bdemo/(\w+)\.py\b", rf"{NAME}.demo.\1"),
     (r"python -m (tools|demo)\.", rf"python -m {NAME}.\1."),
     (r"(?<![\w./])demo\.(own_\w+)", rf"{NAME}.demo.\1"),
-    (r"pip install -r requirements-gpu\.txt", f"pip install '{NAME}[gpu]'"),
+    (r"pip install -r requirements-(\w+)\.txt", rf"pip install '{NAME}[\1]'"),
     (r"run `make venv`, then `\. \.venv/bin/activate`", "install it with pip"),
 )
 

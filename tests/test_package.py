@@ -51,6 +51,7 @@ OWN = name_space.own_names(ROOT)
         ("é = 1; import common", "é = 1; from packrcnn import common"),
         ("import json, os\nimport numpy as np", "import json, os\nimport numpy as np"),
         ("from . import common\ntext = 'from common import x'", "from . import common\ntext = 'from common import x'"),
+        ("'run pip install -r requirements-gpu.txt'", "'run pip install 'packrcnn[gpu]''"),
         ("'run ./train.py or python tools/score.py'", "'run packrcnn or python -m packrcnn.tools.score'"),
         ("ROOT / 'train.py', \"tools/score.py\", 'x/train.py'", "ROOT / 'train.py', \"tools/score.py\", 'x/train.py'"),
     ],

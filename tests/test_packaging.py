@@ -140,5 +140,11 @@ def test_the_package_asks_for_ranges_around_the_pins():
         (version,) = (specifier.version for specifier in pin.specifier)
         assert ranges[pin.name].contains(version), pin
     assert 'requires-python = ">=3.10,<3.14"' in text and PYTHONS[-1] == "3.13"
+    for file in ROOT.glob("requirements-*.txt"):
+        extra = re.search(rf"(?m)^{file.stem.partition('-')[2]} = \[(.*)\]", text)
+        assert extra or file.name == "requirements-dev.txt"
+        for pin in requirements(file.name) if extra else []:
+            (wanted,) = (w for w in re.findall(r'"([^"]+)"', extra[1]) if Requirement(w).name == pin.name)
+            assert all(Requirement(wanted).specifier.contains(s.version) for s in pin.specifier), pin
     (gpu,) = requirements("requirements-gpu.txt")
     assert f'gpu = ["tensorflow[and-cuda]{ranges["tensorflow"]}"]' in text and gpu.extras == {"and-cuda"}
