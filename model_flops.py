@@ -94,7 +94,7 @@ def count_training(cfg: Config, side: int = 256) -> Training:
         if rows is None:
             rows = foreground if op in after_detection else cfg.FRCNN.BATCH_PER_IM
         learns = bool(_variables_of(op) & trained)
-        times = 1 + learns + (begun or learns)
+        times = 1 + learns + begun
         begun = begun or learns
         kernel = op.inputs[1].shape.as_list()
         large = "Conv" in op.type and max(kernel[:2]) > 1
