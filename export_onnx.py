@@ -222,6 +222,7 @@ def _convert_tensors(builder: Builder, tensors: Sequence[Any], functions: dict[s
         todo.pop()
         done.add(op)
         names = [builder.values[t.ref()] for t in needed]
+        results: Any
         if region:
             results = _convert_region(builder, region, needed, names)
         elif op.type in ("While", "StatelessWhile"):
@@ -787,7 +788,7 @@ def _resize(mode: str) -> Callable:
             place = "align_corners"
         else:
             place = "half_pixel" if op.get_attr("half_pixel_centers") else "asymmetric"
-        nearest = {"nearest_mode": "floor"} if mode == "nearest" else {}
+        nearest: dict[str, Any] = {"nearest_mode": "floor"} if mode == "nearest" else {}
         size = _to_int64(b, op, x, 1)
 
         def change(v: str) -> str:

@@ -1,5 +1,6 @@
 """The proof of an export: its files run on images, compared with the Python predictor detection by detection."""
 
+import functools
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -32,9 +33,9 @@ Run = Callable[[np.ndarray], Detections]  # uint8 BGR [H, W, 3] -> detections in
 
 
 class Sample(NamedTuple):
-    """Images to compare on; `image(i)` gives uint8 BGR pixels. With a split, `indices` are its images, for scores."""
+    """Images to compare on; images[i]() gives uint8 BGR pixels. With a split, `indices` are its images, for scores."""
 
-    images: list[Callable[[], np.ndarray]]
+    images: Sequence[Callable[[], np.ndarray]]
     origin: str
     split: DatasetSplit | None = None
     indices: Sequence[int] = ()
@@ -52,8 +53,11 @@ class Differences(NamedTuple):
     excused: int = 0  # those that one of them explains
 
     def merge(self, other: "Differences") -> "Differences":
-        largest = [max(a, b) for a, b in zip(self[:4], other[:4])]
-        return Differences(*largest, *(a + b for a, b in zip(self[4:], other[4:])))
+        return Differences(
+            max(self.boxes, other.boxes), max(self.scores, other.scores), max(self.masks, other.masks),
+            max(self.keypoints, other.keypoints), self.pairs + other.pairs, self.alone + other.alone,
+            self.excused + other.excused,
+        )  # fmt: skip
 
 
 class Proof(NamedTuple):
@@ -69,17 +73,17 @@ class Proof(NamedTuple):
 def pick_images(cfg: Config, given: Sequence[str], count: int) -> Sample:
     """The given image files, else `count` images of DATA.VAL at equal distances, else generated ones."""
     if given:
-        return Sample([lambda f=f: read_image(f) for f in given], f"{len(given)} given images")
+        return Sample([functools.partial(read_image, f) for f in given], f"{len(given)} given images")
     try:
         splits = load_validation_splits(cfg)
     except UserError as e:
         logger.warning(f"DATA.VAL cannot be read, so the proof uses generated images; --images gives others ({e})")
         splits = []
     if not splits or not len(splits[0]):
-        return Sample([lambda image=image: image for image in draw_images(count)], f"{count} generated images")
+        return Sample([image.copy for image in draw_images(count)], f"{count} generated images")
     split = splits[0]
     indices = np.unique(np.linspace(0, len(split) - 1, min(count, len(split))).round().astype(int)).tolist()
-    images = [lambda i=i: read_split_image(split, i) for i in indices]
+    images = [functools.partial(read_split_image, split, i) for i in indices]
     return Sample(images, f"{len(indices)} of {len(split)} images of {split.name}", split, indices)
 
 
@@ -149,8 +153,8 @@ def _pairs(wanted: Detections, found: Detections) -> list[tuple[int, int]]:
 
 
 def _mask_difference(a: dict, b: dict) -> float:
-    a, b = decode_mask(a), decode_mask(b)
-    return float((a != b).sum() / max((a | b).sum(), _SMALL_MASK))
+    one, other = decode_mask(a), decode_mask(b)
+    return float(np.sum(one != other) / max(np.sum(one | other), _SMALL_MASK))
 
 
 def prove(
@@ -169,7 +173,7 @@ def prove(
             both.append(run(pixels))
             seconds.append(time.perf_counter() - started)
         times.append(seconds)
-        result = result.merge(compare(*both, threshold, limit))
+        result = result.merge(compare(both[0], both[1], threshold, limit))
         if sample.split is not None and not proposals:
             image_id = sample.split.image_id(sample.indices[number])
             for kept, detections in zip(results, both):

@@ -291,3 +291,20 @@ def test_operations_that_the_families_use_little_or_not_at_all_are_converted_exa
     for key in outputs:
         assert found[key].dtype == wanted[key].dtype, key
         np.testing.assert_allclose(found[key], wanted[key], rtol=1e-5, atol=1e-5, err_msg=key)
+
+
+def test_the_documents_program_for_onnx_runtime_prints_what_the_python_predictor_finds(exported, tmp_path):
+    out, file, _ = exported
+    (tmp_path / "exported").symlink_to(out)
+    (tmp_path / "photo.png").write_bytes(cv2.imencode(".png", cv2.imread(str(file.parent / "0.jpg")))[1].tobytes())
+    text = (export.import_path.ROOT / "docs" / "EXPORT.md").read_text()
+    program = text.partition("In ONNX Runtime")[2].partition("```python\n")[2].partition("```")[0]
+    program = program.replace("photo.jpg", "photo.png") + "print(len(masks), masks.shape[1:], masks.dtype)\n"
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    *lines, last = done.stdout.splitlines()
+    predictor = load_predictor(file)
+    wanted = predictor(tmp_path / "photo.png")
+    assert last == f"{len(wanted.scores)} (60, 80) uint8"
+    assert [line.split()[0] for line in lines] == [predictor.class_names[label - 1] for label in wanted.labels]
+    np.testing.assert_allclose([float(line.split()[1]) for line in lines], wanted.scores, atol=1e-4)
