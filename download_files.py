@@ -199,7 +199,9 @@ def _copy(reply: Any, part: Path, start: int, size: int | None, progress: bool, 
                 f.write(e.partial)
                 done += len(e.partial)
             elif getattr(e, "errno", None) in (27, 28, 122):  # too large, no space, quota
-                raise UserError(f"{part} cannot be written: {e.strerror}; make room and start again") from None
+                raise UserError(
+                    f"{part} cannot be written: {getattr(e, 'strerror', e)}; make room and start again"
+                ) from None
             else:
                 f.flush()
                 raise _Passing(f"the connection broke ({_reason(e)})") from None

@@ -90,7 +90,7 @@ class _Collector:
             raise UserError(f"{self.what}: image {name!r} is listed twice")
         number = len(self.images) + 1
         self.images[name] = {"id": number, "file_name": name, "height": sides[0], "width": sides[1]}
-        return _Image(number, *sides, name)
+        return _Image(number, sides[0], sides[1], name)
 
     def leave_out(self, reason: str, where: str) -> None:
         self.left_out[reason] += 1
@@ -296,13 +296,14 @@ def _cvat_shape(shape: Element, image: _Image) -> tuple[list[float] | None, list
 
     turn = read_number(shape.get("rotation") or 0)
     if shape.tag == "box":
-        corners = numbers("xtl", "ytl", "xbr", "ybr")
-        return (None, [_turned(*corners, turn)], []) if turn else (corners, [], [])
+        left, top, right, bottom = numbers("xtl", "ytl", "xbr", "ybr")
+        return (None, [_turned(left, top, right, bottom, turn)], []) if turn else ([left, top, right, bottom], [], [])
     if shape.tag == "polygon":
         points = [p.split(",") for p in (shape.get("points") or "").split(";")]
         return None, [_ring(points)], []
     if shape.tag == "ellipse":
-        return None, [_ellipse(*numbers("cx", "cy", "rx", "ry"), math.radians(turn))], []
+        x, y, rx, ry = numbers("cx", "cy", "rx", "ry")
+        return None, [_ellipse(x, y, rx, ry, math.radians(turn))], []
     if shape.tag == "mask":
         left, top, width, height = (int(v) for v in numbers("left", "top", "width", "height"))
         try:
@@ -604,7 +605,8 @@ def _via_shape(shape: dict) -> tuple[list[float] | None, list[np.ndarray]]:
         x, y, radius = numbers("cx", "cy", "r")
         return None, [_ellipse(x, y, radius, radius)]
     if kind == "ellipse":
-        return None, [_ellipse(*numbers("cx", "cy", "rx", "ry"), read_number(shape.get("theta") or 0))]
+        x, y, rx, ry = numbers("cx", "cy", "rx", "ry")
+        return None, [_ellipse(x, y, rx, ry, read_number(shape.get("theta") or 0))]
     raise _Skip("shape", repr(kind)[:60])
 
 

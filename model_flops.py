@@ -37,9 +37,9 @@ def count(cfg: Config, height: int, width: int, proposals: int = 1000, detection
     parts = {part: {"parameters": 0, "trainable": 0, "macs": 0} for part in dict(_PARTS).values()}
     for name, size in variables.items():
         if not _STATISTICS.search(name):
-            part = parts[_part(name, cfg)]
-            part["parameters"] += size
-            part["trainable"] += size if name in trained else 0
+            numbers = parts[_part(name, cfg)]
+            numbers["parameters"] += size
+            numbers["trainable"] += size if name in trained else 0
     after_detection = _consumers(labels.op)
     for op in graph.get_operations():
         part = _part(op.name, cfg)
@@ -48,10 +48,8 @@ def count(cfg: Config, height: int, width: int, proposals: int = 1000, detection
         rows, macs = _MULTIPLY_ADDS[op.type](op)
         if rows is None and part in _HEADS:
             if op in after_detection:
-                part, rows = (
-                    (part if part != "box head" else "mask head"),
-                    detections,
-                )  # C4 shares stage 5 with the box head
+                # C4 shares stage 5 with the box head.
+                part, rows = ("mask head" if part == "box head" else part), detections
             else:
                 rows = proposals
         if rows is None or macs is None:

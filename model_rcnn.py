@@ -4,6 +4,7 @@ Both functions are pure: they use only their tensors, the settings, and the vari
 """
 
 import functools
+from typing import Any
 
 import numpy as np
 
@@ -35,7 +36,7 @@ __all__ = [
 
 
 # Type and shape of each tensor of a training batch, for one image.
-INPUT_TYPES = {
+INPUT_TYPES: dict[str, tuple[Any, list[int | None]]] = {
     "image": (tf.uint8, [None, None, 3]),
     "image_shape": (tf.int32, [2]),
     "image_seed": (tf.int32, []),

@@ -226,7 +226,11 @@ def guilty_annotations(
     everything, nothing = np.ones(size, bool), np.zeros(size, bool)
     if is_bad(left(lambda n: nothing)):
         return ("weights", None, []) if is_bad(left(lambda n: nothing, pixels=False)) else ("pixels", None, [])
-    image = next((n for n in range(images) if not is_bad(left(lambda k, n=n: nothing if k == n else everything))), None)
+
+    def without(image: int) -> dict[str, np.ndarray]:
+        return left(lambda k: nothing if k == image else everything)
+
+    image = next((n for n in range(images) if not is_bad(without(n))), None)
     if image is None:
         return "several", None, []
 

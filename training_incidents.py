@@ -242,7 +242,7 @@ class IncidentRecorder(Callback):
                 "losses": [numbers({k: float(v) for k, v in losses.items()}) for losses in values["losses"]],
             },
             **numbers({"learning_rate": float(values["rate"]), "limit": self.limit}),
-            "bounds": list(numbers(dict(enumerate(self._bounds))).values()),
+            "bounds": list(numbers({str(i): float(bound) for i, bound in enumerate(self._bounds)}).values()),
             "plan": dataclasses.asdict(self._plan),
         }
         write_incident(folder, description, meta, parts, state, self._cfg.DATA.CLASS_NAMES)

@@ -292,17 +292,19 @@ def make_plan(cfg: Config, replicas: int, images_per_epoch: int, record: dict[st
             f"images: use another number of replicas, TRAIN.BATCH_SIZE_PER_GPU, or a total batch of {near}"
         )
     factor = total / 8.0 if train.LR_SCALING == "linear" else 1.0
-    asked, *before = _read_record(record) if record else ({}, [], 0, 0, 1)
+    asked, old_schedule, old_warmup, old_evaluate, old_checkpoint = (
+        _read_record(record) if record else ({}, [], 0, 0, 1)
+    )
 
     def kept(keys: tuple[str, ...]) -> bool:
         return all(key in asked and asked[key] == cfg.get(key) for key in keys)
 
-    schedule = before[0] if kept(_OF_SCHEDULE) else _schedule(cfg, total, images_per_epoch)
-    warmup = before[1] if kept(_OF_WARMUP) else _warmup(cfg, schedule)
+    schedule = old_schedule if kept(_OF_SCHEDULE) else _schedule(cfg, total, images_per_epoch)
+    warmup = old_warmup if kept(_OF_WARMUP) else _warmup(cfg, schedule)
     steps = schedule[-1] if train.MAX_STEPS is None else min(schedule[-1], train.MAX_STEPS)
     evaluate, checkpoint = _intervals(cfg, steps, images_per_epoch / total)
-    evaluate = before[2] if kept(_OF_EVALUATION) else evaluate
-    checkpoint = before[3] if kept(_OF_CHECKPOINTS) else checkpoint
+    evaluate = old_evaluate if kept(_OF_EVALUATION) else evaluate
+    checkpoint = old_checkpoint if kept(_OF_CHECKPOINTS) else checkpoint
     cosine = train.LR_POLICY == "cosine"
     return TrainingPlan(
         replicas=replicas,

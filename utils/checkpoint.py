@@ -111,7 +111,7 @@ def best_score(run: str | os.PathLike) -> dict[str, Any] | None:
     """{metric, score, step} of a run's best checkpoint; None if it has none."""
     with contextlib.suppress(UserError):
         score = read_json(Path(run) / BEST / "best.json", "score")
-        wants = {"metric": str, "score": (int, float), "step": int}
+        wants: dict[str, Any] = {"metric": str, "score": (int, float), "step": int}
         if isinstance(score, dict) and all(isinstance(score.get(key), kind) for key, kind in wants.items()):
             return score
     return None
