@@ -59,7 +59,8 @@ def backbone_features(image, image_shape, cfg: Config):
 
 def make_roi_pooler(features, cfg: Config, training=False):
     """-> pool(boxes [R,4], image_index [R], resolution) -> [R,resolution,resolution,C] by FRCNN.ROI_OP.
-    RoIAlign pads each level only once. Its adaptive sampling has no gradient, so training uses two samples instead."""
+    RoIAlign pads each level only once. Its adaptive sampling has no gradient, so training uses two samples instead.
+    A box that is not finite, as diverged weights give, is pooled as one at the image's corner."""
     frcnn = cfg.FRCNN
     samples = frcnn.ROI_SAMPLES or (2 if training else 0)
     if cfg.MODE_FPN:
@@ -77,6 +78,7 @@ def make_roi_pooler(features, cfg: Config, training=False):
         return roi_align(level, boxes, image_index, scale, resolution, samples, frcnn.ROI_ALIGNED)
 
     def pool(boxes, image_index, resolution):
+        boxes = tf.where_v2(tf.math.is_finite(boxes), boxes, tf.zeros_like(boxes))
         operation = functools.partial(pool_level, resolution=resolution)
         return pool_from_levels(levels, strides, boxes, image_index, operation, frcnn.ROI_TO_LAST_PIXEL)
 

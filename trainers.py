@@ -167,6 +167,19 @@ class DetectionOptimizer(tf.train.MomentumOptimizer):
 
 
 # --------------------------------------------------------------------------------------------------- model description
+def _finite_annotations(batch):
+    """The batch with 0 in the place of annotations' numbers that are not finite, since operations on boxes of NaN would
+    crash, and a float32 scalar to add to the loss: 0, or the sum of those numbers, which is not finite."""
+    finite, bad = {}, tf.constant(0.0)
+    for key, value in batch.items():
+        if value.dtype.is_floating:
+            good, zeros = tf.math.is_finite(value), tf.zeros_like(value)
+            bad += tf.reduce_sum(tf.where_v2(good, zeros, value))
+            value = tf.where_v2(good, value, zeros)
+        finite[key] = value
+    return finite, bad
+
+
 class DetectionModel(ModelDesc):
     """The model in tensorpack's form: its inputs, its cost on a replica, its optimiser."""
 
@@ -181,14 +194,15 @@ class DetectionModel(ModelDesc):
         return [tf.TensorSpec([images, *INPUT_TYPES[k][1]], INPUT_TYPES[k][0], k) for k in self._keys]
 
     def build_graph(self, *tensors):
+        batch, bad = _finite_annotations(dict(zip(self._keys, tensors)))
         with batch_statistics(self._sum_over_replicas(), self._plan.accumulation):
-            losses, stats = build_training(dict(zip(self._keys, tensors)), self._cfg)
+            losses, stats = build_training(batch, self._cfg)
         frozen = freeze_variables(self._cfg.TRAIN.FREEZE_PATTERN)
         if frozen and not self.losses:
             logger.info(f"{len(frozen)} variables match TRAIN.FREEZE_PATTERN and are not trained")
         tower = tf.get_default_graph().get_name_scope()
         with tf.control_dependencies(tf.get_collection(tf.GraphKeys.UPDATE_OPS, f"{tower}/" if tower else None)):
-            total = tf.add_n(list(losses.values()), name="total_loss")
+            total = tf.add(tf.add_n(list(losses.values())), bad, name="total_loss")
         losses = {**losses, "total_loss": total}
         self.guard.add_replica(dict(zip(self._keys, tensors)), losses)
         if not self.losses:
