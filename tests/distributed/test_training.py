@@ -123,7 +123,7 @@ def killed(job, folder, rank):
 
 
 def test_a_killed_rank_ends_the_job_and_the_same_command_resumes_until_sigterm_saves(tmp_path):
-    settings = ["TRAIN.MAX_STEPS=100000", "TRAIN.STEPS_PER_EPOCH=3"]
+    settings = ["TRAIN.MAX_STEPS=100000", "TRAIN.PERIOD_STEPS=3", "MODE_MASK=False", "MODE_RPN_ONLY=True"]
 
     def start():
         return subprocess.Popen(
@@ -170,7 +170,7 @@ def test_a_job_follows_machines_that_come_and_go_and_ends_with_the_model_of_one_
     (folder / "hold").write_text("3 8")
     settings = [
         *equality_settings(tmp_path, "FreezeBN", 1), f"TRAIN.MAX_STEPS={steps}", "TRAIN.TOTAL_BATCH=4",
-        "TRAIN.EVAL_PERIOD=0",
+        "TRAIN.EVAL_PERIOD=0", "MODE_MASK=False",
     ]  # fmt: skip
     hosts.write_text("localhost:2")
     words = command("{np}", folder, *settings)
