@@ -19,12 +19,12 @@ from training_async import AsyncEvaluations, check_device
 pytestmark = pytest.mark.quick
 
 ROOT = Path(__file__).resolve().parent.parent
-# The other process as it is, with this in place of an evaluation.
-PATCHED = (
-    "import sys, os, time; sys.path[:] = {{path!r}}; import training_async\n"
-    "{body}\n"
-    "training_async._run({{result}}, {{parent}})"
-)
+
+
+def patched(body):
+    """In place of `new_process_code`: the other process as it is, with this in place of an evaluation."""
+    start = f"import os, sys, time; sys.path[:] = {[str(ROOT), *sys.path]!r}; import training_async"
+    return lambda module, call: "\n".join([start, body, f"{module}.{call}"])
 
 
 def settings(*changes):
@@ -34,7 +34,7 @@ def settings(*changes):
 def evaluating(monkeypatch, *lines):
     body = "\n".join(["def evaluate(cfg, prefix):", *(f"    {line}" for line in lines)])
     body += "\ntraining_async._evaluate_checkpoint = evaluate"
-    monkeypatch.setattr(training_async, "_CODE", PATCHED.format(body=body.replace("{", "{{").replace("}", "}}")))
+    monkeypatch.setattr(training_async, "new_process_code", patched(body))
 
 
 def wait(evaluations):
@@ -112,7 +112,7 @@ sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
 import training_async
 from config import default_config, finalize_config
-training_async._CODE = {PATCHED.format(body=body)!r}
+training_async.new_process_code = lambda module, call: {patched(body)("training_async", "")!r} + call
 evaluations = training_async.AsyncEvaluations(finalize_config(default_config()), Path("."))
 evaluations.submit(1)
 while not Path("started").exists() or not Path("started").read_text():
