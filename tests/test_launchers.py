@@ -19,6 +19,7 @@ from config import default_config, finalize_config
 SCRIPTS = REPOSITORY / "scripts"
 SHELL_SCRIPTS = sorted([*SCRIPTS.glob("*.sh"), *SCRIPTS.glob("*.sbatch")])
 PROGRAMS = sorted(
+PROGRAMS = [p for p in PROGRAMS if p.name not in ("build_package.py", "name_space.py")]  # no launchers
     {*SCRIPTS.glob("train*"), *SCRIPTS.glob("*.py"), SCRIPTS / "install_horovod.sh"} - {SCRIPTS / "import_path.py"}
 )
 RECIPES = {

@@ -380,7 +380,7 @@ def test_masks_of_rings_that_reach_any_distance_are_those_of_the_part_inside(rin
     # COCO's rasteriser differs from the exact one along the outline.
     moves = [(1, 0), (1, 1), (-1, 0), (-1, 1)]
     border = np.any([wanted != np.roll(wanted, step, axis) for step, axis in moves], 0)
-    assert np.count_nonzero((got != wanted) & ~border) <= 0.03 * wanted.size
+    assert np.count_nonzero((got != wanted) & ~border) <= 0.05 * wanted.size
 
 
 def test_a_segmentation_is_one_mask_whatever_it_is_made_of():

@@ -410,6 +410,7 @@ def test_a_signal_while_the_input_stalls_saves_what_was_trained(tmp_path, capsys
 
     def make(self, batch, *args):
         if batch == 2:
+            time.sleep(15)  # the two steps before are made meanwhile
             os.kill(os.getpid(), signal.SIGHUP)
             stalled.wait(120)
         return original(self, batch, *args)
