@@ -18,10 +18,8 @@ from config import default_config, finalize_config
 
 SCRIPTS = REPOSITORY / "scripts"
 SHELL_SCRIPTS = sorted([*SCRIPTS.glob("*.sh"), *SCRIPTS.glob("*.sbatch")])
-PROGRAMS = sorted(
-PROGRAMS = [p for p in PROGRAMS if p.name not in ("build_package.py", "name_space.py")]  # no launchers
-    {*SCRIPTS.glob("train*"), *SCRIPTS.glob("*.py"), SCRIPTS / "install_horovod.sh"} - {SCRIPTS / "import_path.py"}
-)
+_NO_LAUNCHERS = {SCRIPTS / name for name in ("import_path.py", "build_package.py", "name_space.py")}
+PROGRAMS = sorted({*SCRIPTS.glob("train*"), *SCRIPTS.glob("*.py"), SCRIPTS / "install_horovod.sh"} - _NO_LAUNCHERS)
 RECIPES = {
     line.split()[0]: line.split()[1:]
     for line in (SCRIPTS / "recipes.txt").read_text().splitlines()
