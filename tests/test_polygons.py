@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pycocotools.mask as coco_mask
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -369,18 +369,31 @@ def test_a_clipped_ring_fills_the_same_pixels_of_the_image(ring):
     assert np.count_nonzero(got != wanted) <= 3  # centres within rounding of an edge
 
 
+def inside_by_parity(ring, height, width):
+    """bool [height, width]: pixels whose centre has an odd number of edges to its left, as COCO's rasteriser counts
+    them; where a ring overlaps itself this differs from the winding number of `rasterize`."""
+    inside = np.zeros((height, width), bool)
+    x = np.arange(width) + 0.5
+    for row in range(height):
+        y = row + 0.5
+        for (x1, y1), (x2, y2) in zip(ring, np.roll(ring, -1, 0)):
+            if (y1 <= y) != (y2 <= y):
+                inside[row] ^= x > x1 + (y - y1) / (y2 - y1) * (x2 - x1)
+    return inside
+
+
+@example(ring=np.array([[14, 0], [0, 14], [14, 14]] * 2, np.float64), scale=1)
 @given(ring=far_rings, scale=st.sampled_from([1, 1e5, 1e9, 1e26]))
 def test_masks_of_rings_that_reach_any_distance_are_those_of_the_part_inside(ring, scale):
     """At 1e9 and beyond an edge's slope is that of the ring whose points are moved to 1e9."""
     height, width = 40, 50
     ring = np.where(np.abs(ring) > 60, ring * scale, ring)
     got = polygons.decode_mask(polygons.encode_segmentation([ring.ravel().tolist()], height, width))
-    box = [0, 0, width, height]
-    wanted = polygons.rasterize(polygons.rings_to_edges([np.clip(ring, -1e9, 1e9)]), box, (height, width))
+    wanted = inside_by_parity(np.clip(ring, -1e9, 1e9), height, width)
     # COCO's rasteriser differs from the exact one along the outline.
     moves = [(1, 0), (1, 1), (-1, 0), (-1, 1)]
     border = np.any([wanted != np.roll(wanted, step, axis) for step, axis in moves], 0)
-    assert np.count_nonzero((got != wanted) & ~border) <= 0.05 * wanted.size
+    assert np.count_nonzero((got != wanted) & ~border) <= 0.03 * wanted.size
 
 
 def test_a_segmentation_is_one_mask_whatever_it_is_made_of():
