@@ -407,15 +407,22 @@ def test_a_run_ends_when_its_directory_is_removed(tmp_path, capsys, monkeypatch)
 def test_a_signal_while_the_input_stalls_saves_what_was_trained(tmp_path, capsys, monkeypatch):
     """The main thread waits inside of TensorFlow for images that do not come, as from a disk that hangs."""
     original, stalled = data.BatchMaker.make, threading.Event()
+    trigger_step, trained = training.Checkpoints._trigger_step, threading.Event()
+
+    def step_is_made(self):
+        trigger_step(self)
+        if self.global_step == 2:
+            trained.set()
 
     def make(self, batch, *args):
         if batch == 2:
-            time.sleep(15)  # the two steps before are made meanwhile
+            assert trained.wait(120)  # the input is ahead of the steps
             os.kill(os.getpid(), signal.SIGHUP)
             stalled.wait(120)
         return original(self, batch, *args)
 
     monkeypatch.setattr(data.BatchMaker, "make", make)
+    monkeypatch.setattr(training.Checkpoints, "_trigger_step", step_is_made)
     started = time.monotonic()
     try:
         assert train_tiny(tmp_path / "run", steps=9) == 128 + signal.SIGHUP
