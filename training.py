@@ -43,7 +43,10 @@ from utils.checkpoint import save_tf_checkpoint, update_description
 from utils.image_header import image_header_size
 from utils.stopping import on_stop
 
-__all__ = ["Checkpoints", "Interrupted", "ProgressLog", "build_graph", "run_training", "session_creator"]
+__all__ = [
+    "Checkpoints", "Interrupted", "LoadWeights", "ProgressLog", "WatchedDataflow", "build_graph", "run_training",
+    "session_creator",
+]  # fmt: skip
 
 # Errors are raised and reported once, by train.py; tensorpack's own report misuses the logging module.
 logging.getLogger("tensorpack").setLevel("CRITICAL")
@@ -401,7 +404,7 @@ class StopAtEnd(Callback):
             raise StopTraining("finished")
 
 
-class _LoadWeights(SessionInit):
+class LoadWeights(SessionInit):
     """Runs the given function on the session once its variables are initialised."""
 
     def __init__(self, load: Callable[[Any], None]):
@@ -423,7 +426,7 @@ class OrderedInput(QueueInput):
         return tensors
 
 
-class _WatchedDataflow(DataFlow):
+class WatchedDataflow(DataFlow):
     """Stores the exception that ends the input, which tensorpack's thread would only log, tells a clock of each batch
     that is in the queue, keeps the first ones, and holds each until the step that it belongs to is done."""
 
@@ -514,7 +517,7 @@ def _run_in_graph(
     chief = trainer.is_chief
     clock = InputClock(len(devices))
     per_step = len(devices) * plan.accumulation
-    watched = _WatchedDataflow(
+    watched = WatchedDataflow(
         dataflow, clock, min(per_step, -(-cfg.TRAIN.PICTURES // plan.images_per_replica)) if chief else 0
     )
 
@@ -548,7 +551,7 @@ def _run_in_graph(
     end = StopAtEnd(plan)
     callbacks.append(end)
     creator = session_creator(devices)
-    trainer.train(callbacks, [], creator, _LoadWeights(load), sys.maxsize, 1, 1)
+    trainer.train(callbacks, [], creator, LoadWeights(load), sys.maxsize, 1, 1)
     stopped = evaluation.stopped if evaluation is not None else ""
     if not end.reached and not stopped:
         if checkpoints.stop_signal is not None:
