@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import functools
 import importlib
 import importlib.metadata
 import json
@@ -20,7 +21,8 @@ from typing import IO, Any
 from termcolor import colored
 
 __all__ = [
-    "UserError", "logger", "atomic_write", "write_json", "without_nan", "read_json", "read_text", "decode_text",
+    "UserError", "errors_in_one_line",
+    "logger", "atomic_write", "write_json", "without_nan", "read_json", "read_text", "decode_text",
     "installed_gpus", "visible_gpus", "git_revision", "project_version", "describe_error", "import_function",
     "check_output_folder", "check_output_file",
     "new_process_code", "path_argument",
@@ -66,6 +68,20 @@ def _make_logger() -> logging.Logger:
 
 
 logger = _make_logger()
+
+
+def errors_in_one_line(main: Callable[..., int]) -> Callable[..., int]:
+    """For the `main` of a program: a UserError becomes its one line and exit code 2."""
+
+    @functools.wraps(main)
+    def run(*arguments: Any, **options: Any) -> int:
+        try:
+            return main(*arguments, **options)
+        except UserError as e:
+            logger.error(str(e))
+            return 2
+
+    return run
 
 
 def _open_closed_streams() -> None:

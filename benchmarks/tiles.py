@@ -27,7 +27,7 @@ import cv2
 import numpy as np
 from tabulate import tabulate
 
-from common import UserError, logger, path_argument, write_json
+from common import UserError, errors_in_one_line, logger, path_argument, write_json
 from demo.make_shapes import CATEGORY_IDS, draw_image, make_dataset
 from utils.polygons import encode_runs, move_rle
 
@@ -181,6 +181,7 @@ def write_tiled_tiff(
         f.write(struct.pack("<I", start))
 
 
+@errors_in_one_line
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["score", "memory", "draw"])
@@ -188,17 +189,13 @@ def main() -> int:
     parser.add_argument("--work", type=path_argument, help="folder for pictures (default: a temporary one)")
     parser.add_argument("--side", type=int, default=20000, help="pixels of the large picture's side")
     args = parser.parse_args()
-    try:
-        if args.what == "draw":
-            draw(Path(args.work), args.side)
-            return 0
-        with tempfile.TemporaryDirectory() as temporary:
-            folder = Path(args.work or temporary)
-            folder.mkdir(parents=True, exist_ok=True)
-            score(args.load, folder) if args.what == "score" else memory(args.load, folder, args.side)
-    except UserError as e:
-        logger.error(str(e))
-        return 2
+    if args.what == "draw":
+        draw(Path(args.work), args.side)
+        return 0
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(args.work or temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        score(args.load, folder) if args.what == "score" else memory(args.load, folder, args.side)
     return 0
 
 

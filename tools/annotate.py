@@ -21,7 +21,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from common import UserError, check_output_folder, logger, path_argument, read_json
+from common import UserError, check_output_folder, errors_in_one_line, logger, path_argument, read_json
 from data import list_images
 from labels_write import WRITERS, Outlines, write_labels
 from tools.convert_data import report_lost
@@ -166,6 +166,7 @@ def predict_entries(
     return entries, dict(zip(names, predictor.category_ids or range(1, len(names) + 1)))
 
 
+@errors_in_one_line
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("predictions", nargs="?", type=path_argument, help="predictions.json, or COCO results")
@@ -191,41 +192,37 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("give either predictions.json or --load")
     if args.load and not args.images:
         parser.error("--load needs --images")
-    try:
-        check_output_folder(args.output, "--output")
-        if not 0 <= args.tolerance <= 1000:
-            raise UserError(f"--tolerance {args.tolerance:g} must be 0 to 1000 pixels")
-        threshold = read_thresholds(args.threshold)
-        if args.load:
-            lowest = min([threshold[0], *threshold[1].values()])
-            settings = [*args.config, f"TEST.RESULT_SCORE_THRESH={min(lowest, 0.999)}"]
-            entries, ids = predict_entries(args.load, args.images, settings, args.trust_code)
-            content = content_of_predictions(entries, threshold, args.images, args.load, ids)
-        elif args.annotations:
-            content = read_truth(args.annotations, need_size=True)
-            results = read_json(args.predictions, "results file")
-            content = content_of_results(results, content, threshold, f"results file {args.predictions}")
-        else:
-            entries = read_json(args.predictions, "predictions")
-            if type(entries) is list and entries and type(entries[0]) is dict and "image_id" in entries[0] and (
-                "detections" not in entries[0]
-            ):  # fmt: skip
-                raise UserError(f"{args.predictions} holds COCO results: give their annotation file by --annotations")
-            content = content_of_predictions(entries, threshold, args.images, f"predictions {args.predictions}")
-        outlines = Outlines(args.tolerance, args.boxes)
-        folder = args.images or ""
-        files, lost = write_labels(content, args.format, args.output, outlines, folder, args.overwrite)
-        report_lost(lost, args.format)
-        counts = Counter(a["category_id"] for a in content["annotations"])
-        listed = ", ".join(f"{counts[c['id']]} {c['name']}" for c in content["categories"][:8] if counts[c["id"]])
-        logger.info(f"{len(content['annotations'])} objects ({listed}) of {len(content['images'])} images")
-        source = Path(args.output) if args.format in ("labelme", "yolo") else files[0]
-        back = f"python tools/convert_data.py {source} corrected.json --from {args.format}"
-        logger.info(f"{len(files)} files in {args.output}; after the corrections: {back}"
-                    + (f" --images {folder}" if folder and args.format in ("labelme", "yolo") else ""))  # fmt: skip
-    except UserError as e:
-        logger.error(str(e))
-        return 2
+    check_output_folder(args.output, "--output")
+    if not 0 <= args.tolerance <= 1000:
+        raise UserError(f"--tolerance {args.tolerance:g} must be 0 to 1000 pixels")
+    threshold = read_thresholds(args.threshold)
+    if args.load:
+        lowest = min([threshold[0], *threshold[1].values()])
+        settings = [*args.config, f"TEST.RESULT_SCORE_THRESH={min(lowest, 0.999)}"]
+        entries, ids = predict_entries(args.load, args.images, settings, args.trust_code)
+        content = content_of_predictions(entries, threshold, args.images, args.load, ids)
+    elif args.annotations:
+        content = read_truth(args.annotations, need_size=True)
+        results = read_json(args.predictions, "results file")
+        content = content_of_results(results, content, threshold, f"results file {args.predictions}")
+    else:
+        entries = read_json(args.predictions, "predictions")
+        if type(entries) is list and entries and type(entries[0]) is dict and "image_id" in entries[0] and (
+            "detections" not in entries[0]
+        ):  # fmt: skip
+            raise UserError(f"{args.predictions} holds COCO results: give their annotation file by --annotations")
+        content = content_of_predictions(entries, threshold, args.images, f"predictions {args.predictions}")
+    outlines = Outlines(args.tolerance, args.boxes)
+    folder = args.images or ""
+    files, lost = write_labels(content, args.format, args.output, outlines, folder, args.overwrite)
+    report_lost(lost, args.format)
+    counts = Counter(a["category_id"] for a in content["annotations"])
+    listed = ", ".join(f"{counts[c['id']]} {c['name']}" for c in content["categories"][:8] if counts[c["id"]])
+    logger.info(f"{len(content['annotations'])} objects ({listed}) of {len(content['images'])} images")
+    source = Path(args.output) if args.format in ("labelme", "yolo") else files[0]
+    back = f"python tools/convert_data.py {source} corrected.json --from {args.format}"
+    logger.info(f"{len(files)} files in {args.output}; after the corrections: {back}"
+                + (f" --images {folder}" if folder and args.format in ("labelme", "yolo") else ""))  # fmt: skip
     return 0
 
 

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from browse import SIZES, Filter, write_batches, write_images
-from common import UserError, logger
+from common import UserError, errors_in_one_line
 from config import default_config, finalize_config
 from config_files import settings_words
 from dataset import load_split, load_training_split
@@ -22,6 +22,7 @@ from run_start import load_model
 from viz import Style
 
 
+@errors_in_one_line
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -41,35 +42,31 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--contour", action="store_true", help="masks as outlines, not filled")
     parser.add_argument("--colors", choices=["class", "instance"], default="class", help="what a colour stands for")
     args = parser.parse_args(argv)
-    try:
-        args.config = settings_words(args.config)
-        cfg = finalize_config(default_config().update_args(args.config))
-        if args.load and args.batches is None:
-            raise UserError("--load shows what a model makes of training batches: give --batches")
-        if args.batches is not None:
-            chosen = args.classes or args.size or args.empty or args.crowd or args.image_id
-            if chosen or args.data:
-                raise UserError("--batches shows what training reads, DATA.TRAIN; it takes no choice of images")
-            read_rois = None
-            if args.load:  # the run's own settings, changed by --config
-                from browse_rois import roi_reader
+    args.config = settings_words(args.config)
+    cfg = finalize_config(default_config().update_args(args.config))
+    if args.load and args.batches is None:
+        raise UserError("--load shows what a model makes of training batches: give --batches")
+    if args.batches is not None:
+        chosen = args.classes or args.size or args.empty or args.crowd or args.image_id
+        if chosen or args.data:
+            raise UserError("--batches shows what training reads, DATA.TRAIN; it takes no choice of images")
+        read_rois = None
+        if args.load:  # the run's own settings, changed by --config
+            from browse_rois import roi_reader
 
-                cfg = load_model(args.load, args.config, uses_data=True).cfg
-                first_stage = load_model(args.load, [*args.config, "MODE_RPN_ONLY=True"], uses_data=True)
-                read_rois = roi_reader(first_stage, first_stage.cfg)
-            split = load_training_split(cfg)
-            cfg = cfg.copy()
-            cfg.DATA.CLASS_NAMES, cfg.DATA.NUM_CATEGORY = list(split.class_names), len(split.class_names)
-            cfg.freeze()
-            write_batches(split, cfg, Path(args.out), args.batches, args.start, read_rois)
-        else:
-            split = load_split(cfg, args.data or cfg.DATA.TRAIN[0])
-            wanted = Filter(args.classes, args.size, args.empty, args.crowd, args.image_id)
-            style = Style(contour=args.contour, colors=args.colors, smallest=320)
-            write_images(split, wanted, Path(args.out), args.number, args.start, style)
-    except UserError as e:
-        logger.error(str(e))
-        return 2
+            cfg = load_model(args.load, args.config, uses_data=True).cfg
+            first_stage = load_model(args.load, [*args.config, "MODE_RPN_ONLY=True"], uses_data=True)
+            read_rois = roi_reader(first_stage, first_stage.cfg)
+        split = load_training_split(cfg)
+        cfg = cfg.copy()
+        cfg.DATA.CLASS_NAMES, cfg.DATA.NUM_CATEGORY = list(split.class_names), len(split.class_names)
+        cfg.freeze()
+        write_batches(split, cfg, Path(args.out), args.batches, args.start, read_rois)
+    else:
+        split = load_split(cfg, args.data or cfg.DATA.TRAIN[0])
+        wanted = Filter(args.classes, args.size, args.empty, args.crowd, args.image_id)
+        style = Style(contour=args.contour, colors=args.colors, smallest=320)
+        write_images(split, wanted, Path(args.out), args.number, args.start, style)
     return 0
 
 

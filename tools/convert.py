@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from tabulate import tabulate
 
-from common import UserError, check_output_file, logger, path_argument, read_json, read_text
+from common import UserError, check_output_file, errors_in_one_line, logger, path_argument, read_json, read_text
 from config import default_config
 from config_files import settings_words
 from utils.checkpoint import (
@@ -991,6 +991,7 @@ def _parse_class_names(text: str | None) -> list[str] | None:
     return names
 
 
+@errors_in_one_line
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument(
@@ -1006,30 +1007,26 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--allow-missing", action="store_true", help="write although tensors of the model are missing")
     parser.add_argument("--verbose", action="store_true", help="list every tensor's new name")
     args = parser.parse_args(argv)
-    try:
-        if args.output and not args.output.endswith(".npz"):
-            raise UserError(f"{args.output}: the output is an .npz file; give it that ending")
-        if args.output:
-            check_output_file(args.output, "output")
-        names = _parse_class_names(args.class_names)
-        variables, settings, report = convert(args.input, settings_words(args.config), names, args.drop_unused_classes)
-        print(report.table(args.verbose))
-        print("settings: " + " ".join(f"{k}={v}".replace(" ", "") for k, v in settings.items()))
-        if (report.unused and not args.allow_unused) or (report.missing and not args.allow_missing):
-            problems = [f"{len(v)} {k}" for k, v in (("unused", report.unused), ("missing", report.missing)) if v]
-            flags = [f"--allow-{k}" for k, v in (("unused", report.unused), ("missing", report.missing)) if v]
-            logger.error(f"{args.input}: {' and '.join(problems)}, nothing written; {' '.join(flags)} accepts that")
-            return 3
-        if args.output:
-            meta = make_meta(settings, report.class_names, 0)
-            if report.category_ids:
-                meta["category_ids"] = report.category_ids
-            meta["source"] = {"file": Path(args.input).name, "system": report.system}
-            save_npz(args.output, variables, meta)
-            logger.info(f"{args.output} written: {len(variables)} variables, {len(settings)} settings")
-    except UserError as e:
-        logger.error(str(e))
-        return 2
+    if args.output and not args.output.endswith(".npz"):
+        raise UserError(f"{args.output}: the output is an .npz file; give it that ending")
+    if args.output:
+        check_output_file(args.output, "output")
+    names = _parse_class_names(args.class_names)
+    variables, settings, report = convert(args.input, settings_words(args.config), names, args.drop_unused_classes)
+    print(report.table(args.verbose))
+    print("settings: " + " ".join(f"{k}={v}".replace(" ", "") for k, v in settings.items()))
+    if (report.unused and not args.allow_unused) or (report.missing and not args.allow_missing):
+        problems = [f"{len(v)} {k}" for k, v in (("unused", report.unused), ("missing", report.missing)) if v]
+        flags = [f"--allow-{k}" for k, v in (("unused", report.unused), ("missing", report.missing)) if v]
+        logger.error(f"{args.input}: {' and '.join(problems)}, nothing written; {' '.join(flags)} accepts that")
+        return 3
+    if args.output:
+        meta = make_meta(settings, report.class_names, 0)
+        if report.category_ids:
+            meta["category_ids"] = report.category_ids
+        meta["source"] = {"file": Path(args.input).name, "system": report.system}
+        save_npz(args.output, variables, meta)
+        logger.info(f"{args.output} written: {len(variables)} variables, {len(settings)} settings")
     return 0
 
 

@@ -18,7 +18,16 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from common import UserError, check_output_file, check_output_folder, logger, path_argument, read_text, write_json
+from common import (
+    UserError,
+    check_output_file,
+    check_output_folder,
+    errors_in_one_line,
+    logger,
+    path_argument,
+    read_text,
+    write_json,
+)
 from labels_read import LEFT_OUT, READERS, Labels, read_labels
 from labels_write import LOST, WRITERS, Outlines, simplified, write_labels
 from utils.coco_format import as_truth
@@ -44,6 +53,7 @@ def report_lost(lost: Counter, form: str) -> None:
             logger.warning(f"{form}: {n} × {LOST[key]}")
 
 
+@errors_in_one_line
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=path_argument, help="a file or folder of annotations")
@@ -61,38 +71,34 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--boxes", action="store_true", help="write boxes only")
     parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
     args = parser.parse_args(argv)
-    try:
-        (check_output_file if args.to == "coco" else check_output_folder)(args.output, "output")
-        names = [n.strip() for n in read_text(args.classes, "class list").splitlines()] if args.classes else []
-        names = [n for n in names if n]
-        if args.to == "coco" and Path(args.output).exists() and not args.overwrite:
-            raise UserError(f"{args.output} exists already; choose another name, or replace it with --overwrite")
-        if not 0 <= args.tolerance <= 1000:
-            raise UserError(f"--tolerance {args.tolerance:g} must be 0 to 1000 pixels")
-        labels = read_labels(
-            args.source, args.form or "", args.images, names, attribute=args.attribute, one_class=args.one_class
-        )
-        report_labels(labels, args.source)
-        if not labels.content["images"]:
-            raise UserError(f"{args.source}: no image was found that can be used")
-        outlines = Outlines(args.tolerance, args.boxes)
-        content = as_truth(labels.content, args.source, need_size=True)
-        if args.to == "coco":
-            lost: Counter = Counter()
-            if args.boxes or args.tolerance:
-                content, lost = simplified(content, outlines)
-            write_json(args.output, content if args.boxes or args.tolerance else labels.content)
-            report_lost(lost, args.to)
-            folder = args.images or Path(args.output).parent
-            spec = f"{{'mine': ['{Path(args.output).absolute()}', '{Path(folder).absolute()}']}}"
-            logger.info(f'{args.output}; to go on: ./train.py --config DATA.TRAIN=mine DATA.DATASETS="{spec}" …')
-        else:
-            files, lost = write_labels(content, args.to, args.output, outlines, args.images or "", args.overwrite)
-            report_lost(lost, args.to)
-            logger.info(f"{len(files)} files in {args.output}")
-    except UserError as e:
-        logger.error(str(e))
-        return 2
+    (check_output_file if args.to == "coco" else check_output_folder)(args.output, "output")
+    names = [n.strip() for n in read_text(args.classes, "class list").splitlines()] if args.classes else []
+    names = [n for n in names if n]
+    if args.to == "coco" and Path(args.output).exists() and not args.overwrite:
+        raise UserError(f"{args.output} exists already; choose another name, or replace it with --overwrite")
+    if not 0 <= args.tolerance <= 1000:
+        raise UserError(f"--tolerance {args.tolerance:g} must be 0 to 1000 pixels")
+    labels = read_labels(
+        args.source, args.form or "", args.images, names, attribute=args.attribute, one_class=args.one_class
+    )
+    report_labels(labels, args.source)
+    if not labels.content["images"]:
+        raise UserError(f"{args.source}: no image was found that can be used")
+    outlines = Outlines(args.tolerance, args.boxes)
+    content = as_truth(labels.content, args.source, need_size=True)
+    if args.to == "coco":
+        lost: Counter = Counter()
+        if args.boxes or args.tolerance:
+            content, lost = simplified(content, outlines)
+        write_json(args.output, content if args.boxes or args.tolerance else labels.content)
+        report_lost(lost, args.to)
+        folder = args.images or Path(args.output).parent
+        spec = f"{{'mine': ['{Path(args.output).absolute()}', '{Path(folder).absolute()}']}}"
+        logger.info(f'{args.output}; to go on: ./train.py --config DATA.TRAIN=mine DATA.DATASETS="{spec}" …')
+    else:
+        files, lost = write_labels(content, args.to, args.output, outlines, args.images or "", args.overwrite)
+        report_lost(lost, args.to)
+        logger.info(f"{len(files)} files in {args.output}")
     return 0
 
 

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from tabulate import tabulate
 
-from common import UserError, atomic_write, check_output_file, logger, path_argument
+from common import UserError, atomic_write, check_output_file, errors_in_one_line, logger, path_argument
 
 __all__ = ["Best", "best_of", "draw_curves", "matching", "read_log"]
 
@@ -218,6 +218,7 @@ def _path(text: str) -> Path:
     return Path(path_argument(text))
 
 
+@errors_in_one_line
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -233,15 +234,11 @@ def main(argv: list[str] | None = None) -> int:
     if len(set(names)) < len(names):
         names = [str(run) for run in args.runs]
     runs = dict(zip(names, args.runs))
-    try:
-        if args.list:
-            print(list_keys(runs))
-            return 0
-        check_output_file(args.out, "--out")
-        drawn = draw_curves(runs, args.keys, args.out)
-    except UserError as e:
-        logger.error(str(e))
-        return 2
+    if args.list:
+        print(list_keys(runs))
+        return 0
+    check_output_file(args.out, "--out")
+    drawn = draw_curves(runs, args.keys, args.out)
     logger.info(f"{', '.join(drawn)} of {len(args.runs)} runs are in {args.out}")
     return 0
 

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from common import UserError, check_output_folder, logger, path_argument, write_json
+from common import UserError, check_output_folder, errors_in_one_line, logger, path_argument, write_json
 from config import Config
 from config_files import settings_words
 from data import list_images
@@ -138,6 +138,7 @@ def report(out: Path, rows: list[tuple[Path, Proof, list[str]]], origin: str) ->
     return code
 
 
+@errors_in_one_line
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -163,13 +164,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--trust-code", action="append", default=[], metavar="MODULE", help="as for train.py")
     args = parser.parse_args(argv)
-    try:
-        if args.verify < 1 or args.version < 1:
-            raise UserError("--verify and --version must be at least 1")
-        return export(args)
-    except UserError as e:
-        logger.error(str(e))
-        return 2
+    if args.verify < 1 or args.version < 1:
+        raise UserError("--verify and --version must be at least 1")
+    return export(args)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from common import UserError, check_output_file, logger, path_argument, write_json
+from common import UserError, check_output_file, errors_in_one_line, path_argument, write_json
 from config import default_config, finalize_config
 from config_files import settings_words
 
@@ -39,6 +39,7 @@ def table(counted: dict[str, Any]) -> str:
     return title + "\n" + tabulate(rows, headers, "simple", stralign="right", colalign=("left",))
 
 
+@errors_in_one_line
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", nargs="+", default=[], metavar="KEY=VAL", help="settings as for train.py")
@@ -47,23 +48,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--detections", type=int, default=100, metavar="N", help="RoIs of mask and keypoint heads")
     parser.add_argument("--json", type=path_argument, metavar="OUT", help="write the numbers there too")
     args = parser.parse_args(argv)
-    try:
-        if args.json:
-            check_output_file(args.json, "--json")
-        if min(args.size) < 1 or min(args.proposals, args.detections) < 0:
-            raise UserError(f"--size {args.size[0]} {args.size[1]}: height and width in pixels, 1 or more")
-        cfg = finalize_config(default_config().update_args(settings_words(args.config)))
-        from model_flops import count
-        from model_rcnn import check_own_parts
+    if args.json:
+        check_output_file(args.json, "--json")
+    if min(args.size) < 1 or min(args.proposals, args.detections) < 0:
+        raise UserError(f"--size {args.size[0]} {args.size[1]}: height and width in pixels, 1 or more")
+    cfg = finalize_config(default_config().update_args(settings_words(args.config)))
+    from model_flops import count
+    from model_rcnn import check_own_parts
 
-        check_own_parts(cfg)
-        counted = count(cfg, *args.size, args.proposals, args.detections)
-        print(table(counted))
-        if args.json:
-            write_json(args.json, counted, indent=1)
-    except UserError as e:
-        logger.error(str(e))
-        return 2
+    check_own_parts(cfg)
+    counted = count(cfg, *args.size, args.proposals, args.detections)
+    print(table(counted))
+    if args.json:
+        write_json(args.json, counted, indent=1)
     return 0
 
 

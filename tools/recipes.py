@@ -9,7 +9,7 @@ import import_path
 import sys
 from pathlib import Path
 
-from common import UserError, atomic_write, logger
+from common import UserError, atomic_write, errors_in_one_line, logger
 from config_recipes import RECIPES, Section, read_recipes
 
 __all__ = ["page"]
@@ -55,12 +55,9 @@ def page(current: str, recipes: str) -> str:
     return before + START + tables(read_recipes(recipes)) + END + after
 
 
+@errors_in_one_line
 def main() -> int:
-    try:
-        written = page(TARGET.read_text(), RECIPES.read_text())
-    except UserError as e:
-        logger.error(str(e))
-        return 2
+    written = page(TARGET.read_text(), RECIPES.read_text())
     with atomic_write(TARGET) as f:
         f.write(written)
     logger.info(f"{TARGET} has the recipes of {RECIPES}")

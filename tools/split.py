@@ -18,7 +18,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from common import UserError, check_output_folder, logger, path_argument, read_json, write_json
+from common import UserError, check_output_folder, errors_in_one_line, logger, path_argument, read_json, write_json
 
 __all__ = ["split"]
 
@@ -50,6 +50,7 @@ def class_table(train: dict[str, Any], val: dict[str, Any]) -> str:
     return tabulate(rows, ["class", "training", "validation"], "simple")
 
 
+@errors_in_one_line
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("annotations", type=path_argument, help="COCO-format json")
@@ -59,31 +60,27 @@ def main(argv: list[str] | None = None) -> int:
         "--output", type=path_argument, metavar="DIR", help="where to write (default: beside the annotation file)"
     )
     args = parser.parse_args(argv)
+    if not 0 < args.val < 1:
+        raise UserError(f"--val {args.val}: a share of the images between 0 and 1, e.g. 0.2")
+    source = Path(args.annotations)
+    folder = Path(args.output) if args.output else source.parent
+    targets = [folder / "train.json", folder / "val.json"]
+    check_output_folder(folder, "--output")
+    for target in targets:
+        if target.exists():
+            raise UserError(f"{target} exists already; move it away, or choose another folder with --output")
+    content = read_json(source, "annotations")
+    wanted = ("images", "annotations", "categories")
+    if not isinstance(content, dict) or not all(isinstance(content.get(k), list) for k in wanted):
+        raise UserError(f"{source}: not COCO's format, which has the lists {', '.join(wanted)}")
     try:
-        if not 0 < args.val < 1:
-            raise UserError(f"--val {args.val}: a share of the images between 0 and 1, e.g. 0.2")
-        source = Path(args.annotations)
-        folder = Path(args.output) if args.output else source.parent
-        targets = [folder / "train.json", folder / "val.json"]
-        check_output_folder(folder, "--output")
-        for target in targets:
-            if target.exists():
-                raise UserError(f"{target} exists already; move it away, or choose another folder with --output")
-        content = read_json(source, "annotations")
-        wanted = ("images", "annotations", "categories")
-        if not isinstance(content, dict) or not all(isinstance(content.get(k), list) for k in wanted):
-            raise UserError(f"{source}: not COCO's format, which has the lists {', '.join(wanted)}")
-        try:
-            parts = split(content, args.val, args.seed)
-            table = class_table(*parts)
-        except (KeyError, TypeError, AttributeError) as e:
-            raise UserError(f"{source}: an entry is malformed ({e!r}); tools/check_data.py names it") from e
-        for target, part in zip(targets, parts):
-            write_json(target, part)
-        logger.info(f"{targets[0]} and {targets[1]}\n{table}")
-    except UserError as e:
-        logger.error(str(e))
-        return 2
+        parts = split(content, args.val, args.seed)
+        table = class_table(*parts)
+    except (KeyError, TypeError, AttributeError) as e:
+        raise UserError(f"{source}: an entry is malformed ({e!r}); tools/check_data.py names it") from e
+    for target, part in zip(targets, parts):
+        write_json(target, part)
+    logger.info(f"{targets[0]} and {targets[1]}\n{table}")
     return 0
 
 

@@ -11,7 +11,7 @@ import sys
 from collections import defaultdict
 from typing import Any
 
-from common import UserError, check_output_file, logger, path_argument, write_json
+from common import UserError, check_output_file, errors_in_one_line, logger, path_argument, write_json
 from utils.coco_format import check_entries, read_annotation, read_document
 
 __all__ = ["subset"]
@@ -36,6 +36,7 @@ def subset(content: dict[str, Any], images: int, max_objects: int, min_area: flo
     return {**content, "images": chosen, "annotations": [a for i in chosen for a in objects[i["id"]]]}
 
 
+@errors_in_one_line
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("annotations", type=path_argument, help="COCO-format json")
@@ -44,14 +45,10 @@ def main() -> int:
     parser.add_argument("--max-objects", type=int, default=1000, help="images with more are left out")
     parser.add_argument("--min-area", type=float, default=0.0, help="images with a smaller box are left out")
     args = parser.parse_args()
-    try:
-        check_output_file(args.output, "output")
-        content = read_document(args.annotations)
-        check_entries(content, f"annotation file {args.annotations}")
-        content = subset(content, args.images, args.max_objects, args.min_area)
-    except UserError as e:
-        logger.error(str(e))
-        return 2
+    check_output_file(args.output, "output")
+    content = read_document(args.annotations)
+    check_entries(content, f"annotation file {args.annotations}")
+    content = subset(content, args.images, args.max_objects, args.min_area)
     write_json(args.output, content)
     count = len(content["annotations"])
     logger.info(f"{len(content['images'])} images with {count} objects in {args.output}")

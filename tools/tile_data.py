@@ -30,6 +30,7 @@ from common import (
     atomic_write,
     check_output_file,
     check_output_folder,
+    errors_in_one_line,
     logger,
     path_argument,
     read_json,
@@ -354,6 +355,7 @@ def _join(args: argparse.Namespace) -> None:
     logger.info(f"{len(results)} results of tiles are {len(joined)} of original images, in {args.output}")
 
 
+@errors_in_one_line
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -379,11 +381,7 @@ def main(argv: list[str] | None = None) -> int:
     join.add_argument("--threshold", type=float, default=0.5, help="IoU of NMS between tiles (default: %(default)s)")
     join.add_argument("--limit", type=int, default=1000, help="most results of an image (default: %(default)s)")
     args = parser.parse_args(argv)
-    try:
-        _cut(args) if args.command == "cut" else _join(args)
-    except UserError as e:
-        logger.error(str(e))
-        return 2
+    _cut(args) if args.command == "cut" else _join(args)
     return 0
 
 
