@@ -182,11 +182,13 @@ def predict(
     files = list_images(images) if images else []
     if not sources and (idle := idle_options(videos)):
         logger.warning(f"without effect on images: {', '.join(idle)}")
+    if instead and sources:
+        raise UserError(f"--{instead} takes images and folders of them, not videos: {sources[0].name}")
+    if sources and (idle := ["--truth"] * bool(drawing.truth) + ["--cut-outs"] * bool(drawing.cut_outs)):
+        logger.warning(f"without effect on videos: {', '.join(idle)}")
     for source in sources:
         open_source(source, videos.fps)  # so that errors come before expensive work
     model = load_model(load, settings, trusted)
-    if instead and sources:
-        raise UserError(f"--{instead} takes images and folders of them, not videos: {sources[0].name}")
     if instead == "raw":
         from predict_raw import RawReader, predict_raw
 

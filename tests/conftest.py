@@ -1,6 +1,9 @@
 """Property tests draw the same examples in every run, however slow the machine is; HYPOTHESIS_PROFILE=explore draws new
 ones."""
 
+import contextlib
+import ctypes
+import gc
 import os
 
 import pytest
@@ -9,6 +12,15 @@ from hypothesis import settings
 settings.register_profile("same", derandomize=True, deadline=None)
 settings.register_profile("explore", deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _give_memory_back():
+    """Graphs are cycles of objects, and freed memory stays with the process: it would grow by gigabytes."""
+    yield
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @pytest.hookimpl(wrapper=True)

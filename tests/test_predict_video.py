@@ -365,6 +365,18 @@ def test_options_of_videos_have_no_effect_on_images(tmp_path, capfd):
     assert train.main(words) == 2 and "without effect" not in capfd.readouterr().err
 
 
+def test_options_of_images_have_no_effect_on_videos(tmp_path, capfd):
+    folder = tmp_path / "frames"
+    folder.mkdir()
+    cv2.imwrite(str(folder / "a.png"), frame(0))
+    words = ["--predict", str(folder), "--frames", "--load", "/nowhere/model", "--output", str(tmp_path / "out")]
+    assert train.main([*words, "--cut-outs", "--truth", "/nowhere/truth.json"]) == 2
+    assert "without effect on videos: --truth, --cut-outs" in capfd.readouterr().err
+    assert train.main(words) == 2 and "without effect" not in capfd.readouterr().err
+    assert train.main([*words, "--raw"]) == 2
+    assert "--raw takes images and folders of them, not videos" in capfd.readouterr().err
+
+
 def test_options_of_videos_have_no_effect_without_predict(capfd):
     args = command_line.parse_args(["--evaluate", "o.json", "--load", "x", "--track", "--every", "2"])
     command_line.warn_without_effect(args)
