@@ -22,7 +22,7 @@ from data import read_split_image, training_keys
 from data_workers import training_dataflow
 from dataset_split import DatasetSplit
 from report_page import STYLE
-from viz import Style, draw_annotations
+from viz import Style, draw_annotations, shrunk
 
 __all__ = ["SIZES", "Filter", "choose_images", "write_batches", "write_images"]
 
@@ -97,7 +97,7 @@ def write_images(
             logger.warning(f"{e}; it is left out")
             continue
         annotations = split.annotations(i)
-        picture = _scaled(draw_annotations(image, annotations, split.class_names, style))
+        picture = shrunk(draw_annotations(image, annotations, split.class_names, style), SIDE)
         labels = [split.class_names[label - 1] for label in annotations["labels"].tolist()]
         counts = ", ".join(f"{labels.count(n)} {n}" for n in sorted(set(labels))) or "no object"
         name = os.path.basename(split.image_file(i))
@@ -127,31 +127,23 @@ def write_batches(
             padded = "×".join(map(str, batch["image"].shape[1:3]))
             count = int((batch["gt_labels"][n] > 0).sum())
             text = f"batch {number}, image {n}: {height}×{width} in {padded}, {count} objects"
-            entries.append(_write(out, f"batch{number}-{n}", _scaled(picture), text))
+            entries.append(_write(out, f"batch{number}-{n}", shrunk(picture, SIDE), text))
         found = read_rois(batch) if read_rois else {}
         for n in range(len(batch["image"]) if found else 0):
             proposals = found["proposals"][n][found["valid"][n]]
             picture = draw_boxes(batch["image"][n], proposals[:100], np.zeros(100, int), split.class_names)
             text = f"batch {number}, image {n}: the best {min(100, len(proposals))} of {len(proposals)} proposals"
-            entries.append(_write(out, f"batch{number}-{n}-proposals", _scaled(picture), text))
+            entries.append(_write(out, f"batch{number}-{n}-proposals", shrunk(picture, SIDE), text))
             kept = found["kept"][n]
             rois, labels = found["rois"][n][kept], found["labels"][n][kept]
             picture = draw_boxes(batch["image"][n], rois, labels, split.class_names)
             text = f"batch {number}, image {n}: {len(rois)} sampled RoIs, {int((labels > 0).sum())} foreground"
-            entries.append(_write(out, f"batch{number}-{n}-rois", _scaled(picture), text))
+            entries.append(_write(out, f"batch{number}-{n}-rois", shrunk(picture, SIDE), text))
     what = ["As the network gets them. Hatched: padding. Dashed grey: ignored regions."]
     _write_page(out, f"{split.name}: training batches", what, entries)
 
 
 # ------------------------------------------------------------------------------------------------ pages
-def _scaled(picture: np.ndarray) -> np.ndarray:
-    factor = SIDE / max(picture.shape[:2])
-    if factor >= 1:
-        return picture
-    size = max(1, round(picture.shape[1] * factor)), max(1, round(picture.shape[0] * factor))
-    return cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
-
-
 def _write(out: Path, name: str, picture: np.ndarray, text: str) -> dict[str, Any]:
     safe = "".join(ch if ch.isalnum() or ch in "-_" else "_" for ch in name)[:100]
     path = out / "images" / f"{safe}.jpg"

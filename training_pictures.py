@@ -16,7 +16,7 @@ from config import Config
 from data import read_split_image
 from dataset_split import DatasetSplit
 from detections import Detections
-from viz import draw_annotations, draw_detections, side_by_side
+from viz import draw_annotations, draw_detections, shrunk, side_by_side
 
 __all__ = [
     "chosen_images", "compared", "drop_pictures_after", "evaluation_pictures", "pictures_of_step", "show_batches",
@@ -115,7 +115,7 @@ def compared(
         most = f"; the best {detections.scores[0]:.2f}" if len(detections.scores) else ""
         caption = f"{shown} of {len(detections.scores)} predictions (score {threshold:g} or more{most})"
     truth = draw_annotations(image, annotations, class_names)
-    return side_by_side(_scaled(truth), _scaled(drawn), ("annotations", caption))
+    return side_by_side(shrunk(truth, SIDE), shrunk(drawn, SIDE), ("annotations", caption))
 
 
 def _detections(entries: Sequence[dict[str, Any]], split: DatasetSplit, agnostic: bool) -> Detections:
@@ -160,12 +160,3 @@ def _write(logdir: Path, name: str, step: int, picture: np.ndarray) -> Path:
 
 def _file_name(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.-]+", "_", text)[:100]
-
-
-def _scaled(picture: np.ndarray) -> np.ndarray:
-    """The picture, made smaller if its longest side is above SIDE."""
-    factor = SIDE / max(picture.shape[:2])
-    if factor >= 1:
-        return picture
-    size = max(1, round(picture.shape[1] * factor)), max(1, round(picture.shape[0] * factor))
-    return cv2.resize(picture, size, interpolation=cv2.INTER_AREA)

@@ -28,7 +28,8 @@ from utils.polygons import decode_part
 
 __all__ = [
     "CSV_HEADER", "Drawing", "Style", "class_color", "drawable_text", "contact_sheet", "cut_out", "draw_annotations",
-    "draw_detections", "prediction_entry", "prediction_rows", "show_window", "side_by_side", "write_prediction",
+    "draw_detections", "prediction_entry", "prediction_rows", "show_window", "shrunk", "side_by_side",
+    "write_prediction",
 ]  # fmt: skip
 
 Color = tuple[int, int, int]
@@ -362,6 +363,15 @@ def _covered(places: np.ndarray, boxes: np.ndarray) -> np.ndarray:
 
 
 # -------------------------------------------------------------------------------------------- sheets
+def shrunk(picture: np.ndarray, side: int) -> np.ndarray:
+    """The picture, made smaller if its longest side has more than `side` pixels."""
+    factor = side / max(picture.shape[:2])
+    if factor >= 1:
+        return picture
+    size = max(1, round(picture.shape[1] * factor)), max(1, round(picture.shape[0] * factor))
+    return cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
+
+
 def side_by_side(
     left: np.ndarray, right: np.ndarray, captions: tuple[str, str] = ("annotations", "predictions")
 ) -> np.ndarray:
