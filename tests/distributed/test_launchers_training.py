@@ -146,7 +146,7 @@ def test_one_machine_trains_through_a_killed_rank_and_sigterm_to_its_end(start, 
     job = start(command)
     job.finishes()
     job.says_readably()
-    assert "bbox/AP" in str(json.loads((tmp_path / "run/metrics.json").read_text()))
+    assert "proposals/AR@1000" in str(json.loads((tmp_path / "run/metrics.json").read_text()))
 
 
 def test_machines_reached_by_ssh_train_through_a_killed_rank_and_a_cut_cable(
