@@ -284,6 +284,20 @@ def test_an_outline_along_the_border_of_the_window_counts_for_the_side_it_is_on(
     np.testing.assert_allclose(boxes, [[0, 0, 0, 0], [0, 0, 0, 0], [0, 5, 40, 30], [0, 0, 40, 30]], atol=1e-6)
 
 
+@pytest.mark.quick
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("tiny", [0.0, 5e-324, 1e-310, 1e-45, 1e-9])
+def test_edges_next_to_upright_or_level_overflow_nothing(tiny):
+    ring = np.array([[5 - tiny, -9], [5, 50], [15, 50], [15, 20], [60, 20 + tiny], [60, -tiny], [15, 0], [15, -9]])
+    ring[ring == 5] += tiny
+    edges = polygons.rings_to_edges([ring])
+    box = polygons.boxes_inside(edges, np.zeros(len(edges), int), 1, 30, 40)[0]
+    np.testing.assert_allclose(box, [5, 0, 40, 30], atol=2e-3)
+    clipped, _ = polygons.clip_edges(edges, 30, 40)
+    area = ((clipped[:, 0] + clipped[:, 2]) * (clipped[:, 3] - clipped[:, 1])).sum() / 2
+    assert abs(area) == pytest.approx(10 * 30 + 25 * 20, abs=0.01)
+
+
 @given(st.integers(0, 10**6))
 def test_a_clipped_outline_fills_the_same_pixels_inside_the_window_and_none_outside(seed):
     edges = random_outline(np.random.default_rng(seed))

@@ -109,6 +109,15 @@ def pack_edges(edges: np.ndarray, owners: np.ndarray, count: int) -> np.ndarray:
     return packed
 
 
+def _shares(distance: np.ndarray, step: np.ndarray) -> np.ndarray:
+    """distance / step, limited to -1 to 2, which are both beyond an edge's ends; 0 where step is 0.
+
+    The numerator is limited, so that a step next to zero overflows nothing.
+    """
+    limited = np.clip(distance, np.minimum(-step, 2 * step), np.maximum(-step, 2 * step))
+    return np.divide(limited, step, out=np.zeros_like(limited), where=step != 0)
+
+
 def boxes_inside(edges: np.ndarray, owners: np.ndarray, count: int, height: float, width: float) -> np.ndarray:
     """Tight boxes [count, 4] (float64) of the parts of objects that lie in the window [0, width] x [0, height].
 
@@ -121,8 +130,7 @@ def boxes_inside(edges: np.ndarray, owners: np.ndarray, count: int, height: floa
     low, high = np.full(2, margin), np.array([width, height]) - margin
     edges = edges.astype(np.float64)
     start, step = edges[:, :2], edges[:, 2:] - edges[:, :2]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        at_low, at_high = (low - start) / step, (high - start) / step
+    at_low, at_high = _shares(low - start, step), _shares(high - start, step)
     parallel = step == 0
     outside = (parallel & ((start < low) | (start > high))).any(1)
     enter = np.where(parallel, 0, np.minimum(at_low, at_high)).max(1, initial=0)
@@ -135,8 +143,7 @@ def boxes_inside(edges: np.ndarray, owners: np.ndarray, count: int, height: floa
         np.maximum.at(boxes[:, 2:], owners[crossing], points)
     for corner in ((x, y) for x in (low[0], high[0]) for y in (low[1], high[1])):
         crosses = (edges[:, 1] <= corner[1]).astype(np.int64) - (edges[:, 3] <= corner[1])
-        with np.errstate(divide="ignore", invalid="ignore"):
-            left = start[:, 0] + (corner[1] - start[:, 1]) / step[:, 1] * step[:, 0] < corner[0]
+        left = start[:, 0] + _shares(corner[1] - start[:, 1], step[:, 1]) * step[:, 0] < corner[0]
         inside = np.bincount(owners[left], crosses[left], count) != 0
         boxes[inside] = np.concatenate(
             [np.minimum(boxes[inside, :2], corner), np.maximum(boxes[inside, 2:], corner)], 1
@@ -157,9 +164,8 @@ def clip_edges(edges: np.ndarray, height: float, width: float) -> tuple[np.ndarr
     start = edges[:, None, :2].astype(np.float64)
     step = edges[:, 2:] - start[:, 0]
     limits = np.array([[0, width], [0, height]], np.float64)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        cuts = ((limits - start.swapaxes(1, 2)) / step[:, :, None]).reshape(len(edges), 4)
-    cuts = np.sort(np.clip(np.nan_to_num(cuts), 0, 1), axis=1)
+    cuts = _shares(limits - start.swapaxes(1, 2), step[:, :, None]).reshape(len(edges), 4)
+    cuts = np.sort(np.clip(cuts, 0, 1), axis=1)
     along = np.pad(cuts, ((0, 0), (1, 1)), constant_values=(0, 1))
     points = np.clip(start + along[:, :, None] * step[:, None], 0, limits[:, 1]).astype(edges.dtype)
     pieces = np.concatenate([points[:, :-1], points[:, 1:]], axis=2)  # [n, 5, 4]
