@@ -187,10 +187,11 @@ def decode_text(content: Any, what: str) -> str:
         raise UserError(f"{what} is not UTF-8 text: {e.reason} at byte {e.start}") from None
 
 
-def read_text(path: str | os.PathLike, what: str) -> str:
-    """The text of a file; `what` ("image list") is named in the error of a missing or broken one."""
+def read_text(path: str | os.PathLike, what: str, read: Callable[[Any], Any] = Path.read_bytes) -> str:
+    """The text of a file; `what` ("image list") is named in the error of a missing or broken one. `read` gives the
+    file's bytes (utils.archives.read_file: those of a file that may lie in an archive)."""
     try:
-        content = Path(path).read_bytes()
+        content = read(Path(path))
     except FileNotFoundError:
         raise UserError(f"{what} {path} does not exist") from None
     except OSError as e:
@@ -198,9 +199,10 @@ def read_text(path: str | os.PathLike, what: str) -> str:
     return decode_text(content, f"{what} {path}")
 
 
-def read_json(path: str | os.PathLike, what: str) -> Any:
-    """The parsed file; `what` ("annotation file", "results file") is named in the error of a missing or broken one."""
-    text = read_text(path, what)
+def read_json(path: str | os.PathLike, what: str, read: Callable[[Any], Any] = Path.read_bytes) -> Any:
+    """The parsed file; `what` ("annotation file", "results file") is named in the error of a missing or broken one.
+    `read` as in `read_text`."""
+    text = read_text(path, what, read)
     try:
         return json.loads(text)
     except RecursionError:

@@ -38,6 +38,7 @@ from common import UserError, describe_error, import_function, logger
 from config import Config
 from dataset_build import CLASS_UNKNOWN, WITHOUT_OUTLINE, some_names
 from dataset_split import DatasetSplit, concatenate_splits, own_path
+from utils.archives import exists
 
 __all__ = ["FORMATS", "class_count_table", "load_format", "load_split", "load_training_split", "load_validation_splits"]
 
@@ -96,7 +97,7 @@ def load_format(
     if len(words) != 2:
         raise UserError(f"DATA.DATASETS: {name}: ['{form}', …] takes two more entries and options, not {len(words)}")
     path = own_path(Path(cfg.DATA.BASEDIR).expanduser(), words[0])
-    if not path.exists():
+    if not exists(path):
         raise UserError(f"DATA.DATASETS: {name}: {path} does not exist")
     where = f"DATA.DATASETS: {name}: format '{form}'"
     return _call(FORMATS[form], where, name, path, words[1], **common, **options)

@@ -15,11 +15,12 @@ from common import UserError, read_json
 from config import Config
 from dataset_build import split_from_coco
 from dataset_split import DatasetSplit
+from utils.archives import find_folder, is_file, is_folder, list_folder, read_file
 from utils.cityscapes_eval import INSTANCE_IDS, LABEL_IDS, VOID_IDS
 from utils.image_header import decode_image
 from utils.polygons import encode_part
 
-__all__ = ["CITYSCAPES_CLASSES", "load", "read_cityscapes_content"]
+__all__ = ["CITYSCAPES_CLASSES", "cityscapes_images", "load", "read_cityscapes_content"]
 
 CITYSCAPES_CLASSES = list(INSTANCE_IDS)
 
@@ -30,9 +31,15 @@ def load(
     """See `read_cityscapes_content`."""
     read = functools.partial(read_cityscapes_content, path, split)
     return split_from_coco(
-        name, read, path / "leftImg8bit" / split, cfg, class_names, training, f"Cityscapes data {path} {split}",
+        name, read, cityscapes_images(path, split), cfg, class_names, training, f"Cityscapes data {path} {split}",
         ["coco", "cityscapes"],
     )  # fmt: skip
+
+
+def cityscapes_images(directory: Path, split: str) -> Path:
+    """The folder leftImg8bit/<split>, which may lie in leftImg8bit_trainvaltest.zip."""
+    place = f"leftImg8bit/{split}"
+    return find_folder(directory, [place], ["leftImg8bit_trainvaltest"]) or directory / place
 
 
 def read_cityscapes_content(directory: str | Path, split: str) -> dict[str, Any]:
@@ -41,11 +48,15 @@ def read_cityscapes_content(directory: str | Path, split: str) -> dict[str, Any]
     Masks come from the instance images (gtFine_instanceIds.png) where these exist; otherwise polygons are painted in
     the file's order, so that later objects cover earlier ones. Groups become crowd regions of their class. Objects
     without a visible pixel are left out. An image's "void" is the mask of regions that the benchmark does not score.
+    gtFine/ may lie in a zip or tar, as it is published (gtFine_trainvaltest.zip).
     """
     directory = Path(directory)
     ends = ("_gtFine_instanceIds.png", "_gtFine_polygons.json")
-    folder = directory / "gtFine" / split
-    stems = sorted({str(p).removesuffix(end) for end in ends for p in folder.glob(f"*/*{end}")})
+    place = f"gtFine/{split}"
+    folder = find_folder(directory, [place], ["gtFine_trainvaltest"]) or directory / place
+    cities = [folder / name for name in list_folder(folder)] if is_folder(folder) else []
+    names = [str(city / name) for city in cities if is_folder(city) for name in list_folder(city)]
+    stems = sorted({name.removesuffix(end) for end in ends for name in names if name.endswith(end)})
     if not stems:
         raise UserError(f"Cityscapes data: {folder} holds no <city>/*{ends[0]} or <city>/*{ends[1]}")
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
@@ -59,7 +70,7 @@ def read_cityscapes_content(directory: str | Path, split: str) -> dict[str, Any]
 
 def _read_cityscapes_image(path: str) -> tuple[dict, list[dict]]:
     drawn = f"{path}_gtFine_instanceIds.png"
-    if os.path.isfile(drawn):
+    if is_file(drawn):
         ids = decode_image(drawn, cv2.IMREAD_UNCHANGED, f"Cityscapes annotation {drawn}")
         if ids.ndim != 2:
             raise UserError(f"Cityscapes annotation {drawn} is not a readable image of one channel")
@@ -90,7 +101,7 @@ def _read_cityscapes_image(path: str) -> tuple[dict, list[dict]]:
 def _paint_cityscapes(path: str) -> np.ndarray:
     """int32 [H, W] painted from polygons: label number * 1000 + instance number; groups and stuff have the label number
     only."""
-    content = read_json(path, "Cityscapes annotation")
+    content = read_json(path, "Cityscapes annotation", read_file)
     try:
         height, width = int(content["imgHeight"]), int(content["imgWidth"])
         objects = [(str(o["label"]), np.array(o["polygon"], np.float64).reshape(-1, 2)) for o in content["objects"]

@@ -11,7 +11,7 @@ from common import UserError, logger
 from config import Config
 from dataset_build import AnnotationCollector, make_split, split_from_coco
 from dataset_split import DatasetSplit, own_path
-from utils.archives import is_folder
+from utils.archives import find_folder, is_folder
 from utils.coco_format import check_lists, in_pixels, read_document, scan_document
 
 __all__ = ["COCO_FOLDERS", "find_files_of", "load"]
@@ -92,9 +92,7 @@ def find_files_of(cfg: Config, name: str) -> tuple[str, str]:
         near = difflib.get_close_matches(annotation_file.name, there, 1, 0.5) or there[:3]
         hint = f"{annotation_file.parent} has {', '.join(near)}" if near else "check DATA.BASEDIR and DATA.DATASETS"
         raise UserError(f"{where}: annotation file {annotation_file} does not exist; {hint}")
-    if not folder.exists():  # the archives as they are downloaded
-        packed = [folder.with_name(folder.name + suffix) for suffix in (".zip", ".tar")]
-        folder = next((f for f in packed if f.is_file()), folder)
+    folder = find_folder(folder.parent, [folder.name]) or folder  # else the archives as they are downloaded
     if not is_folder(folder):
         other = _near_folder(folder)
         raise UserError(f"{where}: image folder {folder} does not exist{other and f'; did you mean {other}?'}")

@@ -1,6 +1,5 @@
 """Open Images (V4 to V7 and the challenges) from the published csv files, through a cache of columns on disk."""
 
-import glob
 import hashlib
 import json
 import os
@@ -22,11 +21,12 @@ from dataset_build import report_split, verified_columns
 from dataset_split import MIN_SIDE, DatasetSplit, own_path, range_indices, to_offsets
 from eval_protocols import named_scores
 from utils import oid_eval, polygons
+from utils.archives import find_folder, is_folder, list_folder, time_stamp
 from utils.image_header import header_sizes
 from utils.oid_format import find_files, read_ancestors, read_classes, read_columns
 from utils.threads import in_threads
 
-__all__ = ["OpenImagesSplit", "load", "load_openimages"]
+__all__ = ["OpenImagesSplit", "load", "load_openimages", "open_images_folders"]
 
 _SIDES = ("XMin", "YMin", "XMax", "YMax")
 
@@ -241,7 +241,8 @@ def load_openimages(
 
     Args:
         directory: holds the csv and json files; images are <ImageID>.jpg in <split>/, images/<split>/ or the folders
-            <split>_0 to <split>_f that the archives unpack to, unless `image_folder` is given.
+            <split>_0 to <split>_f that the archives unpack to, or in a .zip or .tar of such a name, unless
+            `image_folder` is given.
         class_names: display names of the classes wanted, in the order of their labels; all if empty.
         group_of: what a group-of box becomes: "ignore" (a crowd region), "object", or "drop".
         expand: add a box for each ancestor class of the hierarchy, as in the challenges' ground truth; to train on
@@ -263,11 +264,11 @@ def load_openimages(
     if list(class_names) == read_classes(files.classes)[1]:
         class_names = ()  # all classes, in the usual order: use the same cache as for training
     size_file = directory / f"{split}-image-sizes.csv"
-    folders = _image_folders(directory, split, image_folder) if check_images else [directory / split]
+    folders = open_images_folders(directory, split, image_folder) if check_images else [directory / split]
     sources = [p for p in (*files, size_file if size_file.is_file() else None) if p is not None]
     stamps = {str(p): [p.stat().st_size, p.stat().st_mtime_ns] for p in sources}
     if check_images:
-        stamps |= {str(p): [0, p.stat().st_mtime_ns] for p in folders}
+        stamps |= {str(p): [0, time_stamp(p)] for p in folders}
     options = {
         "version": _CACHE_VERSION, "split": split, "classes": list(class_names), "group_of": group_of, "expand": expand,
         "masks": masks, "need_masks": need_masks, "check_images": check_images, "folders": [str(f) for f in folders],
@@ -338,20 +339,21 @@ def _only_truth_of(truth: oid_eval.Truth, ids: list[bytes]) -> oid_eval.Truth:
     )
 
 
-def _image_folders(directory: Path, split: str, image_folder: str | Path | None) -> list[Path]:
+def open_images_folders(directory: Path, split: str, image_folder: str | Path | None = None) -> list[Path]:
+    """The folders of the images, each of which may be an archive; a UserError if there is none."""
     if image_folder is not None:
-        if not Path(image_folder).is_dir():
+        if not is_folder(image_folder):
             raise UserError(f"Open Images: image folder {image_folder} does not exist")
         return [Path(image_folder).absolute()]
-    for folder in (directory / split, directory / "images" / split):
-        if folder.is_dir():
-            return [folder]
-    folders = sorted(p for p in directory.glob(f"{glob.escape(split)}_?") if p.is_dir())
-    if not folders:
+    whole = find_folder(directory, [split, f"images/{split}"])
+    folders = [whole or find_folder(directory, [f"{split}_{digit}"]) for digit in "0123456789abcdef"]
+    found = list(dict.fromkeys(f for f in folders if f))
+    if not found:
         raise UserError(
-            f"Open Images {directory}: no image folder {split}/, images/{split}/ or {split}_0/ … {split}_f/"
+            f"Open Images {directory}: no image folder {split}/, images/{split}/ or {split}_0/ … {split}_f/, and no "
+            ".zip or .tar of such a name"
         )
-    return folders
+    return found
 
 
 def _cache_folders(directory: Path) -> list[Path]:
@@ -553,8 +555,7 @@ def _open_images_on_disk(
     sizes = np.ones((len(ids), 2), np.int32)
     if check:
         for number, path in enumerate(folders):
-            with os.scandir(path) as entries:
-                names = [e.name[:-4].encode() for e in entries if e.name.endswith(".jpg")]
+            names = [name[:-4].encode() for name in list_folder(path) if name.endswith(".jpg")]
             found = np.isin(ids, np.array(names, np.bytes_)) if names else np.zeros(len(ids), bool)
             folder[found & ~present] = number
             present |= found

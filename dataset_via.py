@@ -10,6 +10,7 @@ from config import Config
 from dataset_build import split_from_coco
 from dataset_split import DatasetSplit, own_path
 from labels_read import LEFT_OUT, read_via
+from utils.archives import is_file
 
 __all__ = ["BALLOON", "balloon_spec", "load"]
 
@@ -36,15 +37,15 @@ def _content(path: Path, images: Path, attribute: str, one_class: str) -> dict[s
 def balloon_spec(cfg: Config, name: str) -> list[str]:
     """The DATA.DATASETS entry of balloon_train or balloon_val.
 
-    DATA.BASEDIR, or balloon/ in it, holds train/ and val/ as balloon_dataset.zip has them.
+    DATA.BASEDIR, balloon/ in it, or balloon_dataset.zip in it holds train/ and val/.
     """
     base = Path(cfg.DATA.BASEDIR).expanduser()
-    folders = [base / BALLOON[name], base / "balloon" / BALLOON[name]]
+    folders = [base / p / BALLOON[name] for p in ("", "balloon", "balloon_dataset.zip/balloon")]
     for folder in folders:
         path = folder / "via_region_data.json"
-        if path.is_file():
+        if is_file(path):
             return ["via", str(path.absolute()), str(folder.absolute()), "one_class=balloon"]
     raise UserError(
-        f"data set {name}: {folders[1] / 'via_region_data.json'} does not exist; set DATA.BASEDIR to the folder in "
-        "which balloon_dataset.zip was unpacked (`python tools/download.py balloon` does that)"
+        f"data set {name}: {folders[1] / 'via_region_data.json'} does not exist; set DATA.BASEDIR to the folder that "
+        "holds balloon_dataset.zip or what is in it (`python tools/download.py balloon` does that)"
     )

@@ -14,12 +14,13 @@ from common import UserError, logger, read_text
 from config import Config
 from dataset_build import split_from_coco
 from dataset_split import DatasetSplit
+from utils.archives import find_folder, is_file, is_folder, list_folder, read_file, split_path
 from utils.coco_format import Unusable, read_flag, read_number
 from utils.image_header import IMAGE_SUFFIXES, decode_image, image_header_size
 from utils.plain_xml import read_xml
 from utils.polygons import encode_part
 
-__all__ = ["VOC_CLASSES", "load", "read_voc_content", "read_voc_detections"]
+__all__ = ["VOC_CLASSES", "load", "read_voc_content", "read_voc_detections", "voc_images"]
 
 VOC_CLASSES = [
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
@@ -34,9 +35,14 @@ def load(
     """See `read_voc_content`."""
     read = functools.partial(read_voc_content, path, split, difficult, masks=cfg.MODE_MASK)
     return split_from_coco(
-        name, read, _voc_directory(path) / "JPEGImages", cfg, class_names, training, f"VOC data {path} {split}",
+        name, read, voc_images(path), cfg, class_names, training, f"VOC data {path} {split}",
         ["coco", "voc07", "voc12"],
     )  # fmt: skip
+
+
+def voc_images(directory: Path) -> Path:
+    """The folder JPEGImages of a VOC folder or of a parent directory of it; it may lie in an archive."""
+    return _part_of(_voc_directory(directory), "JPEGImages")
 
 
 def read_voc_content(
@@ -50,6 +56,7 @@ def read_voc_content(
 
     Args:
         directory: holds Annotations/, JPEGImages/ and ImageSets/Main/; or a parent directory of it, such as VOCdevkit/.
+            It may be a tar or zip, as it is published; so may any of the folders, as in JPEGImages.zip.
         split: a list of ImageSets/Main, or of another folder of ImageSets by its name, such as "Segmentation/train";
             "" for every annotation.
         difficult: what to do with difficult objects: "ignore" (as regions that are neither right nor wrong), "object".
@@ -61,29 +68,31 @@ def read_voc_content(
     directory = _voc_directory(Path(directory))
     if difficult not in ("ignore", "object"):
         raise UserError(f"VOC data {directory}: difficult={difficult!r} must be ignore or object")
-    stems = sorted(p.stem for p in (directory / "Annotations").glob("*.xml"))
+    written = _part_of(directory, "Annotations")
+    stems = sorted(n.removesuffix(".xml") for n in list_folder(written) if n.endswith(".xml"))
     if not stems:
         raise UserError(f"VOC data {directory}: Annotations/ holds no xml file")
     wanted = _listed_stems(directory, split, set(stems)) if split else stems
-    roots = {stem: read_xml(directory / "Annotations" / f"{stem}.xml", "VOC annotation") for stem in stems}
+    roots = {stem: read_xml(written / f"{stem}.xml", "VOC annotation", read_file) for stem in stems}
     names = {_class_of(o, stem) for stem, root in roots.items() for o in root.iter("object")}
     classes = VOC_CLASSES if names <= set(VOC_CLASSES) else sorted(names)
     ids = {n: i for i, n in enumerate(classes, 1)}
-    folder = Path(image_folder) if image_folder else directory / "JPEGImages"
+    folder = Path(image_folder) if image_folder else _part_of(directory, "JPEGImages")
     files = _images_by_stem(folder)
+    painted = _part_of(directory, "SegmentationObject") if masks else directory
     images, annotations, maskless = [], [], []
     for stem in wanted:
-        file = directory / "Annotations" / f"{stem}.xml"
+        file = written / f"{stem}.xml"
         root = roots[stem]
         try:
             file_name = _file_of(root.findtext("filename") or "", stem, folder, files)
             height, width = (int(read_number(root.findtext(f"size/{k}") or 0)) for k in ("height", "width"))
-            if (height < 1 or width < 1) and (folder / file_name).is_file():
+            if (height < 1 or width < 1) and is_file(folder / file_name):
                 height, width = image_header_size(folder / file_name)
             height, width = max(1, height), max(1, width)  # missing images are counted by the caller
             images.append({"id": stem, "file_name": file_name, "height": height, "width": width})
-            drawn = directory / "SegmentationObject" / f"{stem}.png"
-            numbers = _read_voc_numbers(drawn, height, width) if masks and drawn.is_file() else None
+            drawn = painted / f"{stem}.png"
+            numbers = _read_voc_numbers(drawn, height, width) if masks and is_file(drawn) else None
             for place, o in enumerate(root.iter("object"), 1):
                 x1, y1, x2, y2 = (read_number(o.findtext(f"bndbox/{k}")) for k in ("xmin", "ymin", "xmax", "ymax"))
                 hard = read_flag(o.findtext("difficult"))
@@ -109,9 +118,9 @@ def read_voc_content(
 
 def _listed_stems(directory: Path, split: str, stems: set[str]) -> list[str]:
     """The xml files' stems that a list of ImageSets names, one a line; lines of a class's list end with 1, -1 or 0."""
-    listing = directory / "ImageSets" / ("" if "/" in split else "Main") / f"{split}.txt"
+    listing = _part_of(directory, "ImageSets") / ("" if "/" in split else "Main") / f"{split}.txt"
     wanted = []
-    for line in read_text(listing, "VOC data: image list").splitlines():
+    for line in read_text(listing, "VOC data: image list", read_file).splitlines():
         line = line.strip()
         if not line:
             continue
@@ -134,7 +143,7 @@ def _class_of(element: ElementTree.Element, stem: str) -> str:
 
 def _images_by_stem(folder: Path) -> dict[str, str]:
     """{stem: file name} of the images in the folder."""
-    names = sorted(os.listdir(folder), reverse=True) if folder.is_dir() else []
+    names = sorted(list_folder(folder), reverse=True) if is_folder(folder) else []
     return {os.path.splitext(n)[0]: n for n in names if os.path.splitext(n)[1].lower() in IMAGE_SUFFIXES}
 
 
@@ -144,7 +153,7 @@ def _file_of(given: str, stem: str, folder: Path, files: dict[str, str]) -> str:
     given = given.strip()
     plain = given.replace("\\", "/").rpartition("/")[2]
     for name in (given, plain):
-        if name and "\0" not in name and (folder / name).is_file():
+        if name and "\0" not in name and is_file(folder / name):
             return name
     return files.get(plain) or files.get(stem) or plain or f"{stem}.jpg"
 
@@ -183,14 +192,29 @@ def _voc_mask(inside: np.ndarray, box: Sequence[float]) -> dict[str, Any]:
     return {"segmentation": run, "area": int(inside.sum())}
 
 
+def _part_of(directory: Path, name: str) -> Path:
+    """A folder of the VOC folder, which may be an archive beside the others."""
+    return find_folder(directory, [name]) or directory / name
+
+
 def _voc_directory(directory: Path) -> Path:
-    if (directory / "Annotations").is_dir():
+    """The directory itself, or the only VOC folder in it or in its VOCdevkit/, or else in the archives there."""
+    if find_folder(directory, ["Annotations"]):
         return directory
-    inside = sorted(
-        p.parent for pattern in ("*/Annotations", "VOCdevkit/*/Annotations") for p in directory.glob(pattern)
-    )
+
+    def within(place: Path) -> list[Path]:
+        inside = [f for f in (place, place / "VOCdevkit") if is_folder(f)]
+        found = [folder / name for folder in inside for name in sorted(list_folder(folder))]
+        # The only folder of an archive may be left out, so that one folder may be found twice.
+        return list({str(p).replace("/VOCdevkit/", "/") if split_path(p) else p: p for p in found}.values())
+
+    there = within(directory)
+    archives = [p for p in there if split_path(p) == (str(p), "")]
+    inside = [p for p in there if p not in archives and is_folder(p / "Annotations")]
+    if not inside:
+        inside = [p for a in archives for p in (a, *within(a)) if is_folder(p / "Annotations")]
     if len(inside) != 1:
-        found = f"several: {', '.join(p.name for p in inside)}; name one" if inside else "no Annotations/ folder"
+        found = f"several: {', '.join(map(str, inside))}; name one" if inside else "no Annotations/ folder"
         raise UserError(f"VOC data {directory}: {found}")
     return inside[0]
 

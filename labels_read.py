@@ -22,6 +22,7 @@ import numpy as np
 import pycocotools.mask as coco_mask
 
 from common import UserError, read_json, read_text
+from utils.archives import is_file, is_folder, read_file, walk_files
 from utils.coco_format import Unusable, as_truth, read_document, read_file_name, read_flag, read_number
 from utils.image_header import IMAGE_SUFFIXES, decode_bytes, header_sizes
 from utils.plain_xml import read_xml
@@ -233,12 +234,7 @@ def _object(value: Any, what: str) -> dict[str, Any]:
 
 def _image_files(folder: Path) -> list[str]:
     """Names of the images in a folder and its subfolders, relative to it, sorted."""
-    found = []
-    for parent, folders, files in os.walk(folder):
-        folders.sort()
-        names = [n for n in files if os.path.splitext(n)[1].lower() in IMAGE_SUFFIXES]
-        found += [os.path.relpath(os.path.join(parent, n), folder) for n in names]
-    return sorted(found)
+    return sorted(n for n in walk_files(folder) if os.path.splitext(n)[1].lower() in IMAGE_SUFFIXES)
 
 
 def _sizes(folder: Path | None, names: Sequence[str]) -> dict[str, tuple[int, int]]:
@@ -373,7 +369,7 @@ def _labelme_image(given: Any, file: Path, root: Path, folder: Path) -> str:
     beside = os.path.relpath(file.parent, root)
     for candidate in (file.parent / plain, folder / beside / last, folder / last):
         relative = os.path.relpath(candidate, folder)
-        if plain and "\0" not in plain and not relative.startswith("..") and os.path.isfile(candidate):
+        if plain and "\0" not in plain and not relative.startswith("..") and is_file(candidate):
             return relative
     return os.path.normpath(os.path.join(beside, last))
 
@@ -529,7 +525,7 @@ def read_via(
         one_class: the class of every region, for sets whose regions have no attributes.
     """
     what = f"VIA annotations {path}"
-    content = _object(read_json(path, "VIA annotations"), what)
+    content = _object(read_json(path, "VIA annotations", read_file), what)
     entries = _object(content.get("_via_img_metadata", content), what)
     folder = images or path.parent
     used: dict[str, list[Any]] = {}
@@ -628,7 +624,7 @@ def read_supervisely(path: Path, images: Path | None = None, names: Sequence[str
         content = _object(read_json(file, "Supervisely file"), f"Supervisely file {file}")
         size = _object(content.get("size"), f"Supervisely file {file}: 'size'")
         name = file.name.removesuffix(".json")
-        if images is None or not (images / name).is_file():
+        if images is None or not is_file(images / name):
             name = os.path.join(file.parent.parent.name, "img", name) if several else name
         image = out.add_image(name, size.get("height"), size.get("width"))
         for place, entry in enumerate(_listed(content.get("objects"), f"Supervisely file {file}: 'objects'"), 1):
@@ -722,7 +718,7 @@ def read_labels(
     if not path.exists():
         raise UserError(f"annotations {path} do not exist")
     form = form or detect_format(path)
-    if images is not None and not Path(images).is_dir():
+    if images is not None and not is_folder(images):
         raise UserError(f"--images {images} is not a folder")
     given = {key: value for key, value in options.items() if value}
     if given and form != "via":

@@ -14,6 +14,7 @@ import numpy as np
 from common import UserError, atomic_write
 from data import read_image
 from detections import Detections, Rle, coco_results
+from utils.archives import is_folder
 from utils.image_header import decode_bytes
 from utils.polygons import decode_mask
 from viz import Style, draw_detections, prediction_entry
@@ -30,7 +31,7 @@ def pixels_of(image: Image, order: str | None = None) -> np.ndarray:
     if order is not None and order not in ORDERS:
         raise UserError(f'order={order!r}: must be "bgr" (OpenCV) or "rgb" (PIL, matplotlib, imageio)')
     if isinstance(image, (str, os.PathLike)):
-        if os.path.isdir(image):
+        if is_folder(image):
             raise UserError(f"image {os.fspath(image)} is a folder; give a list of its files")
         return read_image(image)
     if isinstance(image, (bytes, bytearray, memoryview)):

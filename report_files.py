@@ -1,5 +1,6 @@
 """The files that a report is made from: annotations of every protocol, results, images, a run's settings."""
 
+import contextlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,13 +9,14 @@ from typing import Any
 import numpy as np
 
 from common import UserError, logger, read_json
-from dataset_cityscapes import read_cityscapes_content
-from dataset_voc import read_voc_content, read_voc_detections
+from dataset_cityscapes import cityscapes_images, read_cityscapes_content
+from dataset_openimages import open_images_folders
+from dataset_voc import read_voc_content, read_voc_detections, voc_images
 from eval import read_results
 from eval_protocols import only_images
 from report_read import PROTOCOLS, Problem, held_types, problem_of
 from utils import oid_eval
-from utils.archives import is_folder
+from utils.archives import exists, is_file, is_folder
 from utils.cityscapes_eval import read_cityscapes_detections
 from utils.coco_format import as_results, as_truth, in_pixels, read_document
 from utils.image_header import image_header_size
@@ -49,14 +51,14 @@ def read_problem(
         normalised: the json's boxes and outlines are fractions of the image.
     """
     truth = Path(truth)
-    if not truth.exists():
+    if not exists(truth):
         raise UserError(f"--gt {truth} does not exist")
     folders, ancestors = [str(f) for f in images], None
     for folder in folders:
         if not is_folder(folder):
             raise UserError(f"--images {folder} is not a folder")
     name = f"{truth.stem}"
-    if not truth.is_dir():
+    if not is_folder(truth):
         content, origin = read_document(truth), f"annotation file {truth}"
         content = as_truth(in_pixels(content, origin) if normalised else content, origin, protocol in _MASKED)
         if protocol.startswith("oid-") and hierarchy:
@@ -64,14 +66,17 @@ def read_problem(
             ancestors = read_ancestors(hierarchy, ids)
     elif protocol.startswith("voc"):
         content = as_truth(read_voc_content(truth, split or ""), f"VOC data {truth}")
-        folders = folders or [str(p) for p in (truth / "JPEGImages",) if p.is_dir()]
+        folders = folders or [str(voc_images(truth))]
     elif protocol == "cityscapes":
         content = as_truth(read_cityscapes_content(truth, split or "val"), f"Cityscapes data {truth}")
-        folders = folders or [str(p) for p in (truth / "leftImg8bit" / (split or "val"), truth) if p.is_dir()]
+        folders = folders or [str(cityscapes_images(truth, split or "val")), str(truth)]
     elif protocol.startswith("oid-"):
         masked = protocol == "oid-challenge-segm"
         columns = oid_eval.read_truth(truth, split or "validation", masked, classes, hierarchy, masks)
-        folders = folders or [str(p) for p in (truth / "images", truth / (split or "validation")) if p.is_dir()]
+        if not folders:  # a report can do without them
+            with contextlib.suppress(UserError):
+                folders = [str(f) for f in open_images_folders(truth, split or "validation")]
+            folders += [str(truth / "images")] * is_folder(truth / "images")
         content, ancestors = _open_images_content(columns, folders), columns.ancestors
         name = f"{truth.name} {split or 'validation'}"
     else:
@@ -120,7 +125,7 @@ def _open_images_content(truth: oid_eval.Truth, folders: Sequence[str]) -> dict[
     ids = [i.decode() for i in truth.image_ids]
     sizes = np.full((len(ids), 2), _UNKNOWN_SIDE)
     for n, image_id in enumerate(ids):
-        path = next((p for f in folders for p in [Path(f) / f"{image_id}.jpg"] if p.is_file()), None)
+        path = next((p for f in folders for p in [Path(f) / f"{image_id}.jpg"] if is_file(p)), None)
         if path is not None:
             sizes[n] = image_header_size(path)
     if truth.masks is not None:  # masks come in a size of their own

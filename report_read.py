@@ -11,6 +11,7 @@ from pycocotools import mask as mask_utils
 
 from common import UserError
 from report_numbers import Scene
+from utils.archives import is_file
 from utils.coco_format import file_name_of
 from utils.polygons import encode_segmentation
 
@@ -103,7 +104,7 @@ def image_path(problem: Problem, file_name: str) -> Path | None:
     for name in (file_name, os.path.basename(file_name)):  # folders may hold different images of one name
         for folder in problem.image_folders:
             path = Path(folder) / name
-            if path.is_file():
+            if is_file(path):
                 return path
     return None
 

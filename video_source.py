@@ -18,6 +18,7 @@ import numpy as np
 
 from common import UserError, logger
 from data import read_image
+from utils.archives import is_file, is_folder, list_folder
 from utils.image_header import IMAGE_SUFFIXES
 
 __all__ = ["TIMEOUT", "Frame", "Source", "find_sources", "newest_only", "open_source", "read_ahead"]
@@ -66,7 +67,7 @@ def find_sources(paths: Sequence[str], frames: bool) -> tuple[list[str], list[So
         elif camera:
             address = camera[1] or camera[2]
             sources.append(Source("camera", address, f"camera {address}", f"camera_{_plain(address)}"))
-        elif frames and os.path.isdir(path):
+        elif frames and is_folder(path):
             sources.append(Source("frames", path, path, _plain(Path(path).resolve().name)))
         elif os.path.isfile(path) and _is_video(path):
             sources.append(Source("video", path, path, _plain(Path(path).stem)))
@@ -130,7 +131,7 @@ class Opened:
 class _Folder(Opened):
     def __init__(self, source: Source, fps: float | None):
         folder = Path(source.address)
-        inside = [p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".")]
+        inside = [p for p in map(folder.joinpath, list_folder(folder)) if is_file(p) and not p.name.startswith(".")]
         files = sorted((p for p in inside if p.suffix.lower() in IMAGE_SUFFIXES), key=_natural)
         if not files:
             raise UserError(f"{source.name} has no frame, i.e. no image ({', '.join(IMAGE_SUFFIXES)})")

@@ -12,19 +12,26 @@ import threading
 import zipfile
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
+from format_sets import DATA, copy_sets, settings
+from test_dataset_voc import write_voc_masks
 from tiny import COCO_MINI, TINY_MODEL, TINY_TRAINING
 
 from common import UserError
 from config import default_config, finalize_config
-from data import BatchMaker, inference_batches, list_images, read_image
+from data import BatchMaker, inference_batches, list_images, read_image, read_split_image
 from data_workers import training_dataflow
-from dataset import load_split
-from tools import check_data
+from dataset import load_format, load_split
+from labels_read import read_labels
+from report_files import problem_of_split, read_problem
+from report_read import image_path
+from tools import check_data, score
 from utils import archives
 from utils.archives import is_file, is_folder, list_folder, read_file, read_start, split_path
 from utils.image_header import image_header_size
+from video_source import find_sources, open_source
 
 pytestmark = pytest.mark.quick
 
@@ -288,3 +295,127 @@ def test_the_benchmark_compares_folder_zip_and_tar(tmp_path):
     subprocess.run(run, check=True, capture_output=True, timeout=300)
     result = json.loads((tmp_path / "a.json").read_text())
     assert set(result["images_per_second"]) == {"folder", "zip", "tar"} and result["ratio"]["tar"] > 0
+
+
+# ------------------------------------------------------------------------------------------------ sets of other formats
+def packed(folder, archive, prefix="", more=()):
+    """The folder's files as an archive, the folder removed."""
+    files = {prefix + str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    (tarred if archive.suffix == ".tar" else zipped)(archive, {**files, **dict.fromkeys(more, b"x")})
+    shutil.rmtree(folder)
+
+
+def pack_voc_folders(base):
+    for name in ("JPEGImages", "Annotations", "SegmentationObject", "ImageSets"):
+        packed(base / "voc" / name, base / "voc" / f"{name}.zip", f"{name}/")
+
+
+def pack_cityscapes(base):
+    folder = base / "cityscapes_mini"
+    packed(folder / "leftImg8bit", folder / "leftImg8bit_trainvaltest.zip", "leftImg8bit/", ["README", "license.txt"])
+    packed(folder / "gtFine", folder / "gtFine_trainvaltest.zip", "gtFine/", ["README", "license.txt"])
+
+
+def pack_open_images(base):
+    folder = base / "golden_oid"
+    images = sorted((folder / "images/validation").iterdir())
+    for n, some in {"0": images[::2], "f": images[1::2]}.items():
+        tarred(folder / f"validation_{n}.tar", {f"validation_{n}/{p.name}": p.read_bytes() for p in some})
+    shutil.rmtree(folder / "images")
+    masks = sorted((folder / "masks").iterdir())
+    for digit in sorted({p.name[0] for p in masks}):
+        these = {p.name: p.read_bytes() for p in masks if p.name[0] == digit}
+        zipped(folder / f"masks/validation-masks-{digit}.zip", these)
+    for p in masks:
+        p.unlink()
+
+
+def pack_lvis(base):
+    packed(base / "lvis_mini/val2017", base / "lvis_mini/val2017.zip", "val2017/")
+
+
+PACKINGS = {
+    "VOC's folders": (pack_voc_folders, ["voc", "voc", "trainval"], None),
+    "VOC's tar": (lambda b: packed(b / "voc", b / "trainval.tar", "VOCdevkit/VOC2007/"), ["voc", "voc", "trainval"],
+                  ["voc", "trainval.tar", "trainval"]),
+    "a folder with VOC's tar": (lambda b: packed(b / "voc", b / "cityscapes_mini/trainval.tar", "VOCdevkit/VOC2007/"),
+                                ["voc", "voc", "trainval"], ["voc", "cityscapes_mini", "trainval"]),
+    "Cityscapes' zips": (pack_cityscapes, ["cityscapes", "cityscapes_mini", "val"], None),
+    "Cityscapes in one tar": (lambda b: packed(b / "cityscapes_mini", b / "all.tar"),
+                              ["cityscapes", "cityscapes_mini", "val"], ["cityscapes", "all.tar", "val"]),
+    "Open Images' archives": (pack_open_images, ["openimages", "golden_oid", "validation"], None),
+    "one archive of Open Images": (lambda b: packed(b / "golden_oid/images/validation", b / "golden_oid/photos.zip"),
+                                   ["openimages", "golden_oid", "validation"],
+                                   ["openimages", "golden_oid", "validation", "images=golden_oid/photos.zip"]),
+    "LVIS with COCO's zip": (pack_lvis, ["lvis", "lvis_mini/lvis_v1_mini.json", "lvis_mini"], None),
+    "csv": (lambda b: packed(b / "csv_mini/images", b / "csv_mini/images.tar"), ["csv", "csv_mini/boxes.csv",
+            "csv_mini/images"], ["csv", "csv_mini/boxes.csv", "csv_mini/images.tar"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("which", PACKINGS)
+def test_sets_of_every_format_are_read_from_their_archives(which, tmp_path, monkeypatch, capsys):
+    pack, plain_spec, packed_spec = PACKINGS[which]
+    write_voc_masks(tmp_path / "voc")
+    copy_sets(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    masks = f"MODE_MASK={plain_spec[0] != 'csv'}"
+    cfg = settings(tmp_path, masks)
+    plain = load_format(plain_spec, cfg, "set")
+    expected = [(plain.image_id(i), read_split_image(plain, i), plain.annotations(i)) for i in range(len(plain))]
+    content, settings_of = plain.content(), [f"DATA.BASEDIR={tmp_path}", "DATA.TRAIN=set", "DATA.VAL=[]", masks]
+    pack(tmp_path)
+    spec = packed_spec or plain_spec
+    split = load_format(spec, cfg, "set")
+    assert len(split) == len(expected) > 0
+    for i, (image_id, pixels, found) in enumerate(expected):
+        assert not os.path.exists(split.image_file(i))
+        assert split.image_id(i) == image_id and np.array_equal(read_split_image(split, i), pixels)
+        assert image_header_size(split.image_file(i)) == pixels.shape[:2]
+        for key in ("boxes", "labels", "is_crowd"):
+            assert np.array_equal(split.annotations(i)[key], found[key])
+        assert [len(rings) for rings in split.annotations(i)["rings"]] == [len(rings) for rings in found["rings"]]
+    assert list(split.content()["annotations"]) == list(content["annotations"])
+    problem = problem_of_split(split, [])
+    assert all(is_file(image_path(problem, image["file_name"])) for image in problem.content["images"])
+    # The check opens every image.
+    assert check_data.main(["--config", *settings_of, f"DATA.DATASETS={ {'set': spec}!r}"]) in (0, 1)
+    assert "missing" not in capsys.readouterr().out
+
+
+def test_scores_and_reports_read_annotations_from_archives(tmp_path):
+    write_voc_masks(tmp_path / "voc")
+    plain = read_problem("voc07", tmp_path / "voc", split="trainval")
+    packed(tmp_path / "voc", tmp_path / "voc.tar", "VOC2007/")
+    problem = read_problem("voc07", tmp_path / "voc.tar", split="trainval")
+    assert problem.content == plain.content and is_folder(problem.image_folders[0])
+    results = [{"image_id": a["image_id"], "category_id": a["category_id"], "bbox": a["bbox"], "score": 0.5}
+               for a in plain.content["annotations"]]  # fmt: skip
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    words = ["--protocol", "voc07", "--gt", str(tmp_path / "voc.tar"), "--split", "trainval", "--detections"]
+    assert score.main([*words, str(tmp_path / "results.json"), "--json", str(tmp_path / "scores.json")]) == 0
+    assert json.loads((tmp_path / "scores.json").read_text())["mAP"] == 1
+
+
+def test_a_compressed_archive_of_a_folder_that_is_not_there_is_named(tmp_path):
+    shutil.copytree(DATA / "golden_oid", tmp_path / "oid", ignore=shutil.ignore_patterns("images"))
+    (tmp_path / "oid/validation_3.tar.gz").write_bytes(b"\x1f\x8b")
+    with pytest.raises(UserError, match=r"validation_3\.tar\.gz is a compressed archive"):
+        load_format(["openimages", "oid", "validation"], settings(tmp_path), "oid")
+    (tmp_path / "oid/validation_3.tar.gz").unlink()
+    with pytest.raises(UserError, match=r"no image folder validation/.* and no \.zip or \.tar of such a name"):
+        load_format(["openimages", "oid", "validation"], settings(tmp_path), "oid")
+
+
+def test_frames_and_sizes_for_converted_labels_come_from_archives(tmp_path):
+    image = cv2.imencode(".png", np.full((20, 30, 3), 7, np.uint8))[1].tobytes()
+    path = zipped(tmp_path / "shots.zip", {"shots/frame_10.png": image, "shots/frame_9.png": image, "notes.txt": b"x"})
+    images, (source,) = find_sources([f"{path}/shots"], frames=True)
+    frames = list(open_source(source, fps=5).frames(0, 1))
+    assert not images and [(f.seconds, f.pixels.shape) for f in frames] == [(0, (20, 30, 3)), (0.2, (20, 30, 3))]
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "labels/frame_9.txt").write_text("0 0.5 0.5 0.2 0.2\n")
+    (tmp_path / "classes.txt").write_text("fig\n")
+    content, left_out, _ = read_labels(tmp_path, "yolo", images=f"{path}/shots")
+    assert [(i["file_name"], i["height"]) for i in content["images"]] == [("frame_10.png", 20), ("frame_9.png", 20)]
+    assert content["annotations"][0]["bbox"] == pytest.approx([12, 8, 6, 4]) and not left_out

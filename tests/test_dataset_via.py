@@ -1,6 +1,7 @@
 """dataset_via.py: VIA's json as a data set, and the balloon set by its name."""
 
 import json
+import shutil
 
 import cv2
 import numpy as np
@@ -38,7 +39,8 @@ def config(base, *settings):
 
 
 def test_the_balloon_set_by_name(balloon):
-    for base in (balloon, balloon / "balloon"):
+    shutil.make_archive(str(balloon / "as downloaded/balloon_dataset"), "zip", balloon, "balloon")
+    for base in (balloon, balloon / "balloon", balloon / "as downloaded"):
         cfg = config(base, "DATA.TRAIN=balloon_train", "DATA.VAL=balloon_val", "MODE_MASK=True")
         split = load_training_split(cfg)
         assert split.class_names == ["balloon"] and len(split) == 2

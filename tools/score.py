@@ -29,6 +29,7 @@ from dataset_voc import read_voc_content, read_voc_detections
 from eval import format_scores, read_results
 from eval_protocols import PROTOCOLS, named_scores
 from utils import oid_eval
+from utils.archives import exists, is_folder
 from utils.cityscapes_eval import read_cityscapes_detections
 from utils.coco_format import as_truth, in_pixels, read_document
 from utils.oid_format import read_ancestors
@@ -75,7 +76,7 @@ def _without_nan(metrics: dict[str, float]) -> dict[str, float | None]:
 
 
 def score_coco(args: argparse.Namespace) -> dict[str, Any]:
-    if Path(args.gt).is_dir():
+    if is_folder(args.gt):
         raise UserError(f"--gt {args.gt}: the coco protocol needs an annotation json, not a folder")
     content = read_content(args)
     results = read_results(args.detections, content)
@@ -95,7 +96,7 @@ def score_lvis(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def score_voc(args: argparse.Namespace) -> dict[str, Any]:
-    if Path(args.gt).is_dir():
+    if is_folder(args.gt):
         content = as_truth(read_voc_content(args.gt, args.split or ""), f"VOC data {args.gt}")
     else:
         content = read_content(args)
@@ -107,7 +108,7 @@ def score_voc(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def score_cityscapes(args: argparse.Namespace) -> dict[str, Any]:
-    if Path(args.gt).is_dir():
+    if is_folder(args.gt):
         content = as_truth(read_cityscapes_content(args.gt, args.split or "val"), f"Cityscapes data {args.gt}")
     else:
         content = read_content(args, need_size=True)
@@ -126,7 +127,7 @@ def score_cityscapes(args: argparse.Namespace) -> dict[str, Any]:
 def score_open_images(args: argparse.Namespace) -> dict[str, Any]:
     protocol = args.protocol.removeprefix("oid-")
     masked = protocol == "challenge-segm"
-    if Path(args.gt).is_dir():
+    if is_folder(args.gt):
         if str(args.detections).endswith(".json"):
             raise UserError(
                 f"--detections {args.detections}: a json has boxes in pixels and the published csv files have no image "
@@ -187,7 +188,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.json:
             check_output_file(args.json, "--json")
         for flag in ("gt", "detections"):
-            if not Path(getattr(args, flag)).exists():
+            if not exists(getattr(args, flag)):
                 raise UserError(f"--{flag} {getattr(args, flag)} does not exist")
         for flag, protocols in _FLAGS.items():
             if getattr(args, flag) and not args.protocol.startswith(protocols):

@@ -13,13 +13,18 @@ import struct
 import threading
 import zipfile
 import zlib
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from common import UserError, atomic_write
 
-__all__ = ["is_file", "is_folder", "list_folder", "read_file", "read_start", "split_path"]
+__all__ = [
+    "exists", "find_folder", "is_file", "is_folder", "list_folder", "read_file", "read_start", "split_path",
+    "time_stamp", "walk_files",
+]  # fmt: skip
 
 SUFFIXES = (".zip", ".tar")
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
@@ -111,6 +116,45 @@ def is_file(path: str | os.PathLike) -> bool:
     return _find(_opened(place[0]), place[1]) is not None
 
 
+def exists(path: str | os.PathLike) -> bool:
+    """Whether it is a file or a folder, also in an archive."""
+    return is_file(path) or is_folder(path)
+
+
+def find_folder(base: Path, places: Sequence[str], packed: Sequence[str] = ()) -> Path | None:
+    """The first of the places in `base` that is a folder, or is one in an archive that bears the name of a folder on
+    its way: leftImg8bit/train may lie in leftImg8bit.zip or leftImg8bit/train.tar, with or without leftImg8bit/ in it.
+
+    packed: further names of archives, without their suffixes, that may hold the places. A UserError names an archive
+    that would hold one if it were not compressed as a whole.
+    """
+    for place in places:
+        if is_folder(base / place):
+            return base / place
+    compressed = None
+    for place in places:
+        parts = place.split("/")
+        ways = [("/".join(parts[:n]), "/".join(parts[n:])) for n in range(len(parts), 0, -1)]
+        for stem, rest in [*ways, *((name, place) for name in packed)]:
+            for archive in (base / f"{stem}{suffix}" for suffix in SUFFIXES):
+                if _is_regular(str(archive)):
+                    found = next((p for p in (archive / rest, archive / place) if is_folder(p)), None)
+                    if found:
+                        return found
+            tars = (base / f"{stem}{suffix}" for suffix in _COMPRESSED)
+            compressed = compressed or next((p for p in tars if _is_regular(str(p))), None)
+    if compressed:
+        is_folder(compressed)
+    return None
+
+
+def time_stamp(path: str | os.PathLike) -> int:
+    """When something in the folder was last added or removed, in nanoseconds; of a folder in an archive, when the
+    archive was written."""
+    place = split_path(path)
+    return os.stat(path if place is None else place[0]).st_mtime_ns
+
+
 def list_folder(path: str | os.PathLike) -> list[str]:
     """Names of files and folders in a folder; OSError where there is none."""
     place = split_path(path)
@@ -120,6 +164,16 @@ def list_folder(path: str | os.PathLike) -> list[str]:
     if names is None:
         raise FileNotFoundError(2, "No such folder in the archive", os.fspath(path))
     return names
+
+
+def walk_files(folder: str | os.PathLike, inside: str = "") -> list[str]:
+    """Names of the files in a folder and in its subfolders, relative to it."""
+    if split_path(folder) is None:
+        found = [os.path.join(parent, n) for parent, _, names in os.walk(folder) for n in names]
+        return [os.path.relpath(f, folder) for f in found]
+    names = [os.path.join(inside, n) for n in list_folder(os.path.join(folder, inside))]
+    deeper = {n for n in names if is_folder(os.path.join(folder, n))}
+    return [n for n in names if n not in deeper] + [f for n in deeper for f in walk_files(folder, n)]
 
 
 # ------------------------------------------------------------------------------------------------ archives

@@ -10,6 +10,7 @@ orders the official tool may take, and it makes a result independent of the orde
 """
 
 import csv
+import glob
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ import pyarrow as pa
 from pycocotools import mask as mask_utils
 
 from common import UserError, atomic_write, logger
+from utils.archives import find_folder, is_file
 from utils.image_header import decode_image
 from utils.oid_format import decode_mask, encode_mask, find_files, positions, read_ancestors, read_classes, read_columns
 from utils.polygons import encode_mask as encode_mask_image
@@ -150,10 +152,13 @@ def read_truth(
 
 
 def mask_folders(directory: str | Path, split: str) -> list[Path]:
-    """Folders in which the masks of a split may have been unpacked."""
+    """Folders in which the masks of a split may have been unpacked, and the zips in which they are published."""
     directory = Path(directory)
     names = ["masks", f"{split}-masks", f"masks/{split}", f"{split}_masks"]
-    return [d / n for d in (directory, directory.parent) for n in names if (d / n).is_dir()]
+    places = (directory, directory.parent)
+    found = [find_folder(d, [n]) for d in places for n in names]
+    zips = [z for d in places for n in ("", *names) for z in sorted((d / n).glob(f"{glob.escape(split)}-masks-?.zip"))]
+    return [*(f for f in found if f), *zips]
 
 
 def _join_masks(truth: Truth, path: Path, folders: list[Path]) -> Truth:
@@ -204,7 +209,7 @@ def read_mask_image(name: str, folders: list[Path], origin: Path) -> np.ndarray:
     # The published archives are split by the first digit of the name and may be unpacked into folders named by it.
     for folder in folders:
         for path in (folder / name, folder / name[0] / name):
-            if path.is_file():
+            if is_file(path):
                 return decode_image(path, cv2.IMREAD_GRAYSCALE, f"mask {path}") > 0
     where = ", ".join(map(str, folders)) or f"a masks/ folder beside {origin}"
     raise UserError(f"{origin}: mask {name} is not in {where}")

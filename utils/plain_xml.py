@@ -6,7 +6,9 @@ A file of a kilobyte may otherwise expand to gigabytes ("billion laughs"), and a
 import os
 import re
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from xml.parsers import expat
 
 from common import UserError
@@ -16,10 +18,10 @@ __all__ = ["parse_xml", "read_xml"]
 DEEPEST = 200  # elements within elements
 
 
-def read_xml(path: str | os.PathLike, what: str) -> ElementTree.Element:
-    """The root element of a file; `what` ("CVAT annotations") is named in errors."""
+def read_xml(path: str | os.PathLike, what: str, read: Callable[[Any], Any] = Path.read_bytes) -> ElementTree.Element:
+    """The root element of a file; `what` ("CVAT annotations") is named in errors. `read` as in common.read_text."""
     try:
-        content = Path(path).read_bytes()
+        content = bytes(read(Path(path)))
     except OSError as e:
         raise UserError(f"{what} {path} cannot be read: {e.strerror}") from None
     return parse_xml(content, f"{what} {path}")
