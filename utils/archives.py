@@ -169,7 +169,7 @@ def list_folder(path: str | os.PathLike) -> list[str]:
 def walk_files(folder: str | os.PathLike, inside: str = "") -> list[str]:
     """Names of the files in a folder and in its subfolders, relative to it."""
     if split_path(folder) is None:
-        found = [os.path.join(parent, n) for parent, _, names in os.walk(folder) for n in names]
+        found = [os.path.join(parent, n) for parent, _, names in os.walk(os.fspath(folder)) for n in names]
         return [os.path.relpath(f, folder) for f in found]
     names = [os.path.join(inside, n) for n in list_folder(os.path.join(folder, inside))]
     deeper = {n for n in names if is_folder(os.path.join(folder, n))}
