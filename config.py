@@ -430,10 +430,12 @@ SETTINGS: dict[str, Setting] = {
     "FRCNN.ROI_SAMPLES": Setting(
         2, whole(0, 4),
         "Samples of a bin along each axis. 0: as many as the bin has feature cells, rounded up, which detectron2's "
-        "models are trained with; it is slower, and only for prediction (training then takes 2).",
+        "models are trained with; it is slower.",
     ),
     "FRCNN.ROI_ALIGNED": Setting(
-        True, flag, "False: no half-pixel shift, and RoIs of at least one feature cell (Detectron, torchvision)."
+        True, flag,
+        "False: the first RoIAlign, without half-pixel shift, and RoIs of at least one feature cell (Detectron, "
+        "maskrcnn-benchmark, torchvision; detectron2's ROIAlign, whose ROIAlignV2 is True).",
     ),
     "FRCNN.CROWD_OVERLAP_THRESH": Setting(
         9.99, number(0, 100),
@@ -488,6 +490,7 @@ SETTINGS: dict[str, Setting] = {
         14, _ROI_SIZE, "FPN: side of a RoI's features in the mask head; masks have twice this side."
     ),
     "MRCNN.LOSS_WEIGHT": Setting(1.0, _WEIGHT, "Weight of the mask loss."),
+    "MRCNN.CLASS_AGNOSTIC": Setting(False, flag, "Predict one mask for all classes instead of one for each."),
     "KRCNN.NUM_KEYPOINT": Setting(17, whole(1, 1000), "Keypoints of an object; COCO's persons have 17."),
     "KRCNN.FLIP_PAIRS": Setting(
         [], pairs,

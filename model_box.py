@@ -189,7 +189,7 @@ def roi_align(padded, boxes, image_index, spatial_scale, resolution, samples=2, 
 
     padded: features [N,H+2,W+2,C] of `pad_for_roi_align`; boxes [R,4] in image coordinates; image_index int32 [R].
     Each of resolution^2 bins is the mean of samples^2 bilinear samples; samples=0: the number along each axis is the
-    bin's size in feature cells, rounded up (without gradient). No gradient to the boxes.
+    bin's size in feature cells, rounded up. No gradient to the boxes.
     aligned=False is the original operation: pixel i's centre at coordinate i, sides of at least one feature cell.
     -> [R,resolution,resolution,C] in the features' type.
     """
@@ -206,6 +206,7 @@ def roi_align(padded, boxes, image_index, spatial_scale, resolution, samples=2, 
         sides, image_index = tf.identity(sides, "sides"), tf.identity(image_index, "image_index")
         if samples == 0:
             crops = _adaptive_samples(padded32, start, sides, image_index, resolution)
+            crops.set_shape([None, resolution, resolution, padded.shape[3]])
         else:
             n = resolution * samples
             crops = _sample_grid(padded32, start, sides, image_index, [n, n])
@@ -232,13 +233,27 @@ _ADAPTIVE_BUDGET = 1 << 16  # samples of one step of the loop: 64 MB at 256 chan
 
 
 def _adaptive_samples(padded, start, sides, image_index, resolution):
-    """Means [R,M,M,C] over ceil(bin size) samples per axis and bin; RoIs with equal counts are pooled together."""
-    m = resolution
-    channels = padded.shape[3]
-    counts = tf.cast(tf.math.ceil(sides / float(m)), tf.int32)  # [R, 2] x, y
+    """Means [R,M,M,C] over ceil(bin size) samples per axis and bin; RoIs with equal counts are pooled together.
+    The gradient goes to the map alone."""
+    counts = tf.cast(tf.math.ceil(sides / float(resolution)), tf.int32)  # [R, 2] x, y
     empty = tf.reduce_any(counts <= 0, 1)  # no sample, hence 0
     # Samples that far outside are 0 in any case; the limit keeps a diverged box from taking unlimited memory.
     counts = tf.clip_by_value(counts, 1, 1 << 12)
+
+    @tf.custom_gradient
+    def pooled(padded):
+        def gradient(upstream):
+            upstream = tf.where_v2(empty[:, None, None, None], 0.0, upstream)
+            return _adaptive_gradient(upstream, tf.shape(padded), start, sides, image_index, counts)
+
+        return _adaptive_means(padded, start, sides, image_index, counts, empty, resolution), gradient
+
+    return pooled(padded)
+
+
+def _adaptive_means(padded, start, sides, image_index, counts, empty, m):
+    """The values of `_adaptive_samples` for counts int32 [R,2] of samples (x, y), and 0 where `empty` [R]."""
+    channels = padded.shape[3]
     key = counts[:, 1] * (1 << 13) + counts[:, 0]
     order = tf.argsort(key, stable=True)
     start, sides, image_index, counts, key, empty = (
@@ -265,6 +280,50 @@ def _adaptive_samples(padded, start, sides, image_index, resolution):
     )
     pooled = tf.where_v2(empty[:, None, None, None], 0.0, pooled)
     return tf.gather(pooled, tf.math.invert_permutation(order))
+
+
+def _adaptive_gradient(upstream, map_shape, start, sides, image_index, counts):
+    """The gradient [N,H+2,W+2,C] of `_adaptive_means` for the upstream one [R,M,M,C].
+
+    Each sample's share is spread over the four cells around it. Bins are taken some at a time, as many as the budget
+    of samples allows.
+    """
+    m = int(upstream.shape[1])
+    size = tf.cast(map_shape[1:3], tf.float32)
+    rows = tf.shape(start)[0]
+    per_bin = counts[:, 0] * counts[:, 1]  # [R]
+    bins = rows * m * m
+    # Bins in the order RoI, y, x; those with similar positions in the running sum of samples form a step.
+    samples_before = tf.cumsum(tf.repeat(tf.cast(per_bin, tf.int64), m * m))
+
+    def spread_some(position, total):
+        done = tf.where_v2(position > 0, samples_before[tf.maximum(position - 1, 0)], tf.constant(0, tf.int64))
+        reach = tf.cast(tf.searchsorted(samples_before, [done + _ADAPTIVE_BUDGET], side="right")[0], tf.int32)
+        end = tf.minimum(tf.maximum(reach, position + 1), bins)
+        here = tf.range(position, end)  # [B] bins
+        number = tf.gather(per_bin, here // (m * m))
+        of = tf.repeat(here, number)  # [S] the bin of each sample
+        inside = tf.range(tf.size(of)) - tf.repeat(tf.cumsum(number, exclusive=True), number)  # its number in the bin
+        roi, y, x = of // (m * m), of // m % m, of % m
+        count = tf.gather(counts, roi)  # [S, 2] x, y
+        cell = tf.stack([x * count[:, 0] + inside % count[:, 0], y * count[:, 1] + inside // count[:, 0]], 1)
+        spacing = tf.gather(sides, roi) / tf.cast(count * m, tf.float32)
+        point = tf.gather(start, roi) + (tf.cast(cell, tf.float32) + 0.5) * spacing + 0.5  # indices of the padded map
+        point = point[:, ::-1] / (size - 1.0)
+        share = tf.gather_nd(upstream, tf.stack([roi, y, x], 1))  # [S, C]
+        share /= tf.cast(count[:, :1] * count[:, 1:], tf.float32)
+        spread = tf.raw_ops.CropAndResizeGradImage(
+            grads=share[:, None, None], boxes=tf.concat([point, point], 1), box_ind=tf.gather(image_index, roi),
+            image_size=map_shape, T=tf.float32,
+        )  # fmt: skip
+        return end, total + spread
+
+    initial = tf.zeros(map_shape)
+    _, total = tf.while_loop(
+        lambda position, _: position < bins, spread_some, [0, initial], parallel_iterations=1, back_prop=False,
+        shape_invariants=[tf.TensorShape([]), initial.shape],
+    )  # fmt: skip
+    return total
 
 
 # ------------------------------------------------------------------------------------------------ older RoI features

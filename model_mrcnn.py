@@ -52,13 +52,20 @@ def mask_targets(boxes, edges, resolution):
     return tf.stop_gradient(rasterize_edges(edges, boxes, resolution))
 
 
+def _of_class(logits, labels):
+    """logits [F,M,M,C] of the classes, or [F,M,M,1] for all of them; labels int32 [F] (1..C) -> [F,M,M]."""
+    if logits.shape[-1] == 1:
+        return logits[..., 0]
+    return tf.gather(tf.transpose(logits, [0, 3, 1, 2]), labels - 1, batch_dims=1)
+
+
 def mask_losses(logits, labels, targets, members, cfg: Config):
     """Mean binary cross entropy on the ground-truth class's mask.
 
-    logits [F,M,M,C], labels int32 [F] (1..C), targets [F,M,M]; members bool [N,R]: the RoIs to which the F rows belong,
-    in order -> losses {mrcnn/mask_loss}, stats.
+    logits [F,M,M,C or 1], labels int32 [F] (1..C), targets [F,M,M]; members bool [N,R]: the RoIs to which the F rows
+    belong, in order -> losses {mrcnn/mask_loss}, stats.
     """
-    own = tf.gather(tf.transpose(logits, [0, 3, 1, 2]), labels - 1, batch_dims=1)  # [F, M, M]
+    own = _of_class(logits, labels)  # [F, M, M]
     per_roi = tf.reduce_mean(tf.nn.sigmoid_cross_entropy_with_logits(labels=targets, logits=own), [1, 2])
     weights = tf.boolean_mask(loss_weights(members, cfg.TRAIN.LOSS_PER_IMAGE), members)  # [F]
     right = tf.cast(tf.equal(own > 0, targets > 0.5), tf.float32)
@@ -73,5 +80,5 @@ def mask_losses(logits, labels, targets, members, cfg: Config):
 
 
 def mask_probabilities(logits, labels):
-    """logits [F,M,M,C], labels int32 [F] (1..C) -> probabilities [F,M,M] of the predicted class."""
-    return tf.sigmoid(tf.gather(tf.transpose(logits, [0, 3, 1, 2]), labels - 1, batch_dims=1))
+    """logits [F,M,M,C or 1], labels int32 [F] (1..C) -> probabilities [F,M,M] of the predicted class."""
+    return tf.sigmoid(_of_class(logits, labels))

@@ -57,12 +57,11 @@ def backbone_features(image, image_shape, cfg: Config):
         return [c4_backbone(preprocess_image(image, image_shape, cfg), cfg)]
 
 
-def make_roi_pooler(features, cfg: Config, training=False):
+def make_roi_pooler(features, cfg: Config):
     """-> pool(boxes [R,4], image_index [R], resolution) -> [R,resolution,resolution,C] by FRCNN.ROI_OP.
-    RoIAlign pads each level only once. Its adaptive sampling has no gradient, so training uses two samples instead.
-    A box that is not finite, as diverged weights give, is pooled as one at the image's corner."""
+    RoIAlign pads each level only once. A box that is not finite, as diverged weights give, is pooled as one at the
+    image's corner."""
     frcnn = cfg.FRCNN
-    samples = frcnn.ROI_SAMPLES or (2 if training else 0)
     if cfg.MODE_FPN:
         levels, strides = features[:4], cfg.FPN.ANCHOR_STRIDES[:4]
     else:
@@ -74,8 +73,8 @@ def make_roi_pooler(features, cfg: Config, training=False):
         if frcnn.ROI_OP == "pool":
             return roi_pool(level, boxes, image_index, scale, resolution)
         if frcnn.ROI_OP == "crop_and_resize":
-            return roi_crop_and_resize(level, boxes, image_index, scale, resolution, samples)
-        return roi_align(level, boxes, image_index, scale, resolution, samples, frcnn.ROI_ALIGNED)
+            return roi_crop_and_resize(level, boxes, image_index, scale, resolution, frcnn.ROI_SAMPLES)
+        return roi_align(level, boxes, image_index, scale, resolution, frcnn.ROI_SAMPLES, frcnn.ROI_ALIGNED)
 
     def pool(boxes, image_index, resolution):
         boxes = tf.where_v2(tf.math.is_finite(boxes), boxes, tf.zeros_like(boxes))
@@ -111,9 +110,10 @@ def box_branch(pool, boxes, cfg: Config):
 
 
 def _mask_branch(features, cfg: Config):
-    """RoI features [F,14,14,C] of FPN, or [F,7,7,C5] of C4 -> mask logits [F,M,M,C]; M = 28 with FPN, 14 in C4."""
+    """RoI features [F,14,14,C] of FPN, or [F,7,7,C5] of C4 -> mask logits [F,M,M,C] ([F,M,M,1] if they are
+    class-agnostic); M = 28 with FPN, 14 in C4."""
     with tf.variable_scope("maskrcnn"):
-        return mask_head(features, cfg.DATA.NUM_CATEGORY, cfg)
+        return mask_head(features, 1 if cfg.MRCNN.CLASS_AGNOSTIC else cfg.DATA.NUM_CATEGORY, cfg)
 
 
 def _keypoint_branch(features, cfg: Config):
@@ -146,6 +146,7 @@ def check_own_parts(cfg: Config) -> None:
     _check_head("FPN.FRCNN_HEAD_FUNC", lambda x: fastrcnn_head(x, cfg), cfg.FRCNN.ROI_SIZE, [2, None], cfg)
     if cfg.MODE_MASK:
         m = mask_resolution(cfg)
+        classes = 1 if cfg.MRCNN.CLASS_AGNOSTIC else classes
         _check_head("FPN.MRCNN_HEAD_FUNC", lambda x: mask_head(x, classes, cfg), m // 2, [2, m, m, classes], cfg)
 
 
@@ -193,7 +194,7 @@ def build_training(batch, cfg: Config):
     rois, roi_stats = sample_rois(proposals, valid, batch, cfg)
     stats.update(roi_stats)
 
-    pool = make_roi_pooler(features, cfg, training=True)
+    pool = make_roi_pooler(features, cfg)
     if cfg.FPN.CASCADE:
 
         def pool_boxes(boxes):

@@ -30,7 +30,7 @@ from utils.checkpoint import (
     stored_step,
     without_averages,
 )
-from utils.class_tensors import depends_on_classes, keep_classes
+from utils.class_tensors import depends_on_classes, has_shared_masks, keep_classes
 from utils.event_files import drop_events_after
 from utils.run_lock import LOCK_NAME, RunLock
 
@@ -205,16 +205,20 @@ def weight_loader(
             variables = tf.global_variables()
         shapes = {v.op.name: tuple(v.shape.as_list()) for v in variables}
         given = weights
+        shared = has_shared_masks({name: value.shape for name, value in weights.items()})
+
+        def of_classes(name: str) -> bool:
+            mask_for_all = shared and name.startswith("maskrcnn/") and weights[name].shape == shapes[name]
+            return depends_on_classes(name, shapes[name]) and not mask_for_all
+
         if fitting.match_classes and classes:
-            outputs = [
-                v for v in variables if depends_on_classes(v.op.name, shapes[v.op.name]) and v.op.name in weights
-            ]
+            outputs = [v for v in variables if v.op.name in weights and of_classes(v.op.name)]
             sess.run(tf.variables_initializer(outputs))
             initial = sess.run({v.op.name: v for v in outputs})
             given = {**weights, **{n: keep_classes(n, weights[n], v, *classes) for n, v in initial.items()}}
         values, report = fit_weights(given, shapes, trim=fitting.trim_heads, expect=expect, origin=origin)
         if fitting.trim_heads:  # also if the old and the new data have the same number of classes
-            trimmed = [name for name in report.loaded if depends_on_classes(name, shapes[name])]
+            trimmed = [name for name in report.loaded if of_classes(name)]
             report.loaded = [name for name in report.loaded if name not in trimmed]
             report.reinitialised += [(name, shapes[name], shapes[name]) for name in trimmed]
             values = {name: value for name, value in values.items() if name not in trimmed}

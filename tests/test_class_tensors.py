@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from common import UserError
-from utils.class_tensors import depends_on_classes, keep_classes
+from utils.class_tensors import depends_on_classes, has_shared_masks, keep_classes
 
 pytestmark = pytest.mark.quick
 
@@ -27,6 +27,15 @@ pytestmark = pytest.mark.quick
 )
 def test_tensors_with_entries_for_each_class_are_known(name, shape, expected):
     assert depends_on_classes(name, shape) is expected
+
+
+@pytest.mark.parametrize(
+    ("scores", "masks", "expected"), [(81, 1, True), (81, 80, False), (2, 1, False), (81, None, False)]
+)
+def test_one_mask_for_several_classes_is_known_by_the_shapes(scores, masks, expected):
+    shapes = {"fastrcnn/outputs/class/W": (32, scores), "rpn/class/W": (1, 1, 16, 3)}
+    shapes |= {"maskrcnn/conv/W": (1, 1, 16, masks)} if masks else {}
+    assert has_shared_masks(shapes) is expected
 
 
 OLD, NEW = ["cat", "dog", "owl"], ["owl", "fox", "cat", "emu"]

@@ -31,6 +31,7 @@ MODELS = {
     "c4": [],
     "cascade": ["MODE_FPN=True", "FPN.CASCADE=True"],
     "agnostic": ["MODE_FPN=True", "FRCNN.CLASS_AGNOSTIC=True", "MODE_MASK=False"],
+    "agnostic_masks": ["MODE_FPN=True", "MRCNN.CLASS_AGNOSTIC=True"],
     "gn": ["MODE_FPN=True", "BACKBONE.NORM=GN", "FPN.NORM=GN", "FPN.FRCNN_HEAD_FUNC=fastrcnn_4conv1fc_gn_head",
            "FPN.MRCNN_HEAD_FUNC=maskrcnn_up4conv_gn_head", "BACKBONE.STEM_CHANNELS=32", "BACKBONE.WIDTH_PER_GROUP=32"],
     "tensorpack_gn": ["MODE_FPN=True", "BACKBONE.NORM=GN", "FPN.NORM=GN", "FPN.GN_AFTER_RELU=True",
@@ -74,7 +75,7 @@ def model(kind, classes):
             shape = (*shape[:-1], classes + 1)
         elif re.search(r"fastrcnn/.*box/[Wb]$", name) and shape[-1] == 28:
             shape = (*shape[:-1], 4 * (classes + 1))
-        elif name.startswith("maskrcnn/conv/"):
+        elif name.startswith("maskrcnn/conv/") and shape[-1] > 1:
             shape = (*shape[:-1], classes)
         value = rng.standard_normal(shape).astype(np.float32)
         variables[name] = np.abs(value) + 0.1 if name.endswith("variance/EMA") else value
@@ -332,8 +333,8 @@ def test_expected_names_are_the_variables_of_the_graph(kind):
 @pytest.mark.parametrize("kind", [kind for kind in MODELS if kind != "tensorpack_gn"])
 @pytest.mark.parametrize("classes", [1, 6])
 def test_detectron2_comes_back_unchanged(tmp_path, kind, classes):
-    if kind == "agnostic" and classes == 1:
-        pytest.skip("with one class both kinds of box regressor look alike and are taken for the class-specific one")
+    if kind.startswith("agnostic") and classes == 1:
+        pytest.skip("with one class both kinds of box and mask look alike and are taken for the class-specific ones")
     want = model(kind, classes)
     state = to_detectron2(want, classes)
     state["proposal_generator.anchor_generator.cell_anchors.0"] = np.array([[-8, -8, 8, 8]] * 3, np.float32)
@@ -343,6 +344,18 @@ def test_detectron2_comes_back_unchanged(tmp_path, kind, classes):
     assert settings["BACKBONE.STRIDE_1X1"] is (caffe_like and not kind.startswith("basic"))
     assert settings["PREPROC.PIXEL_STD"] == ([1.0, 1.0, 1.0] if caffe_like else [58.395, 57.12, 57.375])
     assert settings.get("FRCNN.CLASS_AGNOSTIC", False) is (kind == "agnostic")
+
+
+@pytest.mark.parametrize("stored", [[], ["pixel_mean"], ["pixel_mean", "pixel_std"]])
+def test_a_normalisation_that_is_guessed_is_called_a_guess(tmp_path, stored):
+    state = {**to_detectron2(model("fpn", 6), 6), **{name: np.full([3, 1, 1], 50, np.float32) for name in stored}}
+    save_zip(tmp_path / "a.pth", tensors(state))
+    settings, report = check(tmp_path / "a.pth", "fpn", 6, len(state))
+    guesses = [note for note in report.notes if note.startswith("a guess: ")]
+    assert len(guesses) == (len(stored) < 2)
+    for name in ("pixel_mean", "pixel_std"):
+        assert any(f"PREPROC.{name.upper()}=" in note for note in guesses) == (name not in stored)
+    assert (settings["PREPROC.PIXEL_STD"] == [50, 50, 50]) == (len(stored) == 2)
 
 
 def test_detectron2_pickle_states_its_normalisation(tmp_path):

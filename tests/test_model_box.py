@@ -1,6 +1,7 @@
 """The graph's box mathematics against recordings of detectron2 and float64 references in NumPy."""
 
 import functools
+import math
 import os
 import subprocess
 import sys
@@ -38,18 +39,19 @@ def nchw(x):
 # ------------------------------------------------------------------------------------------------------------ RoIAlign
 def reference_roi_align(features, rois, index, scale, resolution, samples, aligned=True):
     """Float64 RoIAlign of one channel set: features [N,H,W,C], rois [R,4] -> [R,M,M,C], and the function that carries
-    a gradient of that shape back to the features."""
+    a gradient of that shape back to the features. samples=0: as many as a bin has cells, rounded up."""
     _, h, w, _ = features.shape
     taps = []  # of each output cell: image, y, x, weight
     for r, (box, image) in enumerate(zip(np.asarray(rois, np.float64) * scale - 0.5 * aligned, index)):
         sides = box[2:] - box[:2]
         bin_w, bin_h = (sides if aligned else np.maximum(sides, 1.0)) / resolution
+        across, down = (samples, samples) if samples else (max(math.ceil(b), 0) for b in (bin_w, bin_h))
         for i in range(resolution):
             for j in range(resolution):
-                for a in range(samples):
-                    for b in range(samples):
-                        y = box[1] + i * bin_h + (a + 0.5) * bin_h / samples
-                        x = box[0] + j * bin_w + (b + 0.5) * bin_w / samples
+                for a in range(down):
+                    for b in range(across):
+                        y = box[1] + i * bin_h + (a + 0.5) * bin_h / down
+                        x = box[0] + j * bin_w + (b + 0.5) * bin_w / across
                         if not (-1 <= y <= h and -1 <= x <= w):
                             continue
                         y, x = min(max(y, 0), h - 1), min(max(x, 0), w - 1)
@@ -58,7 +60,7 @@ def reference_roi_align(features, rois, index, scale, resolution, samples, align
                         for dy, dx, weight in (
                             (0, 0, (1 - fy) * (1 - fx)), (0, 1, (1 - fy) * fx), (1, 0, fy * (1 - fx)), (1, 1, fy * fx)
                         ):  # fmt: skip
-                            taps.append((r, i, j, image, y0 + dy, x0 + dx, weight / samples**2))
+                            taps.append((r, i, j, image, y0 + dy, x0 + dx, weight / (across * down)))
     r, i, j, n, y, x, weight = (np.array(t) for t in zip(*taps))
     out = np.zeros([len(rois), resolution, resolution, features.shape[3]])
     np.add.at(out, (r, i, j), weight[:, None] * features[n, y, x].astype(np.float64))
@@ -123,6 +125,31 @@ def test_roi_align_with_adaptive_samples_equals_the_recording(golden):
     np.testing.assert_allclose(out[ordinary], expected[ordinary], atol=1e-4)
     # A box of 5000 pixels takes 179 x 125 samples a bin, of which the last inside the image may fall out.
     np.testing.assert_allclose(out, expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+@pytest.mark.parametrize("budget", [1 << 16, 40])
+def test_adaptive_roi_align_and_its_gradient_equal_the_float64_reference(golden, aligned, budget, monkeypatch):
+    """On ordinary, empty, inverted and outside RoIs, however many samples are spread at a time (40: parts of a RoI)."""
+    monkeypatch.setattr(model_box, "_ADAPTIVE_BUDGET", budget)
+    features = nhwc(golden["roialign/input"])
+    rois = golden["roialign/rois_bxyxy"]
+    rois = rois[np.abs(rois[:, 1:]).max(1) < 300] + [0, 0.013, 0.017, 0.013, 0.017]  # no sample exactly a pixel outside
+    sizes = rois[:, 3:] - rois[:, 1:3]
+    assert (sizes <= 0).any() and sizes.max() > 100
+    index = rois[:, 0].astype(int)
+    expected, backward = reference_roi_align(features, rois[:, 1:], index, 0.25, 5, 0, aligned)
+    weight = np.random.RandomState(1).randn(*expected.shape).astype(np.float32)
+    out, gradient = roi_align_with_gradient(features, rois[:, 1:], index, 0.25, 5, 0, weight, aligned)
+    np.testing.assert_allclose(out, expected, atol=1e-4)
+    np.testing.assert_allclose(gradient, backward(weight), atol=1e-4)
+
+
+def test_no_rois_give_no_adaptive_gradient(golden):
+    features = nhwc(golden["roialign/input"])
+    none, weight = np.zeros([0, 4], np.float32), np.zeros([0, 5, 5, features.shape[3]], np.float32)
+    out, gradient = roi_align_with_gradient(features, none, np.zeros(0, np.int32), 0.25, 5, 0, weight)
+    assert out.shape == weight.shape and gradient.shape == features.shape and not gradient.any()
 
 
 def test_adaptive_samples_of_many_rois_equal_those_of_each_alone(golden, monkeypatch):

@@ -33,6 +33,22 @@ def test_loss_equals_the_mean_cross_entropy_of_the_own_class(per_image):
     assert stats["mrcnn/accuracy"] == pytest.approx(((own > 0) == (targets > 0.5)).mean())
 
 
+@pytest.mark.parametrize("per_image", [True, False])
+def test_class_agnostic_masks_are_those_of_every_class(per_image):
+    """One channel has the loss and the probabilities of as many equal channels as there are classes."""
+    random = np.random.RandomState(0)
+    members = np.array([[True, False, True], [False, True, False]])
+    one = random.randn(3, 6, 6, 1).astype(np.float32) * 3
+    labels, targets = np.array([1, 4, 2]), random.randint(0, 2, [3, 6, 6]).astype(np.float32)
+    (loss, stats), (wanted, wanted_stats) = (
+        loss_of(logits, labels, targets, members, f"TRAIN.LOSS_PER_IMAGE={per_image}")
+        for logits in (one, np.repeat(one, 4, 3))
+    )
+    assert loss["mrcnn/mask_loss"] == pytest.approx(wanted["mrcnn/mask_loss"], rel=1e-6) and stats == wanted_stats
+    probabilities = evaluate(lambda: model_mrcnn.mask_probabilities(tf.constant(one), tf.constant([1, 4, 2])))
+    np.testing.assert_allclose(probabilities, 1 / (1 + np.exp(-one[..., 0])), rtol=1e-5)
+
+
 def test_loss_without_foreground_is_zero():
     empty = np.zeros([0, 6, 6], np.float32)
     losses, stats = loss_of(np.zeros([0, 6, 6, 3], np.float32), np.zeros(0), empty, np.zeros([2, 5], bool))

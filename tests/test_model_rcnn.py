@@ -270,6 +270,16 @@ def test_older_roi_features_train_and_predict_in_every_branch(kind):
                 assert gradients[f"{name}/W"].any(), name
 
 
+def test_adaptive_samples_pass_the_loss_on_to_the_pyramid():
+    cfg = tiny_config("MODE_FPN=True", "FRCNN.ROI_SAMPLES=0")
+    with tf.Graph().as_default(), tf.Session() as session:
+        maps = [tf.ones([1, size, size, 3]) for size in (32, 16, 8, 4, 2)]
+        boxes = tf.constant([[10.0, 5, 60, 50], [0, 0, 128, 128]])  # both of the finest level, far from its border
+        pooled = model_rcnn.make_roi_pooler(maps, cfg)(boxes, tf.zeros([2], tf.int32), 7)
+        gradients = session.run(tf.gradients(tf.reduce_sum(pooled), maps[:4]))
+    assert sum(g.sum() for g in gradients) == pytest.approx(2 * 7 * 7 * 3, rel=1e-5)  # every mean hands on its whole 1
+
+
 @pytest.mark.parametrize("fpn", [True, False])
 @pytest.mark.parametrize("operation", ["align", "pool", "crop_and_resize"])
 def test_the_pooler_is_the_operation_of_the_settings_on_the_maps_of_its_strides(operation, fpn):

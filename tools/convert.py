@@ -344,6 +344,13 @@ def _from_detectron2(tensors: dict, facts: dict, report: Report) -> tuple[dict, 
             "PREPROC.PIXEL_MEAN": _rounded(mean[::-1]),
             "PREPROC.PIXEL_STD": _rounded(std[::-1]),
         }
+        if guessed := [k for k in ("PIXEL_MEAN", "PIXEL_STD") if k.lower() not in tensors]:
+            report.notes.append(
+                "a guess: "
+                + " ".join(f"PREPROC.{k}={settings[f'PREPROC.{k}']}".replace(" ", "") for k in guessed)
+                + ", which the file does not hold: those of the model zoo's networks of this kind; the model's yaml "
+                "has them as MODEL.PIXEL_MEAN and MODEL.PIXEL_STD (in B, G, R); give others by --config"
+            )
         report.notes.append(
             "the stride position is not visible in tensors: "
             f"BACKBONE.STRIDE_1X1={settings['BACKBONE.STRIDE_1X1']} is what the model zoo uses with "
@@ -353,7 +360,8 @@ def _from_detectron2(tensors: dict, facts: dict, report: Report) -> tuple[dict, 
         settings["FRCNN.ROI_SAMPLES"] = 0
         report.notes.append(
             "FRCNN.ROI_SAMPLES=0: as many RoIAlign samples as a bin has cells, that system's default "
-            "(POOLER_SAMPLING_RATIO); 2 predicts faster and nearly the same"
+            "(POOLER_SAMPLING_RATIO); 2 is faster and predicts nearly the same. If the model's yaml has POOLER_TYPE: "
+            "ROIAlign (not ROIAlignV2), add --config FRCNN.ROI_ALIGNED=False"
         )
     cells = [tensors[k] for k in sorted(tensors) if re.search(r"anchor_generator\.cell_anchors\.\d+$", k)]
     _use_cell_anchors(cells, settings, variables)
@@ -411,6 +419,9 @@ def _from_maskrcnn_benchmark(tensors: dict, facts: dict, report: Report) -> tupl
     report.notes.append(
         "the stride position is not visible in tensors: "
         f"BACKBONE.STRIDE_1X1={caffe_like} is that system's default for such a backbone (MODEL.RESNETS.STRIDE_IN_1X1)"
+    )
+    report.notes.append(
+        "a guess: PREPROC.PIXEL_STD=[1,1,1] is that system's default; the model's yaml has it as INPUT.PIXEL_STD"
     )
     return variables, settings
 
@@ -739,7 +750,7 @@ def _drop_gaps(variables: dict[str, np.ndarray], settings: dict[str, Any], names
             columns = (with_background[:, None] * 4 + np.arange(4)).reshape(-1)
             variables[name] = variables[name][..., columns]
         name = f"maskrcnn/conv/{leaf}"
-        if name in variables:
+        if name in variables and variables[name].shape[-1] == 90:
             variables[name] = variables[name][..., np.array(kept) - 1]
     settings["DATA.NUM_CATEGORY"] = 80
     return [names[i - 1] for i in kept] if len(names) == 90 else names
@@ -870,6 +881,9 @@ def _derive_settings(variables: Mapping[str, np.ndarray]) -> dict[str, Any]:
         settings["FPN.MRCNN_HEAD_FUNC"] = "maskrcnn_up4conv_gn_head" if gn_masks else "maskrcnn_up4conv_head"
     elif "rpn/conv0/W" in names:
         settings["RPN.HEAD_DIM"] = out_channels("rpn/conv0/W")
+    if settings.get("MODE_MASK"):
+        several = settings.get("DATA.NUM_CATEGORY", 0) > 1  # with a single class both kinds of mask are the same
+        settings["MRCNN.CLASS_AGNOSTIC"] = several and variables["maskrcnn/conv/W"].shape[-1] == 1
     if "maskrcnn/deconv/W" in names:
         settings["MRCNN.HEAD_DIM"] = int(variables["maskrcnn/deconv/W"].shape[2])
     if "keypointrcnn/deconv/W" in names:

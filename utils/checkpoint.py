@@ -640,6 +640,9 @@ class LoadReport:
             with_part = [n for n in self.unused if _BACKBONE.match(n) and part in n]
             if with_part and any(_BACKBONE.match(n) and part not in n for n in self.missing):
                 return f"set BACKBONE.NORM={value}"
+        masks = [(want[-1], got[-1]) for name, want, got in self.mismatched if name.startswith("maskrcnn/conv/")]
+        if len(masks) == len(mismatched) > 0 and any(1 in pair for pair in masks):
+            return f"set MRCNN.CLASS_AGNOSTIC={masks[0][1] == 1}"
         if any_of(mismatched, _CLASS_TENSOR.match) and not any_of(mismatched, lambda n: not _CLASS_TENSOR.match(n)):
             return "the number of classes differs: --trim-heads re-initialises those tensors,"
         if mismatched and all(re.search(r"(^fastrcnn|/head)/fc6?/W$", n) for n in mismatched):

@@ -1,17 +1,17 @@
 """The tensors with an entry for each class, and how they are converted for a model of other classes.
 
 Along their last axis: class scores have C + 1 entries, background first; box deltas four for each of these (or four in
-all if they are the same for every class); masks C entries.
+all if they are the same for every class); masks C entries (or one).
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from common import UserError
 
-__all__ = ["depends_on_classes", "keep_classes"]
+__all__ = ["depends_on_classes", "has_shared_masks", "keep_classes"]
 
 _OUTPUT = re.compile(
     r"^(?:fastrcnn(?:/outputs)?|cascade_rcnn_stage\d+/outputs)/(class|box)/[Wb]$|^(mask)rcnn/conv/[Wb]$"
@@ -28,6 +28,12 @@ def depends_on_classes(name: str, shape: Sequence[int]) -> bool:
     """Whether a variable of this name and shape has entries for each class."""
     kind = _kind(name)
     return bool(kind) and not (kind == "box" and shape[-1] == _WIDTH["box"])
+
+
+def has_shared_masks(shapes: Mapping[str, Sequence[int]]) -> bool:
+    """Whether a model with variables of these shapes has one mask for all of several classes."""
+    classes = max((shape[-1] - 1 for name, shape in shapes.items() if _kind(name) == "class"), default=0)
+    return classes > 1 and any(_kind(name) == "mask" and shape[-1] == 1 for name, shape in shapes.items())
 
 
 def keep_classes(
