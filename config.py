@@ -374,7 +374,10 @@ SETTINGS: dict[str, Setting] = {
     "RPN.TRAIN_ON_PADDING": Setting(
         False, flag, "True: anchors centred in the padding of a batch count as negatives (detectron2)."
     ),
-    "RPN.HEAD_DIM": Setting(1024, _CHANNELS, "C4: channels of the RPN's convolution."),
+    "RPN.HEAD_DIM": Setting(1024, _CHANNELS, "C4: channels of the RPN's convolutions."),
+    "RPN.NUM_CONVS": Setting(
+        1, whole(1, 16), "3x3 convolutions of the RPN before its outputs; torchvision's v2 detectors have 2."
+    ),
     "RPN.BBOX_LOSS": Setting(
         "smooth_l1", _BOX_LOSS,
         "smooth_l1: of the deltas. giou: 1 - generalised IoU of the decoded boxes (Rezatofighi et al. 2019).",

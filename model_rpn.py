@@ -24,7 +24,8 @@ _SALT_RPN = (11, 12)  # for foreground and background
 
 
 def rpn_head(features, cfg: Config):
-    """[[N,H,W,C] per level] -> logits [[N,H·W·a]], deltas [[N,H·W·a,4]] float32, a anchors per cell, shared weights."""
+    """[[N,H,W,C] per level] -> logits [[N,H·W·a]], deltas [[N,H·W·a,4]] float32, a anchors per cell, shared weights:
+    RPN.NUM_CONVS convolutions of 3x3, then one of 1x1 for each result."""
     fpn_mode = cfg.MODE_FPN
     ratios = len(cfg.RPN.ANCHOR_RATIOS)
     num_anchors = ratios if fpn_mode else ratios * len(cfg.RPN.ANCHOR_SIZES)
@@ -33,7 +34,9 @@ def rpn_head(features, cfg: Config):
     logits, deltas = [], []
     for index, feature in enumerate(features):
         with tf.variable_scope("rpn", reuse=tf.AUTO_REUSE if index else None):
-            x = conv2d("conv0", feature, hidden, 3, relu=True, init=init)
+            x = feature
+            for depth in range(cfg.RPN.NUM_CONVS):
+                x = conv2d(f"conv{depth}", x, hidden, 3, relu=True, init=init)
             batch = tf.shape(x)[0]
             level_logits = conv2d("class", x, num_anchors, 1, init=init)
             level_deltas = conv2d("box", x, num_anchors * 4, 1, init=init)

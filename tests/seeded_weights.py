@@ -28,7 +28,7 @@ def seeded_tensor(name: str, shape: tuple[int, ...]) -> np.ndarray:
         return random.uniform(0.5, 1.5, shape).astype(np.float32)
     values = random.standard_normal(shape)
     if len(shape) < 2:
-        scale = re.search(r"(bn\d|downsample\.1)\.weight$|_bn_s$|gamma$", name)
+        scale = re.search(r"(bn\d|downsample\.1|(_blocks|_head)\.\d\.1)\.weight$|_bn_s$|gamma$", name)
         last = re.search(r"bn3|branch2c|_3_bn", name)
         values = (0.4 if last else 1.0) * (1 + 0.1 * values) if scale else 0.1 * values
         return values.astype(np.float32)

@@ -43,6 +43,7 @@ MODELS = {
     "basic_c4": ["BACKBONE.BLOCK=basic", "BACKBONE.WIDTH_PER_GROUP=64"],
     "rpn": ["MODE_FPN=True", "MODE_RPN_ONLY=True"],
     "rpn_c4": ["MODE_RPN_ONLY=True"],
+    "two_convolutions": ["MODE_FPN=True", "MODE_MASK=False", "RPN.NUM_CONVS=2"],
     "resnext": ["MODE_FPN=True", "BACKBONE.NUM_GROUPS=4", "BACKBONE.WIDTH_PER_GROUP=3"],
 }  # fmt: skip
 
@@ -147,7 +148,9 @@ def to_detectron2(variables, classes):
         elif m := re.fullmatch(r"fpn/(lateral_1x1_c|posthoc_3x3_p)(\d)", scope):
             module = f"backbone.fpn_{'lateral' if m[1][0] == 'l' else 'output'}{m[2]}"
         elif m := re.fullmatch(r"rpn/(\w+)", scope):
-            part = {"conv0": "conv", "class": "objectness_logits", "box": "anchor_deltas"}[m[1]]
+            several = "rpn/conv1/W" in variables
+            conv = f"conv.{m[1]}" if several else "conv"
+            part = {"class": "objectness_logits", "box": "anchor_deltas"}.get(m[1], conv)
             module = f"proposal_generator.rpn_head.{part}"
         elif m := re.fullmatch(r"(?:fastrcnn|cascade_rcnn_stage(\d))/(?:outputs/)?(class|box)", scope):
             stage = f".{int(m[1]) - 1}" if m[1] else ""
@@ -595,17 +598,67 @@ def test_half_precision_weights_become_float32(tmp_path):
 
 def test_unused_and_missing_tensors_stop_the_command_unless_allowed(tmp_path, capsys):
     state = to_detectron2(model("faster", 6), 6)
-    state["backbone.bottom_up.res3.0.conv2_offset.weight"] = np.ones((18, 8, 3, 3), np.float32)
+    state["backbone.bottom_up.res3.0.conv4.weight"] = np.ones((18, 8, 3, 3), np.float32)
     del state["roi_heads.box_head.fc2.bias"]
     save_zip(tmp_path / "a.pth", {"model": tensors(state)})
     command = [str(tmp_path / "a.pth"), str(tmp_path / "out.npz")]
     assert main(command) == 3
-    printed = capsys.readouterr().out
-    assert "conv2_offset" in printed and "fastrcnn/fc7/b" in printed
+    printed = capsys.readouterr()
+    assert "res3.0.conv4" in printed.out and "fastrcnn/fc7/b" in printed.out
+    # The result would be another model, so the message does not lead there.
+    assert "another model" in printed.err and "--allow" not in printed.out + printed.err
     assert main([*command, "--allow-unused"]) == 3 and main([*command, "--allow-missing"]) == 3
     assert not (tmp_path / "out.npz").exists()
     assert main([*command, "--allow-unused", "--allow-missing"]) == 0
     assert (tmp_path / "out.npz").exists()
+
+
+@pytest.mark.parametrize(
+    "name, what",
+    [
+        ("head.classification_head.cls_logits.weight", "one-stage"),  # torchvision's RetinaNet
+        ("backbone.body.0.0.weight", "MobileNet"),
+        ("backbone.bottom_up.res3.0.conv2_offset.weight", "deformable"),
+        ("backbone.net.blocks.0.attn.qkv.weight", "transformer"),
+        ("roi_heads.mask_head.point_head.fc1.weight", "PointRend"),
+        ("neck.pafpn_convs.0.conv.weight", "PAFPN"),
+    ],
+)
+def test_models_that_are_not_supported_are_named(tmp_path, name, what):
+    state = {"backbone.body.conv1.weight": np.ones((64, 3, 7, 7), np.float32), name: np.ones((1, 1), np.float32)}
+    save_zip(tmp_path / "a.pth", tensors(state))
+    with pytest.raises(UserError, match=f"{what}.*not supported"):
+        convert(tmp_path / "a.pth")
+
+
+def test_batch_norms_of_pyramid_and_heads_are_folded_into_their_convolutions(tmp_path):
+    """Also detectron2 has such models, those trained from scratch with large-scale jitter."""
+    want = dict(model("two_convolutions", 6))
+    rng = np.random.default_rng(1)
+    state = to_detectron2(want, 6)
+    norms = {}
+    for scope, module in [
+        ("fpn/lateral_1x1_c3", "backbone.fpn_lateral3"),
+        ("fpn/posthoc_3x3_p2", "backbone.fpn_output2"),
+    ]:
+        del state[f"{module}.bias"]
+        gamma, beta, mean, variance = rng.uniform(0.5, 2, (4, 32)).astype(np.float32)
+        norms |= dict(zip([f"{module}.norm.{n}" for n in ("weight", "bias", "running_mean", "running_var")],
+                          (gamma, beta, mean, variance)))  # fmt: skip
+        factor = gamma / np.sqrt(variance + np.float64(1e-5))
+        want[f"{scope}/W"] = want[f"{scope}/W"] * factor
+        want[f"{scope}/b"] = beta - mean * factor
+    state |= norms
+    save_zip(tmp_path / "a.pth", {"model": tensors(state)})
+    variables, settings, report = convert(tmp_path / "a.pth")
+    same_variables(variables, want, rtol=1e-6, atol=0)
+    assert not report.unused and not report.missing and len(report.mapped) == len(state)
+    assert settings["RPN.NUM_CONVS"] == 2 and settings["FPN.NORM"] is None
+    # A norm without its variance cannot be folded.
+    del state["backbone.fpn_lateral3.norm.running_var"]
+    save_zip(tmp_path / "b.pth", {"model": tensors(state)})
+    report = convert(tmp_path / "b.pth")[2]
+    assert "backbone.fpn_lateral3.norm.weight" in report.unused and "fpn/lateral_1x1_c3/b" in report.missing
 
 
 def test_command_stores_settings_and_classes_that_a_run_can_apply(tmp_path, capsys):

@@ -5,16 +5,19 @@ the weights behind them are drawn again here, from each tensor's name and shape 
 """
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from torch_files import save_zip, tensors
 
 from basemodel import GN_EPSILON, GN_GROUPS, preprocess_image, resnet_stages
 from config import default_config, finalize_config
+from detections import paste_masks
 from model_fpn import fpn
 from model_frcnn import fastrcnn_head
 from model_mrcnn import mask_head
@@ -24,6 +27,7 @@ from tests.graph import tiny_config
 from tests.seeded_weights import seeded_image, seeded_tensor
 from tools.convert import convert
 from utils.checkpoint import assign_weights
+from utils.polygons import decode_mask
 from utils.tf_v1 import tf
 
 DATA = Path(__file__).parent / "data"
@@ -130,6 +134,77 @@ def test_torchvision_keypoint_rcnn_detects_the_same(tmp_path):
     distance = np.abs(got["keypoints"][..., :2] - golden["keypoints"]).max(2)
     assert np.median(distance) < 0.01
     assert (distance < 0.5).mean() >= 0.98  # where two pixels are equal to rounding, either is right
+
+
+TORCHVISION = ["fasterrcnn_resnet50_fpn", "maskrcnn_resnet50_fpn", "keypointrcnn_resnet50_fpn",
+               "fasterrcnn_resnet50_fpn_v2", "maskrcnn_resnet50_fpn_v2"]  # fmt: skip
+
+
+def boxes_of_torchvisions_pasting(boxes, cells):
+    """torchvision pastes a mask and its rim of zeros over a box of whole pixels. This project's rule does the same over
+    these boxes."""
+    half = (boxes[:, 2:] - boxes[:, :2]) / 2 * (cells + 2) / cells
+    center = (boxes[:, 2:] + boxes[:, :2]) / 2
+    low, high = np.trunc(center - half), np.trunc(center + half) + 1
+    rim = (high - low) / (cells + 2)
+    return np.concatenate([low + rim, high - rim], 1)
+
+
+def assert_equals_torchvision(got, golden, key, size):
+    """What torchvision_reference.py found in one image, in float64; also the recorded first part of it."""
+    want = {name.partition("/")[2]: value for name, value in golden.items() if name.startswith(f"{key}/")}
+    count = len(want["boxes"])
+    assert got["count"] >= count > 10 and len(set(want["scores"].round(3).tolist())) > 10
+    np.testing.assert_array_equal(got["labels"][:count], want["labels"])
+    np.testing.assert_allclose(got["boxes"][:count], want["boxes"], atol=0.01)
+    np.testing.assert_allclose(got["scores"][:count], want["scores"], atol=1e-4)
+    if "masks" in want:
+        scale = 65535 if want["masks"].dtype == np.uint16 else 1
+        np.testing.assert_allclose(got["masks"][:count], want["masks"] / scale, atol=1e-4)
+        theirs = np.unpackbits(want["pasted"], count=count * size[0] * size[1]).reshape(count, *size).astype(bool)
+        masks, boxes = got["masks"][:count], got["boxes"][:count].astype(np.float64)
+        ours = np.stack([decode_mask(r) for r in paste_masks(masks, boxes_of_torchvisions_pasting(boxes, 28), *size)])
+        assert theirs.any((1, 2)).sum() > 10
+        common, union = (ours & theirs).sum((1, 2)), (ours | theirs).sum((1, 2))
+        assert (common >= 0.999 * union).all()
+    if "keypoints" in want:
+        distance = np.abs(got["keypoints"][:count, :, :2] - want["keypoints"][..., :2]).max(2)
+        assert np.median(distance) < 0.01
+        assert (distance < 0.5).mean() >= 0.98  # where two pixels are equal to rounding, either is right
+
+
+def test_torchvision_v2_mask_rcnn_detects_the_same(tmp_path):
+    golden = recorded("torchvision_v2")
+    state = {name: seeded_tensor(name, tuple(shape)) for name, shape in json.loads(str(golden["shapes"])).items()}
+    state |= {name.partition("/")[2]: value for name, value in golden.items() if name.startswith("weights/")}
+    save_zip(tmp_path / "v2.pth", tensors(state))
+    variables, settings, report = convert(tmp_path / "v2.pth")
+    assert not report.unused and not report.missing and len(report.mapped) + len(report.ignored) == len(state)
+    assert settings["RPN.NUM_CONVS"] == 2 and settings["FPN.FRCNN_HEAD_FUNC"] == "fastrcnn_4conv1fc_head"
+    limits = {"RPN.TEST_FPN_NMS_TOPK": 300, "TEST.RESULTS_PER_IM": 40, "TRAIN.PRECISION": "float64"}
+    got = run(build_one, variables, settings | limits, seeded_image(120, 150))
+    assert_equals_torchvision(got, golden, "seeded", (120, 150))
+
+
+@pytest.mark.skipif("TORCH_PYTHON" not in os.environ, reason="TORCH_PYTHON names no Python with torch and torchvision")
+@pytest.mark.parametrize("name", TORCHVISION)
+def test_torchvision_itself_predicts_the_same_on_photographs_in_float64(tmp_path, name):
+    images = {}
+    for path in sorted((DATA / "coco_mini/train2017").glob("*.jpg"))[:2]:
+        image = cv2.imread(str(path))
+        images[path.stem] = cv2.resize(image, None, fx=(scale := 320 / min(image.shape[:2])), fy=scale)
+    np.savez(tmp_path / "images.npz", **images)
+    command = [os.environ["TORCH_PYTHON"], str(DATA.parent / "torchvision_reference.py"), name, str(tmp_path)]
+    subprocess.run(command, check=True)
+    variables, settings, report = convert(tmp_path / f"{name}.pth")
+    assert not report.unused and not report.missing
+    limits = {"RPN.TEST_FPN_NMS_TOPK": 300, "TEST.RESULTS_PER_IM": 40, "TRAIN.PRECISION": "float64"}
+    with np.load(tmp_path / f"{name}.npz") as content:
+        want = {key: content[key] for key in content.files}
+    for key, image in images.items():
+        got = run(build_one, variables, settings | limits, image)
+        assert got["count"] == len(want[f"{key}/boxes"])
+        assert_equals_torchvision(got, want, key, image.shape[:2])
 
 
 def test_detectron_mask_rcnn_detects_the_same(tmp_path):

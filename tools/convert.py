@@ -6,9 +6,8 @@
 The system is recognised by the names inside the file, whatever the file is called: tensorpack (R-CNN and ImageNet
 .npz), detectron2 (.pkl, .pth), Detectron/Caffe2 (.pkl), maskrcnn-benchmark (.pth), torchvision (detection and
 ImageNet .pth), Keras applications (.h5). Every tensor of the file must be used and every tensor of the model must be
-found; otherwise nothing is written and the exit code is 3 (flags allow exceptions). The settings that the model needs
-are derived from
-the tensors, printed, and stored in the .npz, so that --load applies them.
+found; otherwise nothing is written and the exit code is 3. The settings that the model needs are derived from the
+tensors, printed, and stored in the .npz, so that --load applies them.
 """
 
 import import_path
@@ -106,6 +105,7 @@ def convert(
     report.system = system
     with one_line(path, f"a model of {system}"):  # tensors with the right names may still have wrong shapes
         variables, settings = translate(tensors, facts, report)
+        _fold_batch_norms(variables, report)
         _check_known_structure(variables, path)
         settings = {**_derive_settings(variables), **settings}
         if sum(settings["BACKBONE.RESNET_NUM_BLOCK"]) > len(variables):
@@ -185,9 +185,32 @@ def _read_h5(path: Path) -> dict[str, np.ndarray]:
 
 
 # ------------------------------------------------------------------------------------------------------ recognition
+# Parts of other systems' models that this project does not have, by the names of their tensors.
+_NOT_SUPPORTED = {
+    r"head\.(cls_subnet|bbox_subnet|classification_head|regression_head)\..*|bbox_head\.(cls|reg)_convs\..*":
+        "a one-stage detector (RetinaNet, FCOS, SSD or similar)",
+    r"backbone\.(body|features)\.\d+\..*": "a MobileNet or VGG backbone",
+    r".*\.(conv2_offset|conv2\.conv_offset)\..*": "deformable convolutions",
+    r".*\.(attn|self_attn)\..*": "a transformer",
+    r".*\.context_block\..*": "global context blocks",
+    r"neck\.(downsample_convs|pafpn_convs)\..*": "a path aggregation pyramid (PAFPN)",
+    r".*\.(point_head|coarse_head)\..*": "PointRend's mask head",
+    r".*\.(mask_iou_head|maskiou)\..*": "Mask Scoring R-CNN",
+    r".*semantic_head\..*": "Hybrid Task Cascade",
+}  # fmt: skip
+
+
+def _refuse_unsupported(names: Iterable[str], path: Path) -> None:
+    for name in names:
+        what = next((what for pattern, what in _NOT_SUPPORTED.items() if re.fullmatch(pattern, name)), None)
+        if what:
+            raise UserError(f"{path} has {what}, which is not supported ({name}); choose other weights")
+
+
 def _recognise(tensors: Mapping[str, Any], facts: Mapping[str, Any], path: Path) -> tuple[str, Callable]:
     """(name of the system, its translator) by the tensors' names."""
     names = set(tensors)
+    _refuse_unsupported(sorted(names), path)
 
     def has(*wanted: str) -> bool:
         return all(w in names for w in wanted)
@@ -310,6 +333,7 @@ def _from_detectron2(tensors: dict, facts: dict, report: Report) -> tuple[dict, 
         (bottom + r"linear", lambda m: "linear"),
         (r"backbone\.fpn_lateral([2-5])(\.norm)?", lambda m: f"fpn/lateral_1x1_c{m[1]}{_norm(m, 2)}"),
         (r"backbone\.fpn_output([2-5])(\.norm)?", lambda m: f"fpn/posthoc_3x3_p{m[1]}{_norm(m, 2)}"),
+        (r"proposal_generator\.rpn_head\.conv\.conv(\d)", lambda m: f"rpn/conv{m[1]}"),
         (r"proposal_generator\.rpn_head\.(conv|objectness_logits|anchor_deltas)", lambda m: f"rpn/{_RPN_MODULE[m[1]]}"),
         (r"roi_heads\.box_head(?:\.(\d))?\.conv(\d)(\.norm)?", lambda m: f"{head(m)}conv{int(m[2]) - 1}{_norm(m, 3)}"),
         (r"roi_heads\.box_head(?:\.(\d))?\.fc(\d)", lambda m: head(m) + ("fc" if conv_head else f"fc{int(m[2]) + 5}")),
@@ -323,6 +347,7 @@ def _from_detectron2(tensors: dict, facts: dict, report: Report) -> tuple[dict, 
     ignore = {
         r"proposal_generator\.anchor_generator\.cell_anchors\.\d+": "anchors, computed here",
         r"pixel_(mean|std)": "normalisation, stored as settings",
+        r"sem_seg_head\..*": "semantic segmentation, which detections do not use",
         r".*\.num_batches_tracked": "step counters",
     }
     variables = _translate(tensors, rules, ignore, report)
@@ -427,16 +452,22 @@ def _from_maskrcnn_benchmark(tensors: dict, facts: dict, report: Report) -> tupl
 
 
 def _from_torchvision_detection(tensors: dict, facts: dict, report: Report) -> tuple[dict, dict]:
+    def second(match: re.Match, group: int) -> str:  # a convolution is followed by its norm
+        return "/norm" if match.group(group) == "1" else ""
+
     rules: Rules = [
         *_torch_resnet_rules(r"backbone\.body\.", r"backbone\.body\."),
-        (r"backbone\.fpn\.(inner|layer)_blocks\.([0-3])(?:\.0)?",
-         lambda m: f"fpn/{'lateral_1x1_c' if m[1] == 'inner' else 'posthoc_3x3_p'}{int(m[2]) + 2}"),
-        (r"rpn\.head\.(conv)\.0\.0", lambda m: "rpn/conv0"),
+        (r"backbone\.fpn\.(inner|layer)_blocks\.([0-3])(?:\.([01]))?",
+         lambda m: f"fpn/{'lateral_1x1_c' if m[1] == 'inner' else 'posthoc_3x3_p'}{int(m[2]) + 2}" + second(m, 3)),
+        (r"rpn\.head\.conv\.(\d)\.0", lambda m: f"rpn/conv{m[1]}"),
         (r"rpn\.head\.(conv|cls_logits|bbox_pred)", lambda m: f"rpn/{_RPN_MODULE[m[1]]}"),
         (r"roi_heads\.box_head\.(fc[67])", lambda m: f"fastrcnn/{m[1]}"),
+        # 4conv1fc: one sequence of four pairs, a flattening and a fully connected layer.
+        (r"roi_heads\.box_head\.([0-3])\.([01])", lambda m: f"fastrcnn/conv{m[1]}" + second(m, 2)),
+        (r"roi_heads\.box_head\.5", lambda m: "fastrcnn/fc"),
         (r"roi_heads\.box_predictor\.(cls_score|bbox_pred)", lambda m: f"fastrcnn/outputs/{_OUTPUT_MODULE[m[1]]}"),
         (r"roi_heads\.mask_head\.mask_fcn([1-4])", lambda m: f"maskrcnn/fcn{int(m[1]) - 1}"),
-        (r"roi_heads\.mask_head\.([0-3])\.0", lambda m: f"maskrcnn/fcn{m[1]}"),
+        (r"roi_heads\.mask_head\.([0-3])\.([01])", lambda m: f"maskrcnn/fcn{m[1]}" + second(m, 2)),
         (r"roi_heads\.mask_predictor\.conv5_mask", lambda m: "maskrcnn/deconv"),
         (r"roi_heads\.mask_predictor\.mask_fcn_logits", lambda m: "maskrcnn/conv"),
         # Convolutions and ReLUs alternate in one sequence.
@@ -447,12 +478,15 @@ def _from_torchvision_detection(tensors: dict, facts: dict, report: Report) -> t
     settings = _rgb_settings(variables, report)
     _without_mask_background(variables, report)
     classes = variables["fastrcnn/outputs/class/b"].size if "fastrcnn/outputs/class/b" in variables else 0
-    published = classes == 91 or (classes == 2 and "keypointrcnn/deconv/W" in variables)
+    # Frozen batch norms count no batches. Models with others, among them all v2, have PyTorch's epsilon.
+    frozen = "backbone.body.bn1.num_batches_tracked" not in tensors
+    published = frozen and (classes == 91 or (classes == 2 and "keypointrcnn/deconv/W" in variables))
     settings["BACKBONE.BN_EPSILON"] = 0.0 if published else _BN_EPSILON
-    report.notes.append(
-        f"BACKBONE.BN_EPSILON={settings['BACKBONE.BN_EPSILON']:g}: torchvision's published COCO weights were trained "
-        "with 0, models trained since version 0.7 have 1e-5; tensors do not show it"
-    )
+    if frozen:
+        report.notes.append(
+            f"BACKBONE.BN_EPSILON={settings['BACKBONE.BN_EPSILON']:g}: torchvision's published COCO weights of the "
+            "first version were trained with 0, models trained since version 0.7 have 1e-5; tensors do not show it"
+        )
     settings["FRCNN.ROI_ALIGNED"] = False
     # Its cell anchors are rounded to whole pixels.
     sizes, ratios = (32, 64, 128, 256, 512), (0.5, 1.0, 2.0)
@@ -736,6 +770,31 @@ def _use_cell_anchors(cells: list[np.ndarray], settings: dict[str, Any], variabl
         settings["RPN.CELL_ANCHORS"] = [np.asarray(level, np.float64).tolist() for level in cells]
 
 
+def _fold_batch_norms(variables: dict[str, np.ndarray], report: Report) -> None:
+    """Batch norms of the pyramid and the heads become the kernels and biases of their convolutions, which is what they
+    compute with fixed statistics (in float64, then rounded once)."""
+    folded = 0
+    for name in [n for n in variables if re.match(r"(?!conv0/|group\d/).*/bn/gamma$", n)]:
+        scope = name[: -len("bn/gamma")]
+        parts = {leaf: variables.get(f"{scope}bn/{leaf}") for leaf in _NORM_LEAVES.values()}
+        kernel = variables.get(f"{scope}W")
+        if kernel is None or any(part is None or part.shape != kernel.shape[-1:] for part in parts.values()):
+            continue  # reported as unused and missing
+        gamma, beta, mean, variance = (part.astype(np.float64) for part in parts.values())
+        scale = gamma / np.sqrt(variance + _BN_EPSILON)
+        variables[f"{scope}W"] = (kernel * scale).astype(np.float32)
+        variables[f"{scope}b"] = (beta + (variables.get(f"{scope}b", 0.0) - mean) * scale).astype(np.float32)
+        for leaf in parts:
+            del variables[f"{scope}bn/{leaf}"]
+        report.mapped.update(
+            {old: f"{scope}{'b' if 'beta' in new or 'mean' in new else 'W'}"
+             for old, new in report.mapped.items() if new.startswith(f"{scope}bn/")}
+        )  # fmt: skip
+        folded += 1
+    if folded:
+        report.notes.append(f"{folded} batch norms of the pyramid and the heads are folded into their convolutions")
+
+
 def _drop_gaps(variables: dict[str, np.ndarray], settings: dict[str, Any], names: list[str], path: Any) -> list[str]:
     """Of classes numbered by COCO's category ids 1..90 keeps the 80 that exist."""
     if settings.get("DATA.NUM_CATEGORY") != 90:
@@ -845,6 +904,7 @@ def _derive_settings(variables: Mapping[str, np.ndarray]) -> dict[str, Any]:
     if not any(name.startswith("rpn/") for name in names):
         return settings
     fpn = any(name.startswith("fpn/") for name in names)
+    settings["RPN.NUM_CONVS"] = max(1, sum(bool(re.fullmatch(r"rpn/conv\d+/W", name)) for name in names))
     scopes = _output_scopes(variables)
     cascade = bool(scopes) and scopes[0].startswith("cascade")
     settings["MODE_FPN"] = fpn
@@ -919,7 +979,7 @@ def expected_names(settings: Mapping[str, Any]) -> tuple[set[str], set[str]]:
 
     fpn = settings["MODE_FPN"]
     biased = settings.get("FPN.GN_AFTER_RELU", False)
-    for part in ("conv0", "class", "box"):
+    for part in (*(f"conv{k}" for k in range(settings.get("RPN.NUM_CONVS", 1))), "class", "box"):
         layer(f"rpn/{part}")
     if fpn:
         norm = "gn" if settings["FPN.NORM"] == "GN" else None
@@ -1017,8 +1077,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--config", nargs="+", default=[], metavar="KEY=VAL", help="settings that win over the derived")
     parser.add_argument("--class-names", help="a,b,c or a file: one per line, or annotations .json")
     parser.add_argument("--drop-unused-classes", action="store_true", help="keep 80 of torchvision's 90 COCO ids")
-    parser.add_argument("--allow-unused", action="store_true", help="write although tensors of the file have no place")
-    parser.add_argument("--allow-missing", action="store_true", help="write although tensors of the model are missing")
+    parser.add_argument(
+        "--allow-unused",
+        action="store_true",
+        help="write although tensors of the file have no place (another model than the file's)",
+    )
+    parser.add_argument(
+        "--allow-missing",
+        action="store_true",
+        help="write although tensors of the model are missing (it then loads with --partial-load only)",
+    )
     parser.add_argument("--verbose", action="store_true", help="list every tensor's new name")
     args = parser.parse_args(argv)
     if args.output and not args.output.endswith(".npz"):
@@ -1031,8 +1099,10 @@ def main(argv: list[str] | None = None) -> int:
     print("settings: " + " ".join(f"{k}={v}".replace(" ", "") for k, v in settings.items()))
     if (report.unused and not args.allow_unused) or (report.missing and not args.allow_missing):
         problems = [f"{len(v)} {k}" for k, v in (("unused", report.unused), ("missing", report.missing)) if v]
-        flags = [f"--allow-{k}" for k, v in (("unused", report.unused), ("missing", report.missing)) if v]
-        logger.error(f"{args.input}: {' and '.join(problems)}, nothing written; {' '.join(flags)} accepts that")
+        logger.error(
+            f"{args.input}: {' and '.join(problems)} tensors, nothing written: without them it would be another model "
+            f"than the file's; they begin with {_some([*report.unused, *report.missing], 1)}"
+        )
         return 3
     if args.output:
         meta = make_meta(settings, report.class_names, 0)
