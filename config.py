@@ -220,7 +220,13 @@ SETTINGS: dict[str, Setting] = {
         "TRAIN.EPOCHS, at most a tenth of the run.",
     ),
     "TRAIN.WARMUP_INIT_LR": Setting(0.01 * 0.33, _RATE, "Learning rate of the first step, at a total batch of 8."),
-    "TRAIN.WEIGHT_DECAY": Setting(1e-4, number(0, 1), "L2 decay of weights (not of biases and norms)."),
+    "TRAIN.WEIGHT_DECAY": Setting(1e-4, number(0, 1), "L2 decay of the weights of convolutions and dense layers."),
+    "TRAIN.WEIGHT_DECAY_BIAS": Setting(
+        0.0, optional(number(0, 1)), "L2 decay of biases. None: that of TRAIN.WEIGHT_DECAY (detectron2)."
+    ),
+    "TRAIN.WEIGHT_DECAY_NORM": Setting(
+        0.0, optional(number(0, 1)), "L2 decay of the norms' gamma and beta. None: that of TRAIN.WEIGHT_DECAY."
+    ),
     "TRAIN.MOMENTUM": Setting(0.9, number(0, below=1), "Momentum of SGD."),
     "TRAIN.LR_POLICY": Setting(
         "step", one_of("step", "cosine"),

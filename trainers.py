@@ -80,8 +80,8 @@ def moving_averages(variables: list) -> list[tuple[Any, Any]]:
 
 
 class DetectionOptimizer(tf.train.MomentumOptimizer):
-    """SGD with momentum on averaged gradients after dividing by the loss scale, weight decay on weights "W", and
-    clipping. An update that the guard refuses changes nothing.
+    """SGD with momentum on averaged gradients after dividing by the loss scale, weight decay by the kind of variable,
+    and clipping. An update that the guard refuses changes nothing.
 
     Weight decay acts on the gradient, which equals an L2 term in the loss without the cost of evaluating one. With
     `loss_scale` (float16) the scale halves when gradients are not finite; it doubles after 2000 good updates
@@ -90,13 +90,18 @@ class DetectionOptimizer(tf.train.MomentumOptimizer):
 
     GROWTH_INTERVAL = 2000
 
-    def __init__(self, learning_rate, momentum, weight_decay, clip_norm, loss_scale, average_decay=None, guard=None):
+    def __init__(
+        self, learning_rate, momentum, weight_decay, clip_norm, loss_scale, average_decay=None, guard=None,
+        bias_decay=0.0, norm_decay=0.0,
+    ):  # fmt: skip
         """average_decay: decay of the weights' moving averages (a scalar tensor); None: no averages. guard: the
-        `StepGuard` of the replicas; None: one that knows of no losses."""
+        `StepGuard` of the replicas; None: one that knows of no losses. weight_decay is that of weights "W",
+        bias_decay that of biases "b", norm_decay that of gamma and beta; None: as weight_decay."""
         super().__init__(learning_rate, momentum)
         self.guard = guard or StepGuard()
         self._rate, self._momentum_factor = learning_rate, momentum
-        self._weight_decay = weight_decay
+        decays = [weight_decay if d is None else d for d in (weight_decay, bias_decay, norm_decay, norm_decay)]
+        self._decays = dict(zip(("W", "b", "gamma", "beta"), decays))  # by the last part of a variable's name
         self._clip_norm = clip_norm
         self._dynamic_scale = loss_scale
         self._average_decay = average_decay
@@ -158,8 +163,8 @@ class DetectionOptimizer(tf.train.MomentumOptimizer):
         return tf.group(*ops, name=name)
 
     def _decayed(self, gradient, variable):
-        decays = self._weight_decay and variable.op.name.endswith("/W")
-        return gradient + self._weight_decay * variable if decays else gradient
+        decay = self._decays.get(variable.op.name.rpartition("/")[2], 0.0)
+        return gradient + decay * variable if decay else gradient
 
     def _clipped(self, gradients, norm):
         """The gradients, scaled down if their common norm is above TRAIN.GRADIENT_CLIP."""
@@ -226,6 +231,7 @@ class DetectionModel(ModelDesc):
         return DetectionOptimizer(
             rate, train.MOMENTUM, train.WEIGHT_DECAY, train.GRADIENT_CLIP, train.PRECISION == "float16",
             average_decay_tensor(train.EMA_DECAY, step) if train.EMA_DECAY else None, self.guard,
+            train.WEIGHT_DECAY_BIAS, train.WEIGHT_DECAY_NORM,
         )  # fmt: skip
 
 

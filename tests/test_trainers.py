@@ -2,11 +2,13 @@
 
 import platform
 
+import numpy as np
 import pytest
 from test_training_plan import COSINE, plan_of
 
 from common import UserError
-from trainers import describe_devices, freeze_variables, learning_rate_tensor
+from config import default_config
+from trainers import DetectionModel, describe_devices, freeze_variables, learning_rate_tensor
 from utils.tf_v1 import tf
 
 pytestmark = pytest.mark.quick
@@ -37,6 +39,47 @@ def test_freezing_nothing_or_everything_is_refused(pattern, wrong):
             tf.get_variable(name, [], initializer=tf.zeros_initializer())
         assert freeze_variables("^fpn/") == ["fpn/W"]
         assert [v.op.name for v in tf.trainable_variables()] == ["rpn/W"]
+
+
+# Settings -> the decay of weights, biases and norms.
+DECAY_RULES = {
+    "as ever": ([], (0.01, 0, 0)),
+    "detectron2": (["TRAIN.WEIGHT_DECAY_BIAS=None"], (0.01, 0.01, 0)),
+    "everything": (["TRAIN.WEIGHT_DECAY_BIAS=None", "TRAIN.WEIGHT_DECAY_NORM=None"], (0.01, 0.01, 0.01)),
+    "three numbers": (["TRAIN.WEIGHT_DECAY_BIAS=0.2", "TRAIN.WEIGHT_DECAY_NORM=0.5"], (0.01, 0.2, 0.5)),
+    "nothing": (["TRAIN.WEIGHT_DECAY=0"], (0, 0, 0)),
+}
+
+
+@pytest.mark.parametrize("rule", DECAY_RULES)
+def test_three_steps_are_those_of_sgd_in_float64_with_the_decay_of_each_kind_of_variable(rule):
+    """v = 0.9 v + (g + decay w), w -= rate(step) v, with the rate of the warm-up's first steps."""
+    settings, (of_weights, of_biases, of_norms) = DECAY_RULES[rule]
+    settings = ["TRAIN.WEIGHT_DECAY=0.01", *settings, "TRAIN.BASE_LR=0.5", "TRAIN.WARMUP_INIT_LR=0.1", "TRAIN.WARMUP=4"]
+    plan = plan_of(8, *settings)
+    cfg = default_config().update_args(settings)
+    decays = {"fpn/W": of_weights, "fpn/b": of_biases, "conv0/gn/gamma": of_norms, "conv0/gn/beta": of_norms, "own": 0}
+    random = np.random.RandomState(0)
+    weights = {name: random.randn(3) for name in decays}
+    gradients = {name: random.randn(3, 3) for name in decays}  # of three steps
+    with tf.Graph().as_default(), tf.Session() as sess:
+        variables = {n: tf.get_variable(n, initializer=w.astype(np.float32)) for n, w in weights.items()}
+        fed = {n: tf.placeholder(tf.float32, [3]) for n in weights}
+        step = tf.train.get_or_create_global_step()
+        optimizer = DetectionModel(cfg, plan, []).optimizer()
+        op = optimizer.apply_gradients([(fed[n], variables[n]) for n in weights])
+        sess.run([tf.global_variables_initializer(), tf.local_variables_initializer()])
+        sess.run(optimizer.guard.remember)
+        for i in range(3):
+            sess.run(op, {fed[n]: gradients[n][i] for n in weights})
+            sess.run(step.assign_add(1))
+        result = sess.run(variables)
+    for name, decay in decays.items():
+        w, velocity = weights[name], 0.0
+        for i in range(3):
+            velocity = 0.9 * velocity + gradients[name][i] + decay * w
+            w = w - (0.1 + (0.5 - 0.1) * i / 4) * velocity
+        np.testing.assert_allclose(result[name], w, atol=1e-5, err_msg=name)
 
 
 @pytest.mark.parametrize(("visible", "warned"), [(None, False), ("", False), ("-1", False), ("0", True), ("1,3", True)])
