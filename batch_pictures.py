@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 
 from utils.polygons import rasterize
-from viz import LEFT, MIDDLE, RIGHT, SKELETON, class_color, drawable_text
+from viz import LEFT, MIDDLE, RIGHT, SKELETON, class_color, drawable_name, drawable_text
 
 __all__ = ["batch_pictures", "draw_batch", "draw_boxes"]
 
@@ -62,7 +62,7 @@ def draw_batch(batch: dict[str, np.ndarray], n: int, class_names: Sequence[str])
         _draw_points(canvas, points[n, k] * (times, times, 1), color, line)
     for k, box in zip(objects, boxes):
         ignored = " (ignored)" if batch["gt_is_crowd"][n, k] else ""
-        _put_name(canvas, _name(class_names, int(batch["gt_labels"][n, k])) + ignored, box, 14, (255, 255, 255))
+        _put_name(canvas, _name(class_names, int(batch["gt_labels"][n, k])) + ignored, box, (255, 255, 255))
     return canvas
 
 
@@ -78,7 +78,7 @@ def _drawable(coordinates: np.ndarray) -> list[float]:
 
 
 def _name(class_names: Sequence[str], label: int) -> str:
-    return str(class_names[label - 1]) if label <= len(class_names) else f"class {label}"
+    return drawable_name(str(class_names[label - 1]), label) if label <= len(class_names) else f"class {label}"
 
 
 def _draw_outline(canvas: np.ndarray, edges: np.ndarray, box: list[float], color: tuple, line: int) -> None:
@@ -117,11 +117,12 @@ def _draw_points(canvas: np.ndarray, points: np.ndarray, color: tuple, line: int
 BODY = [MIDDLE] + 8 * [LEFT, RIGHT]  # COCO's points: the nose, then left before right
 
 
-def _put_name(canvas: np.ndarray, name: str, box: list[float], size: int, color: tuple) -> None:
-    left, top = max(0, round(box[0])), max(0, round(box[1]))
+def _put_name(canvas: np.ndarray, name: str, box: list[float], color: tuple) -> None:
+    size = max(14, round(max(canvas.shape[:2]) / 45))
+    left, top = max(0, round(box[0])), max(0, round(box[1])) + size
     text, font = drawable_text(name), cv2.FontFace("sans")
-    cv2.putText(canvas, text, (left + 2, top + 14), (0, 0, 0), font, size, 800)
-    cv2.putText(canvas, text, (left + 1, top + 13), color, font, size, 600)
+    cv2.putText(canvas, text, (left + 2, top), (0, 0, 0), font, size, 800)
+    cv2.putText(canvas, text, (left + 1, top - 1), color, font, size, 600)
 
 
 def draw_boxes(image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, class_names: Sequence[str]) -> np.ndarray:
@@ -133,5 +134,5 @@ def draw_boxes(image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, class_n
         color = class_color(label) if label else (170, 170, 170)
         cv2.rectangle(canvas, (x1, y1), (x2, y2), color, 2 if label else 1)
         if label and named:
-            _put_name(canvas, class_names[label - 1], box, 13, color)
+            _put_name(canvas, _name(class_names, label), box, color)
     return canvas

@@ -176,7 +176,7 @@ def predict_files(
             done += 1
             shown = int((detections.scores >= threshold).sum())
             below = len(detections.scores) - shown
-            hidden = f", {below} more below score {threshold:g}" if below and not shown else ""
+            hidden = f", {below} more below score {threshold:g}" if below else ""
             if parts is not None and len(detections.scores) == cfg.TEST.TILE_RESULTS_PER_IM:
                 hidden += "; there may be more: raise TEST.TILE_RESULTS_PER_IM"
             rate = (time.time() - started) / done

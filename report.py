@@ -125,6 +125,7 @@ def _analyse(problem, name, entries, types, main, weights, threshold) -> Model:
         "threshold": float(threshold),
         "summary": {kind: _with_intervals(s) for kind, s in summaries.items()},
         "classes": _class_table(scene, verdicts, costs, records, summaries),
+        "sizes": _sizes(scenes, summaries, weights),
         "crowdedness": _crowdedness(scene, records, weights),
         "curves": _curves(records),
         "thresholds": {
@@ -235,6 +236,28 @@ def _crowdedness(scene: Scene, records: list[Record], weights: np.ndarray) -> li
     return rows
 
 
+def _sizes(scenes: dict[str, Scene], summaries: dict[str, Summary], weights: np.ndarray) -> list[dict[str, Any]]:
+    """AP of objects of each of COCO's sizes: the protocol's own, or where it has none AP50 by COCO's matching."""
+    rows = []
+    for kind, summary in summaries.items():
+        scene = scenes[kind]
+        sizes = {k: v for k, v in AREAS.items() if k and not (kind == "keypoints" and k == "s")}
+        metric = "AP" if "APm" in summary.values else "AP50"
+        if metric == "AP50":
+            matches = numbers.match_scene(scene, thresholds=np.array([0.5]), areas=sizes)
+            parts = {f"AP{k}": (numbers.coco_records(scene, matches, n), [0]) for n, k in enumerate(sizes)}
+            summary = numbers.summarise(parts, {}, weights)
+        for size, (low, high) in sizes.items():
+            inside = (scene.gt_area >= low) & (scene.gt_area <= high) & ~scene.gt_ignore
+            value = summary.values[f"AP{size}"]
+            bounds = numbers.interval(value, summary.samples[f"AP{size}"])
+            rows.append({
+                "size": size, "of": kind, "objects": int(inside.sum()), "metric": metric, "value": value,
+                "low": bounds[0], "high": bounds[1],
+            })  # fmt: skip
+    return rows
+
+
 def _curves(records: list[Record]) -> dict[str, Any]:
     """Precision (its envelope) at 101 recalls, at the first IoU threshold; of each class and their mean."""
     table = []
@@ -304,15 +327,16 @@ def compare(first: Model, second: Model) -> dict[str, Any]:
 
 
 def difference(value: float, samples: np.ndarray) -> dict[str, float]:
-    """The difference with its 95 % interval and p: how often samples lie as far from their mean as it from 0."""
+    """The difference with its 95 % interval, and the two-sided p that goes with it: below 0.05 where 0 lies outside."""
     samples = samples[np.isfinite(samples)]
     if not len(samples) or not math.isfinite(value):
         return {"difference": value, "low": math.nan, "high": math.nan, "p": math.nan}
-    around = samples - samples.mean()
-    low, high = np.percentile(around, [2.5, 97.5]) + value
+    around = samples - samples.mean() + value
+    low, high = (np.percentile(around, q, method=m) for q, m in ((2.5, "lower"), (97.5, "higher")))
     # One is added to both parts of the share, as no number of samples shows a probability of 0.
-    as_far = (np.abs(around) >= abs(value) - 1e-12).sum()
-    return {"difference": value, "low": float(low), "high": float(high), "p": float((as_far + 1) / (len(samples) + 1))}
+    beyond = min((around <= 1e-12).sum(), (around >= -1e-12).sum())
+    p = min(1.0, 2 * (beyond + 1) / (len(samples) + 1))
+    return {"difference": value, "low": float(low), "high": float(high), "p": float(p)}
 
 
 def compared_names(paths: Sequence[str | os.PathLike]) -> list[str]:

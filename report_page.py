@@ -26,6 +26,7 @@ METRIC_WORDS = {
     "AR": "average recall", "AR1": "average recall of 1 detection an image",
     "AR10": "average recall of 10 detections an image", "AR100": "average recall of 100 detections an image",
     "AR50": "recall at OKS 0.5", "AR75": "recall at OKS 0.75", "ARs": "average recall of small objects",
+    "recall": "share of the objects that are found",
     "ARm": "average recall of medium objects", "ARl": "average recall of large objects",
 }  # fmt: skip
 ERROR_WORDS = {
@@ -39,6 +40,7 @@ KEYPOINT_WORDS = {
     "swap": "on another body", "miss": "on none",
 }  # fmt: skip
 MOST_CONFUSED = 24  # classes in the matrix that is shown
+LONG = 30  # rows from which a table scrolls in a window of its own
 
 
 def write_page(out: Path, content: dict[str, Any]) -> None:
@@ -118,13 +120,15 @@ def _cell(value: Any, digits: int = 3) -> str:
 def _table(head: list[str], rows: list[list[str]], name: str, sortable: bool = True, filterable: bool = False) -> str:
     """rows: cells as HTML (`<td>…`). The first column is the row's header."""
     marks = (" data-sortable" if sortable else "") + (" data-filterable" if filterable else "")
-    heads = "".join(f"<th scope=col>{escape(h)}</th>" for h in head)
+    numeric = ["class=n" in cell or 'class="n' in cell for cell in rows[0]] if rows else [False] * len(head)
+    heads = "".join(f"<th scope=col{' class=n' * n}>{escape(h)}</th>" for h, n in zip(head, numeric))
+    long = " long" if len(rows) > LONG else ""
     body = "".join(
         "<tr>" + r[0].replace("<td", "<th scope=row", 1).replace("</td>", "</th>") + "".join(r[1:]) + "</tr>"
         for r in rows
     )
     return (
-        f'<div class=scroll tabindex=0 role=region aria-label="{escape(name)}"><table{marks}>'
+        f'<div class="scroll{long}" tabindex=0 role=region aria-label="{escape(name)}"><table{marks}>'
         f"<caption>{escape(name)}</caption><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 
@@ -204,8 +208,11 @@ def _head(content: dict[str, Any]) -> str:
         ((k, v) for k, v in lead["cost"].items() if not k.startswith("false")), key=lambda item: -(item[1] or 0)
     )
     if worst and worst[0][1]:
-        tiles.append(f"<li><b>{_number(worst[0][1])}</b><span>AP50 lost to the costliest kind of error: "
-                     f"{escape(worst[0][0])}</span><small>{escape(ERROR_WORDS[worst[0][0]])}</small></li>")  # fmt: skip
+        kind, lost = worst[0]
+        label = f"AP50 lost to the costliest kind of error: {kind}" + (
+            f", {models[0]['name']}" if len(models) > 1 else ""
+        )
+        tiles.append(f"<li><b>{_number(lost)}</b><span>{escape(label)}</span><small>{ERROR_WORDS[kind]}</small></li>")
     data, classes = content["data"], len(content["classes"])
     sample = content["bootstrap"]
     missing = content["pictures"].get("missing")
@@ -243,8 +250,8 @@ def _model(content: dict[str, Any], number: int) -> str:
 
 
 def _classes(content, model, main, n) -> str:
-    metrics = [m for m in ("AP", "AP50", "AP75", "AR100", "AR", "mAP") if m in model["classes"][0].get(main, {})] if (
-        model["classes"]) else []  # fmt: skip
+    known = model["classes"][0].get(main, {}) if model["classes"] else {}
+    metrics = [m for m in ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100", "AR", "mAP") if m in known]
     others = [k for k in model["summary"] if k != main]
     head = ["class", "objects", "images", "detections", *metrics, "95 % interval"]
     head += [f"{next(iter(model['summary'][k]))} of {TYPE_NAMES[k]}" for k in others]
@@ -259,7 +266,7 @@ def _classes(content, model, main, n) -> str:
         bounds = "" if low is None else repr(low)
         cells.append(f'<td class=n data-v="{bounds}">{_range(own)}</td>')
         cells += [_cell(c[k][next(iter(model["summary"][k]))]) for k in others]
-        cells += [_cell(best.get("f1")), _cell(best.get("threshold"), 2), _cell(c["missed"]), _cell(c["lost"], 4)]
+        cells += [_cell(best.get("f1")), _cell(best.get("threshold")), _cell(c["missed"]), _cell(c["lost"], 4)]
         rows.append(cells)
     return (
         f"<section id=classes-{n}><h2>Classes</h2>{_table(head, rows, 'Scores by class', filterable=True)}"
@@ -275,14 +282,18 @@ def _slices(model, n) -> str:
         rows.append([_cell(name), _cell(s["images"]), _cell(s["objects"]), _cell(s["AP"]),
                      f"<td class=n>{_range(s)}</td>"])  # fmt: skip
     table = _table(["objects in an image", "images", "objects", "AP", "95 % interval"], rows, "By crowdedness", False)
-    sizes = []
-    for kind, metrics in model["summary"].items():
-        for name, word in (("APs", "small"), ("APm", "medium"), ("APl", "large")):
-            if name in metrics:
-                sizes.append([_cell(word), f"<td>{TYPE_NAMES[kind]}</td>", _cell(metrics[name]["value"]),
-                              f"<td class=n>{_range(metrics[name])}</td>"])  # fmt: skip
-    more = _table(["objects", "of", "AP", "95 % interval"], sizes, "By size", False) if sizes else ""
+    words = {"s": "small (below 32² pixels)", "m": "medium (32² to 96²)", "l": "large (above 96²)"}
+    sizes = [
+        [_cell(words[e["size"]]), f"<td>{TYPE_NAMES[e['of']]}</td>", _cell(e["objects"]), _cell(e["value"]),
+         f"<td class=n>{_range(e)}</td>"] for e in model["sizes"]
+    ]  # fmt: skip
+    metric = model["sizes"][0]["metric"]
+    more = _table(["size of objects", "of", "objects", metric, "95 % interval"], sizes, "By size", False)
     return f"<section id=slices-{n}><h2>Size and crowdedness</h2><div class=pair>{more}{table}</div></section>"
+
+
+def _class_options(content: dict[str, Any]) -> str:
+    return "".join(f'<option value="{k}">{escape(name)}</option>' for k, name in enumerate(content["classes"]))
 
 
 def _curves(content, model, n) -> str:
@@ -293,8 +304,7 @@ def _curves(content, model, n) -> str:
     lines = [(list(zip(axis, c)), "thin", "a class") for c in thin] + lines
     plot = _plot(lines, "recall", "precision", "Precision and recall at IoU 0.5: every class, and their mean",
                  f' data-curves="{n - 1}"')  # fmt: skip
-    options = "".join(f'<option value="{k}">{escape(name)}</option>' for k, name in enumerate(content["classes"]))
-    options = f'<option value="">none</option>{options}'
+    options = f'<option value="">none</option>{_class_options(content)}'
     pick = f'<p class=js><label>Class <select data-curve="{n - 1}">{options}</select></label></p>'
     cal = model["calibration"]
     points = [(b["score"], b["right"]) for b in cal["bins"] if b["count"]]
@@ -315,7 +325,7 @@ def _curves(content, model, n) -> str:
 def _thresholds(content, model, n) -> str:
     best = model["thresholds"]["best"]
     lead = "There is no object to be found." if not best else (
-        f"Over all classes F1 is best, {best['f1']:.3f}, at a score of {best['threshold']:.2f}: precision "
+        f"Over all classes F1 is best, {best['f1']:.3f}, at a score of {best['threshold']:.3f}: precision "
         f"{best['precision']:.3f}, recall {best['recall']:.3f}.")  # fmt: skip
     rows = [
         [_cell(t["threshold"], 2), _cell(t["precision"]), _cell(t["recall"]), _cell(t["f1"]), _cell(t["right"]),
@@ -324,7 +334,8 @@ def _thresholds(content, model, n) -> str:
     start = best["threshold"] if best else 0.5
     chooser = (
         f'<div class=js data-threshold="{n - 1}"><p><label>Score threshold <input type=range min=0 max=0.99 step=0.01 '
-        f'value="{start:.2f}"></label> <output></output></p><div class=out></div></div>'
+        f'value="{start:.2f}"></label> <output></output> <label>Class <select><option value="">all</option>'
+        f"{_class_options(content)}</select></label></p><div class=out aria-live=polite></div></div>"
     )
     return (
         f"<section id=thresholds-{n}><h2>Score thresholds</h2><p>{lead}</p>{chooser}"
@@ -366,7 +377,7 @@ def _confusion(content, model, n) -> str:
         "<p>No class was taken for another.</p>")  # fmt: skip
     return (
         f"<section id=confusion-{n}><h2>Confusion</h2><p>Detections with a score of "
-        f"{model['confusion']['threshold']:.2f} or more, at IoU 0.5.{left}</p><div class=matrix>"
+        f"{model['confusion']['threshold']:.3f} or more, at IoU 0.5.{left}</p><div class=matrix>"
         f"{_table(head, rows, 'Confusion matrix', sortable=False)}</div>{confused}</section>"
     )
 
@@ -554,7 +565,7 @@ h3{font-size:1rem}h4{margin:.6rem 0 .2rem;font-weight:600}
 .tiles{list-style:none;display:flex;flex-wrap:wrap;gap:.6rem;padding:0}
 .tiles li{background:var(--soft);border-radius:.5rem;padding:.6rem .9rem;display:grid;max-width:20rem}
 .tiles b{font-size:1.6rem;line-height:1.2}
-.scroll{overflow-x:auto;max-height:34rem;overflow-y:auto;max-width:100%}
+.scroll{overflow-x:auto;max-width:100%}.long{max-height:34rem;overflow-y:auto}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.9rem}
 th,td{padding:.22rem .6rem;border-bottom:1px solid var(--line);text-align:left;vertical-align:top}
 thead th{position:sticky;top:0;background:var(--bg);z-index:1;white-space:nowrap}
@@ -654,17 +665,21 @@ for (const select of document.querySelectorAll("[data-curve]")) {
 }
 for (const part of document.querySelectorAll("[data-threshold]")) {
   const model = data.models[+part.dataset.threshold], slider = part.querySelector("input");
+  const select = part.querySelector("select");
   const show = (v) => Number.isFinite(v) ? v.toFixed(3) : "–";
   const update = () => {
     const level = Math.round(slider.value * 100);
     part.querySelector("output").textContent = (level / 100).toFixed(2);
     let right = 0, wrong = 0, objects = 0;
-    model.counts.forEach((c, k) => { right += c.right[level]; wrong += c.wrong[level]; objects += model.objects[k]; });
+    model.counts.forEach((c, k) => {
+      if (select.value !== "" && +select.value !== k) return;
+      right += c.right[level]; wrong += c.wrong[level]; objects += model.objects[k];
+    });
     part.querySelector(".out").textContent = "precision " + show(right / (right + wrong)) + ", recall " +
       show(right / objects) + ", F1 " + show(2 * right / (right + wrong + objects)) + " (" + right + " right, " +
       wrong + " wrong, " + Math.round(objects - right) + " missed)";
   };
-  slider.addEventListener("input", update); update();
+  slider.addEventListener("input", update); select.addEventListener("change", update); update();
 }
 const viewer = document.getElementById("viewer"), links = [...document.querySelectorAll("a.zoom")];
 let at = 0;

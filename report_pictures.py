@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from report_errors import BACKGROUND, CLASS, DUPLICATE, IGNORED, KINDS, RIGHT, U
 from report_numbers import Scene
 from report_read import Problem, image_path
 from utils.image_header import decode_image
-from viz import drawable_text
+from viz import drawable_name, drawable_text
 
 __all__ = ["COLORS", "tag_places", "write_pictures"]
 
@@ -38,9 +39,11 @@ def write_pictures(problem: Problem, models: list, out: Path, most: int) -> dict
     an entry names its file, image, what is lost and the mistakes shown.
     """
     result: dict[str, Any] = {"worst": [], "mistakes": [], "compared": [], "missing": 0}
+    folder = out / "images"
+    for old in [*folder.glob("model*-*.jpg"), *folder.glob("compare*-*.jpg")]:  # of an earlier report in this folder
+        old.unlink()
     if not most or not problem.image_folders:
         return result
-    folder = out / "images"
     folder.mkdir(exist_ok=True)
     reader = _Reader(problem, models[0].scene)
     for number, model in enumerate(models):
@@ -141,12 +144,20 @@ def _outline(canvas: np.ndarray, scene: Scene, which: str, i: int, scale: np.nda
     return x1, y1, x2, y2
 
 
-def _names(scene: Scene, verdicts: Any, d: int) -> str:
+def _drawn_name(scene: Scene, label: int) -> str:
+    return drawable_name(scene.class_names[label], int(label) + 1)
+
+
+def _full_name(scene: Scene, label: int) -> str:
+    return scene.class_names[label]
+
+
+def _names(scene: Scene, verdicts: Any, d: int, name: Callable[[Scene, int], str] = _drawn_name) -> str:
     """What is written on a detection."""
-    own = f"{scene.class_names[scene.dt_label[d]]} {scene.dt_score[d]:.2f}"
+    own = f"{name(scene, scene.dt_label[d])} {scene.dt_score[d]:.2f}"
     kind = verdicts.kind[d]
     if kind == CLASS:
-        return f"{own}: is {scene.class_names[scene.gt_label[verdicts.object[d]]]}"
+        return f"{own}: is {name(scene, scene.gt_label[verdicts.object[d]])}"
     if kind in (RIGHT, IGNORED, UNJUDGED):
         return own
     if kind == BACKGROUND:
@@ -171,7 +182,7 @@ def _draw_truth(model: Any, n: int, image: np.ndarray, scale: np.ndarray) -> np.
         found = model.verdicts.found_by[g]
         kind = "ignored" if scene.gt_ignore[g] else "right" if found in shown else "missed"
         box = _outline(canvas, scene, "gt", g, scale, COLORS[kind], 2)
-        name = scene.class_names[scene.gt_label[g]]
+        name = _drawn_name(scene, scene.gt_label[g])
         if kind == "missed":
             name += f": missed, found at {scene.dt_score[found]:.2f}" if found >= 0 else ": missed"
         tags.append((name, box, COLORS[kind]))
@@ -263,7 +274,7 @@ def _mistakes(reader: _Reader, model: Any, folder: Path, mark: str) -> list[dict
                 "picture": _write(folder / f"{mark}-{which}{i}.jpg", _cutout(model, image, scale, which, i), 75),
                 "class": scene.class_names[c], "kind": kind, "cost": float(cost),
                 "score": float(scene.dt_score[i]) if which == "dt" else None,
-                "text": _names(scene, verdicts, i) if which == "dt" else f"{scene.class_names[c]}: missed",
+                "text": _names(scene, verdicts, i, _full_name) if which == "dt" else f"{scene.class_names[c]}: missed",
                 "image_id": scene.image_ids[n], "file": scene.image_files[n],
             })  # fmt: skip
     order = {name: n for n, name in enumerate(scene.class_names)}
@@ -308,7 +319,7 @@ def _compared(reader: _Reader, first: Any, second: Any, folder: Path, mark: str,
         picture = _beside(
             [_draw_truth(first, n, image, scale), _draw_found(first, n, image, scale),
              _draw_found(second, n, image, scale)],
-            ["ground truth", first.name, second.name],
+            [f"ground truth, missed by {first.name}", first.name, second.name],
         )  # fmt: skip
         entries.append({
             "picture": _write(folder / f"{mark}-{len(entries) + 1:03d}.jpg", picture),

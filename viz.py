@@ -27,9 +27,9 @@ from utils import np_box_ops
 from utils.polygons import decode_part
 
 __all__ = [
-    "CSV_HEADER", "Drawing", "Style", "class_color", "drawable_text", "contact_sheet", "cut_out", "draw_annotations",
-    "draw_detections", "prediction_entry", "prediction_rows", "show_window", "shrunk", "side_by_side",
-    "write_prediction",
+    "CSV_HEADER", "Drawing", "Style", "class_color", "drawable_name", "drawable_text", "contact_sheet", "cut_out",
+    "draw_annotations", "draw_detections", "prediction_entry", "prediction_rows", "show_window", "shrunk",
+    "side_by_side", "write_prediction",
 ]  # fmt: skip
 
 Color = tuple[int, int, int]
@@ -120,7 +120,7 @@ def draw_detections(
         mask = None if detections.masks is None else functools.partial(decode_part, detections.masks[i])
         known = None if ids is None else ids[i]
         mark = "" if known is None else f"#{known} "
-        text = f"{mark}{_class_name(class_names, label)} {detections.scores[i]:.2f}"
+        text = f"{mark}{drawable_name(_class_name(class_names, label), label)} {detections.scores[i]:.2f}"
         color = class_color((known or number) if style.colors == "instance" else label)
         if known is not None and style.colors == "class":
             color = _shade(color, TONES[known % len(TONES)])  # the same in all frames
@@ -139,7 +139,7 @@ def draw_annotations(
     rings, points, crowds = (annotations.get(key) for key in ("rings", "keypoints", "is_crowd"))
     for i, (box, label) in enumerate(zip(annotations["boxes"], annotations["labels"])):
         crowd = crowds is not None and bool(crowds[i])
-        text = _class_name(class_names, int(label)) + (" (crowd)" if crowd else "")
+        text = drawable_name(_class_name(class_names, int(label)), int(label)) + (" (crowd)" if crowd else "")
         filled = rings is not None and len(rings[i])
         mask = functools.partial(_fill, rings[i], image.shape[:2]) if filled else None
         keypoints = None if points is None else points[i]
@@ -294,6 +294,22 @@ def _draw_keypoints(canvas: np.ndarray, points: np.ndarray, line: int) -> None:
 
 
 # -------------------------------------------------------------------------------------------- text
+@functools.cache
+def _has_glyph(character: str) -> bool:
+    """Whether OpenCV's font has the character; in the place of those missing from it there is a "?"."""
+    pictures = []
+    for one in (character, "?"):
+        pictures.append(np.zeros((40, 60), np.uint8))
+        cv2.putText(pictures[-1], drawable_text(one), (4, 30), 255, cv2.FontFace("sans"), 24)
+    return character == "?" or bool((pictures[0] != pictures[1]).any())
+
+
+def drawable_name(name: str, label: int) -> str:
+    """The name of class `label` for pictures: its number where the font has no letter of it, as of Hindi or Thai."""
+    letters = [ch for ch in name if ch.isalnum()]
+    return f"class {label}" if letters and not any(map(_has_glyph, letters)) else name
+
+
 def drawable_text(text: str) -> str:
     """The text with "?" for halves of characters, on which OpenCV's drawing crashes."""
     return text.encode(errors="replace").decode()
@@ -324,7 +340,7 @@ def _draw_tags(canvas: np.ndarray, items: list[_Item], font_size: float) -> None
     # Smaller letters where many tags would hide the picture, but never illegible ones.
     letters = sum(len(item.text) + 1 for item in items)
     crowding = letters * 0.7 * font_size**2 / (height * width)
-    font_size = round(float(np.clip(font_size * min(1.0, math.sqrt(0.12 / max(crowding, 1e-9))), 11, 60)))
+    font_size = round(float(np.clip(font_size * min(1.0, math.sqrt(0.12 / max(crowding, 1e-9))), 11, 110)))
     pad = max(2, font_size // 4)
     sizes = [_text_size(item.text, font_size) for item in items]
     tag_h = sizes[0][1] + pad // 2 if sizes else 0

@@ -1,5 +1,7 @@
 """The whole report: every protocol's numbers, comparison, data facts, pictures, what report.json holds, bad input."""
 
+import contextlib
+import io
 import json
 import re
 from pathlib import Path
@@ -8,6 +10,8 @@ import cv2
 import numpy as np
 import pytest
 from format_sets import annotations_as_results, copy_sets, settings
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 from synthetic import coco_case
 
 import report
@@ -181,7 +185,36 @@ def test_keypoints_get_their_errors_and_numbers(tmp_path):
     assert len(model["keypoints"]["by_point"]) == 17 and model["keypoints"]["all"]["good"] > 100
 
 
+def test_sizes_are_those_of_the_summary_and_where_a_protocol_has_none_those_of_cocoeval(tmp_path):
+    content, results = coco_case(2)
+    gt, found = files(tmp_path, content, results)
+    model = run(tmp_path, "--gt", gt, "--detections", found)["models"][0]
+    assert [s["value"] for s in model["sizes"]] == [model["summary"]["bbox"][f"AP{k}"]["value"] for k in "sml"]
+    rows = run(tmp_path, "--protocol", "voc12", "--gt", gt, "--detections", found)["models"][0]["sizes"]
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO()
+        truth.dataset = content
+        truth.createIndex()
+        reference = COCOeval(truth, truth.loadRes(results), "bbox")
+        reference.evaluate()
+        reference.accumulate()
+    for row, a in zip(rows, (1, 2, 3)):
+        precision = reference.eval["precision"][0, :, :, a, 2]
+        assert row["metric"] == "AP50" and row["value"] == pytest.approx(precision[precision > -1].mean(), abs=1e-9)
+        assert row["low"] <= row["value"] <= row["high"]
+    assert sum(r["objects"] for r in rows) == sum(not a["iscrowd"] for a in content["annotations"])
+
+
 # ------------------------------------------------------------------------------------------------ comparison
+def test_a_difference_is_significant_where_its_interval_leaves_out_zero():
+    rng = np.random.default_rng(0)
+    for value in np.linspace(-0.4, 0.4, 161):
+        found = report.difference(float(value), value + 0.1 * rng.gamma(2, size=1000))
+        inside = found["low"] <= 0 <= found["high"]
+        assert inside == (found["p"] >= 0.05)
+    assert found["p"] < 0.01
+
+
 def test_equal_results_do_not_differ_and_better_ones_do(tmp_path):
     content, results = coco_case(1, images=60)
     perfect = [{k: a[k] for k in ("image_id", "category_id", "bbox")} | {"score": 0.9} for a in content["annotations"]]
@@ -292,6 +325,9 @@ def test_pictures_are_of_the_worst_images_and_of_every_kind_of_mistake(balloons)
         assert cv2.imread(str(tmp_path / "report/charts" / f"{name}.png")).std() > 10
     page = (tmp_path / "report/index.html").read_text()
     assert page.count("<img loading=lazy") == len(worst) + len(mistakes)
+    assert len(list((tmp_path / "report/images").iterdir())) == len(worst) + len(mistakes)
+    run(tmp_path, "--gt", gt, "--detections", found, "--images", tmp_path / "images", "--pictures", 0)
+    assert not list((tmp_path / "report/images").iterdir())  # those of the earlier report are gone
     assert not re.search(r"""(src|href)=["']?(https?:)?//""", page)
 
 

@@ -91,6 +91,12 @@ def test_the_threshold_shows_precision_and_recall_there(browser, page):
     table = json.loads((page.parent / "report.json").read_text())["models"][0]["thresholds"]["table"]
     row = next(r for r in table if r["threshold"] == 0.5)
     assert f"precision {row['precision']:.3f}, recall {row['recall']:.3f}, F1 {row['f1']:.3f}" in text
+    model = json.loads((page.parent / "report.json").read_text())["models"][0]["thresholds"]
+    browser.js("s = document.querySelector('[data-threshold] select'); s.value = '2'")
+    browser.js("s.dispatchEvent(new Event('change'))")
+    right, wrong = (model["classes"][2][k][50] for k in ("right", "wrong"))
+    text = browser.js("document.querySelector('[data-threshold] .out').textContent")
+    assert f"({right} right, {wrong} wrong, {model['objects'][2] - right:.0f} missed)" in text
 
 
 def test_a_class_can_be_drawn_over_the_curves(browser):

@@ -52,6 +52,15 @@ def tags(detections, names, shape=(240, 320), font=None):
     return places
 
 
+def test_names_are_drawn_where_the_font_has_letters_of_them_else_the_number_of_the_class():
+    for name in ("dog", "日本語", "кот", "حصان", "?", "-", "", "cat 🐱", "ไทย cat"):
+        assert viz.drawable_name(name, 3) == name
+    for name in ("हिन्दी", "ไทย"):
+        assert viz.drawable_name(name, 3) == "class 3"
+    (shown,) = tags(make_detections([[10, 20, 60, 70]], labels=[2]), ["a", "ไทย"])
+    assert shown[0] == "class 2 0.99"
+
+
 def test_class_colours_are_stable_distinct_and_allow_readable_text():
     colors = np.array([viz.class_color(label) for label in range(1, 81)], np.float32)
     lab = cv2.cvtColor(colors[None] / 255, cv2.COLOR_BGR2Lab)[0]

@@ -10,6 +10,7 @@ region in which detections are neither right nor wrong and which is not trained 
 would score it as an object.)
 """
 
+import contextlib
 import json
 import mmap
 import os
@@ -609,6 +610,11 @@ def _other_type(value: Any, known: Iterable) -> str:
 def _read_result_mask(value: Any, height: int | None, width: int | None) -> list | dict:
     if not value:
         return []
+    if height and width and type(value) is dict and type(value.get("counts")) is str:
+        with contextlib.suppress(ValueError, TypeError):  # the usual form; what is wrong with others is said below
+            rle_runs(value, height, width)
+            if value.get("size") == [height, width]:
+                return {"size": [height, width], "counts": value["counts"]}
     try:
         rings, masks, left_out = read_outline(value)
     except Unusable as e:
