@@ -6,7 +6,7 @@ images (Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -390,8 +390,8 @@ class Summary(NamedTuple):
 
 
 def summarise(
-    parts: dict[str, tuple[list[Record], Sequence[int] | slice]],
-    recalls: dict[str, tuple[list[Record], Sequence[int] | slice]],
+    parts: Mapping[str, tuple[list[Record], Sequence[int] | slice]],
+    recalls: Mapping[str, tuple[list[Record], Sequence[int] | slice]],
     weights: np.ndarray,
     groups: dict[str, np.ndarray] | None = None,
 ) -> Summary:

@@ -9,13 +9,16 @@ import numpy as np
 import pytest
 from browser import Browser, needs_browser
 from format_sets import copy_sets
+from graph import save_untrained
 from tiny import COCO_MINI
 
 import browse
+import browse_rois
 from common import UserError
 from config import default_config, finalize_config
 from dataset import load_split
 from tools import browse as tool
+from utils import np_box_ops
 
 SETTINGS = [f"DATA.BASEDIR={COCO_MINI}", "TRAIN.EVAL_PERIOD=0"]
 
@@ -145,6 +148,41 @@ def test_bad_input_is_one_line(tmp_path, capsys, arguments, message):
 def test_an_image_that_cannot_be_chosen_is_a_usererror(split):
     with pytest.raises(UserError):
         browse.choose_images(split, browse.Filter(classes=["unicorn"]))
+
+
+def test_a_models_proposals_and_sampled_rois_are_shown_with_their_labels(tmp_path, monkeypatch):
+    seen, original = [], browse_rois.roi_reader
+
+    def recorded(*args):
+        read = original(*args)
+        return lambda batch: seen.append((batch, read(batch))) or seen[-1][1]
+
+    monkeypatch.setattr(browse_rois, "roi_reader", recorded)
+    model_file = save_untrained(tmp_path / "model.npz")
+    rng = np.random.default_rng(0)
+    lines = ["image,x1,y1,x2,y2,label"]
+    for k, label in enumerate(("cat", "dog", "owl")):
+        cv2.imwrite(str(tmp_path / f"{k}.png"), rng.integers(0, 255, (90, 120, 3), np.uint8))
+        lines += [f"{k}.png,5,5,60,70,{label}", f"{k}.png,50,20,110,85,owl"]
+    (tmp_path / "boxes.csv").write_text("\n".join(lines) + "\n")
+    config = [f"DATA.BASEDIR={tmp_path}", "DATA.DATASETS={'set': ['csv', 'boxes.csv', '.']}", "DATA.TRAIN=set",
+              "MODE_MASK=False", "TRAIN.EVAL_PERIOD=0"]  # fmt: skip
+    out = tmp_path / "page"
+    assert tool.main(["--config", *config, "--batches", "2", "--load", str(model_file), "--out", str(out)]) == 0
+    page = (out / "index.html").read_text()
+    texts = re.findall(r"<figcaption>(.*?)</figcaption>", page)
+    assert len(texts) == 6
+    assert all("objects" in a and "proposals" in b and "sampled RoIs" in c for a, b, c in zip(*[iter(texts)] * 3))
+    assert all(cv2.imread(str(out / p)) is not None for p in re.findall(r'src="([^"]+)"', page))
+
+    # A RoI is labelled as the object that it overlaps by half or more; objects themselves are among the RoIs.
+    (batch, found), _ = seen
+    rois, labels, kept = (found[key][0] for key in ("rois", "labels", "kept"))
+    common = np_box_ops.pairwise_intersection(rois[kept], batch["gt_boxes"][0])
+    iou = common / (np_box_ops.area(rois[kept])[:, None] + np_box_ops.area(batch["gt_boxes"][0]) - common)
+    expected = np.where(iou.max(1) >= 0.5, batch["gt_labels"][0][iou.argmax(1)], 0)
+    assert labels[kept].tolist() == expected.tolist() and (iou.max(0) > 0.999).all()
+    assert found["valid"].any() and (np.diff(found["proposals"][0], axis=0) != 0).any()
 
 
 @needs_browser()
