@@ -269,6 +269,37 @@ def to_torchvision(variables, new_names):
     return out
 
 
+def to_mmdetection(variables, classes):
+    """Names of mmdetection 2 and 3; images stay BGR."""
+    out = {}
+    for name, value in variables.items():
+        scope, kind, leaf = split(name)
+        value = torch_layout(value if name.startswith("rpn") else background_last(name, value, classes))
+        module = torch_resnet(scope, kind, "backbone.", "backbone.")
+        if module:
+            module = module.replace("bn", "gn") if kind == "gn" else module
+        elif m := re.fullmatch(r"fpn/(lateral_1x1_c|posthoc_3x3_p)(\d)", scope):
+            module = f"neck.{'lateral' if m[1][0] == 'l' else 'fpn'}_convs.{int(m[2]) - 2}.{kind or 'conv'}"
+        elif m := re.fullmatch(r"rpn/(\w+)", scope):
+            conv = f"conv.{m[1][-1]}.conv" if "rpn/conv1/W" in variables else "conv"
+            module = f"rpn_head.rpn_{({'class': 'cls', 'box': 'reg'}).get(m[1], conv)}"
+        elif m := re.fullmatch(
+            r"(?:fastrcnn|cascade_rcnn_stage(\d))/(?:outputs|head)?/?(class|box|conv|fc)(\d?)", scope
+        ):
+            stage = f"{int(m[1]) - 1}." if m[1] else ""
+            number = int(m[3] or 6) - 6 if m[2] == "fc" else m[3]
+            part = {"class": "fc_cls", "box": "fc_reg", "conv": f"shared_convs.{number}.{kind or 'conv'}",
+                    "fc": f"shared_fcs.{number}"}[m[2]]  # fmt: skip
+            module = f"roi_head.bbox_head.{stage}{part}"
+        elif m := re.fullmatch(r"maskrcnn/fcn(\d)", scope):
+            module = f"roi_head.mask_head.convs.{m[1]}.{kind or 'conv'}"
+        else:
+            module = {"maskrcnn/deconv": "roi_head.mask_head.upsample",
+                      "maskrcnn/conv": "roi_head.mask_head.conv_logits"}[scope]  # fmt: skip
+        out[f"{module}.{TORCH_LEAF[leaf]}"] = value
+    return out
+
+
 def to_caffe2(variables):
     """Blobs of Detectron's model_final.pkl; batch norms as scale and shift."""
     fpn = "fpn/lateral_1x1_c2/W" in variables
@@ -419,6 +450,70 @@ def test_torchvision_detection_comes_back_unchanged(tmp_path, kind, new_names):
     assert settings["PREPROC.PIXEL_STD"] == [58.395, 57.12, 57.375]
     # Published keypoint weights have two classes.
     assert settings["BACKBONE.BN_EPSILON"] == (0.0 if kind == "keypoint" else 1e-5)
+
+
+MMDETECTION = """
+img_norm_cfg = dict(
+    mean=[{mean}], std=[{std}], to_rgb={rgb})
+model = dict(type='CascadeRCNN', backbone=dict(type='ResNet', norm_eval=True, style='{style}'),
+    rpn_head=dict(bbox_coder=dict(type='DeltaXYWHBBoxCoder', target_stds=[1.0, 1.0, 1.0, 1.0])),
+    roi_head=dict(bbox_head=[dict(bbox_coder=dict(target_stds=[0.1, 0.1, 0.2, 0.2])),
+        dict(bbox_coder=dict(target_stds=[0.05, 0.05, 0.1, 0.1])),
+        dict(bbox_coder=dict(target_stds=[0.04, 0.04, 0.08, 0.08]))]))
+"""
+RGB = {"mean": "123.675, 116.28, 103.53", "std": "58.395, 57.12, 57.375", "rgb": True, "style": "pytorch"}
+BGR = {"mean": "103.53, 116.28, 123.675", "std": "1.0, 1.0, 1.0", "rgb": False, "style": "caffe"}
+
+
+def cascade_without_masks():
+    return {name: value for name, value in model("cascade", 6).items() if not name.startswith("maskrcnn")}
+
+
+@pytest.mark.parametrize("style", [RGB, BGR], ids=["pytorch", "caffe"])
+@pytest.mark.parametrize("kind", ["fpn", "faster", "gn", "basic", "agnostic", "two_convolutions", "rpn"])
+def test_mmdetection_comes_back_unchanged(tmp_path, kind, style):
+    state = to_mmdetection(model(kind, 6), 6)
+    if style["rgb"]:
+        state["backbone.conv1.weight"] = state["backbone.conv1.weight"][:, ::-1]
+    meta = {"config": MMDETECTION.format(**style), "CLASSES": tuple("abcdef"), "epoch": 12}
+    save_zip(tmp_path / "a.pth", {"meta": meta, "state_dict": tensors(state), "optimizer": {"lr": 0.02}})
+    settings, report = check(tmp_path / "a.pth", kind, 6, len(state))
+    assert settings["PREPROC.PIXEL_MEAN"] == [123.675, 116.28, 103.53]
+    assert settings["PREPROC.PIXEL_STD"] == ([58.395, 57.12, 57.375] if style["rgb"] else [1.0, 1.0, 1.0])
+    assert settings["BACKBONE.STRIDE_1X1"] is (not style["rgb"] and kind != "basic")
+    assert settings["FRCNN.ROI_SAMPLES"] == 0 and settings.get("FRCNN.ROI_ALIGNED", True)
+    assert kind == "rpn" or report.class_names == list("abcdef")
+
+
+@pytest.mark.parametrize("with_config", [True, False])
+def test_mmdetection_cascade_has_its_own_box_coding(tmp_path, with_config):
+    want = cascade_without_masks()
+    content = {"state_dict": tensors(to_mmdetection(want, 6))}
+    if with_config:
+        content["meta"] = {"cfg": MMDETECTION.format(**BGR), "dataset_meta": {"classes": list("abcdef")}}
+    save_zip(tmp_path / "a.pth", content)
+    variables, settings, report = convert(tmp_path / "a.pth", ["BACKBONE.STRIDE_1X1=False"])
+    assert not report.unused and not report.missing
+    last = [25.0, 25.0, 12.5, 12.5] if with_config else [30.303, 30.303, 14.9254, 14.9254]
+    assert settings["CASCADE.BBOX_REG_WEIGHTS"] == [[10.0, 10.0, 5.0, 5.0], [20.0, 20.0, 10.0, 10.0], last]
+    assert settings["FPN.CASCADE"] is True and settings["MODE_MASK"] is False
+    assert report.class_names == (list("abcdef") if with_config else [])
+
+
+@pytest.mark.parametrize("style", [RGB, BGR], ids=["pytorch", "caffe"])
+def test_mmdetection_style_is_guessed_from_the_stem_without_a_configuration(tmp_path, style):
+    """The variance of a stem's output, per kernel energy, is that of its inputs: 1, or 57^2 where images keep the scale
+    of pixels."""
+    state = to_mmdetection(model("faster", 6), 6)
+    energy = np.square(state["backbone.conv1.weight"]).sum((1, 2, 3))
+    state["backbone.bn1.running_var"] = energy * (0.5 if style["rgb"] else 0.5 * 57**2)
+    save_zip(tmp_path / "a.pth", {"state_dict": tensors(state)})
+    variables, settings, report = convert(tmp_path / "a.pth")
+    assert settings["PREPROC.PIXEL_STD"] == ([58.395, 57.12, 57.375] if style["rgb"] else [1.0, 1.0, 1.0])
+    assert settings["BACKBONE.STRIDE_1X1"] is not style["rgb"]
+    turn = slice(None, None, -1 if style["rgb"] else 1)
+    np.testing.assert_array_equal(variables["conv0/W"], model("faster", 6)["conv0/W"][:, :, turn])
+    assert any(note.startswith("a guess") for note in report.notes)
 
 
 def test_torchvision_coco_ids_and_their_reduction(tmp_path):
@@ -622,6 +717,8 @@ def test_unused_and_missing_tensors_stop_the_command_unless_allowed(tmp_path, ca
         ("backbone.net.blocks.0.attn.qkv.weight", "transformer"),
         ("roi_heads.mask_head.point_head.fc1.weight", "PointRend"),
         ("neck.pafpn_convs.0.conv.weight", "PAFPN"),
+        ("roi_head.mask_head.0.convs.0.conv.weight", "mask head for each stage"),
+        ("bbox_head.fc_cls.weight", "mmdetection 1"),
     ],
 )
 def test_models_that_are_not_supported_are_named(tmp_path, name, what):

@@ -4,10 +4,10 @@
     python train.py --predict image.jpg --load weights.npz
 
 The system is recognised by the names inside the file, whatever the file is called: tensorpack (R-CNN and ImageNet
-.npz), detectron2 (.pkl, .pth), Detectron/Caffe2 (.pkl), maskrcnn-benchmark (.pth), torchvision (detection and
-ImageNet .pth), Keras applications (.h5). Every tensor of the file must be used and every tensor of the model must be
-found; otherwise nothing is written and the exit code is 3. The settings that the model needs are derived from the
-tensors, printed, and stored in the .npz, so that --load applies them.
+.npz), detectron2 (.pkl, .pth), Detectron/Caffe2 (.pkl), maskrcnn-benchmark and mmdetection (.pth), torchvision
+(detection and ImageNet .pth), Keras applications (.h5). Every tensor of the file must be used and every tensor of the
+model must be found; otherwise nothing is written and the exit code is 3. The settings that the model needs are derived
+from the tensors, printed, and stored in the .npz, so that --load applies them.
 """
 
 import import_path
@@ -113,8 +113,10 @@ def convert(
     if settings["BACKBONE.BLOCK"] == "basic":  # basic blocks have no 1x1 convolution
         settings["BACKBONE.STRIDE_1X1"] = False
     classes = settings.get("DATA.NUM_CATEGORY", 0)
-    names = _default_class_names(system, classes, report) if class_names is None else class_names
-    report.category_ids = _coco_ids(system, classes) if class_names is None or drop_unused_classes else []
+    stored = report.class_names if len(report.class_names) == classes else []
+    names = (stored or _default_class_names(system, classes, report)) if class_names is None else class_names
+    as_coco = class_names is None and stored in ([], _COCO_NAMES)
+    report.category_ids = _coco_ids(system, classes) if as_coco or drop_unused_classes else []
     if drop_unused_classes:
         report.category_ids = [i for i in report.category_ids if i not in _GAPS_IN_COCO_IDS]
         names = _drop_gaps(variables, settings, names, path)
@@ -169,7 +171,7 @@ def _unwrap(content: Any, path: Path) -> tuple[dict[str, np.ndarray], dict[str, 
             raise UserError(f"{path}: {check_tensor_name(name, path)} holds {value.dtype.name}, not numbers")
         check_tensor_name(name, path)
     facts.update({k: v for k, v in content.items() if not isinstance(v, np.ndarray)})
-    facts = {k: v for k, v in facts.items() if k in ("__author__", "cfg")}  # what the translators look at
+    facts = {k: v for k, v in facts.items() if k in ("__author__", "cfg", "meta")}  # what the translators look at
     if all(name.startswith("module.") for name in tensors):
         tensors = {name[len("module.") :]: value for name, value in tensors.items()}
     return tensors, facts
@@ -197,6 +199,9 @@ _NOT_SUPPORTED = {
     r".*\.(point_head|coarse_head)\..*": "PointRend's mask head",
     r".*\.(mask_iou_head|maskiou)\..*": "Mask Scoring R-CNN",
     r".*semantic_head\..*": "Hybrid Task Cascade",
+    r"roi_head\.mask_head\.\d\..*": "a mask head for each stage of the cascade",
+    r"bbox_head\.(\d\.)?(shared_fcs|fc_cls)\..*":
+        "the names of mmdetection 1, which its tools/upgrade_model_version.py brings up to date",
 }  # fmt: skip
 
 
@@ -231,6 +236,8 @@ def _recognise(tensors: Mapping[str, Any], facts: Mapping[str, Any], path: Path)
         return "maskrcnn-benchmark", _from_maskrcnn_benchmark
     if has("backbone.body.conv1.weight"):
         return "torchvision detection", _from_torchvision_detection
+    if "backbone.conv1.weight" in names and any(n.startswith(("rpn_head.", "roi_head.", "bbox_head.")) for n in names):
+        return "mmdetection", _from_mmdetection
     if has("conv1.weight", "layer1.0.conv1.weight"):
         return "torchvision ImageNet", _from_torchvision_imagenet
     stems = ("backbone.bottom_up.stem.conv1.weight", "backbone.stem.conv1.weight", "stem.conv1.weight")
@@ -238,7 +245,7 @@ def _recognise(tensors: Mapping[str, Any], facts: Mapping[str, Any], path: Path)
         return "detectron2", _from_detectron2
     raise UserError(
         f"{path}: names like {_some(sorted(names), 2)} belong to no known system; known are tensorpack, detectron2, "
-        "Detectron, maskrcnn-benchmark, torchvision and Keras ResNets"
+        "Detectron, maskrcnn-benchmark, torchvision, mmdetection and Keras ResNets"
     )
 
 
@@ -496,6 +503,90 @@ def _from_torchvision_detection(tensors: dict, facts: dict, report: Report) -> t
     settings["RPN.STRIDE_FROM_SIZE"] = True
     settings["RPN.MIN_SIZE"] = 1e-3
     return variables, settings
+
+
+def _from_mmdetection(tensors: dict, facts: dict, report: Report) -> tuple[dict, dict]:
+    """mmdetection 2 and 3. Its configuration, a Python text in the file, is searched and never run."""
+    rules: Rules = [
+        *_torch_resnet_rules(r"backbone\.", r"backbone\."),
+        (r"backbone\.gn1", lambda m: "conv0/norm"),
+        (r"backbone\.layer([1-4])\.(\d+)\.gn([123])",
+         lambda m: f"group{int(m[1]) - 1}/block{m[2]}/conv{m[3]}/norm"),
+        (r"neck\.(lateral|fpn)_convs\.([0-3])\.(conv|bn|gn)",
+         lambda m: f"fpn/{'lateral_1x1_c' if m[1] == 'lateral' else 'posthoc_3x3_p'}{int(m[2]) + 2}" + second(m, 3)),
+        (r"rpn_head\.rpn_conv(?:\.(\d)\.conv)?", lambda m: f"rpn/conv{m[1] or 0}"),
+        (r"rpn_head\.rpn_(cls|reg)", lambda m: f"rpn/{outputs[m[1]]}"),
+        (r"roi_head\.bbox_head\.(?:(\d)\.)?shared_convs\.(\d)\.(conv|bn|gn)",
+         lambda m: f"{head(m, 'head/')}conv{m[2]}" + second(m, 3)),
+        (r"roi_head\.bbox_head\.(?:(\d)\.)?shared_fcs\.(\d)",
+         lambda m: head(m, "head/") + ("fc" if conv_head else f"fc{int(m[2]) + 6}")),
+        (r"roi_head\.bbox_head\.(?:(\d)\.)?fc_(cls|reg)", lambda m: f"{head(m, '')}outputs/{outputs[m[2]]}"),
+        (r"roi_head\.mask_head\.convs\.(\d)\.(conv|bn|gn)", lambda m: f"maskrcnn/fcn{m[1]}" + second(m, 2)),
+        (r"roi_head\.mask_head\.upsample", lambda m: "maskrcnn/deconv"),
+        (r"roi_head\.mask_head\.conv_logits", lambda m: "maskrcnn/conv"),
+    ]  # fmt: skip
+    outputs = {"cls": "class", "reg": "box"}
+    conv_head = any(".shared_convs." in name for name in tensors)
+
+    def head(match: re.Match, part: str) -> str:
+        return f"cascade_rcnn_stage{int(match[1]) + 1}/{part}" if match[1] else "fastrcnn/"
+
+    def second(match: re.Match, group: int) -> str:
+        return "" if match.group(group) == "conv" else "/norm"
+
+    variables = _translate(tensors, rules, {r".*\.num_batches_tracked": "step counters"}, report)
+    _background_first(variables, report)
+    meta = facts.get("meta") if isinstance(facts.get("meta"), dict) else {}
+    text = next((meta[k] for k in ("config", "cfg") if isinstance(meta.get(k), str)), "")
+    settings = _mmdetection_images(tensors, text, variables, report)
+    if "rpn/conv0/W" in variables:
+        settings["FRCNN.ROI_SAMPLES"] = 0  # its sampling_ratio=0: as many samples as a bin has cells
+    # The factors of box deltas are inverses of standard deviations; the text's first are those of the RPN.
+    found = re.findall(r"target_stds=\[([\d.]+), *([\d.]+), *([\d.]+), *([\d.]+)\]", text)[1:]
+    stages = [[float(v) for v in spread] for spread in found]
+    stages = [_rounded(1 / v for v in spread) for spread in stages if all(v > 0 for v in spread)]
+    if any(name.startswith("cascade") for name in variables):
+        usual = [[10.0, 10.0, 5.0, 5.0], [20.0, 20.0, 10.0, 10.0], [30.303, 30.303, 14.9254, 14.9254]]
+        settings["CASCADE.BBOX_REG_WEIGHTS"] = stages if len(stages) == 3 else usual
+    elif stages and stages[0] != [10.0, 10.0, 5.0, 5.0]:
+        settings["FRCNN.BBOX_REG_WEIGHTS"] = stages[0]
+    of_data = meta.get("dataset_meta")
+    for names in [part.get(k) for part in (meta, of_data) if isinstance(part, dict) for k in ("CLASSES", "classes")]:
+        if isinstance(names, (list, tuple)) and all(isinstance(name, str) and name for name in names):
+            report.class_names = list(names)
+    return variables, settings
+
+
+def _mmdetection_images(tensors: dict, text: str, variables: dict, report: Report) -> dict[str, Any]:
+    """Order of colours, normalisation and stride of mmdetection's backbones: by the configuration if the file has it,
+    else by how large the stem's outputs are for its kernels."""
+    style, order = (re.search(p, text) for p in (r"style=['\"](\w+)['\"]", r"(?:to_rgb|bgr_to_rgb)=(True|False)"))
+    mean, std = (re.search(rf"\b{k}=\[([\d.]+), *([\d.]+), *([\d.]+)\]", text) for k in ("mean", "std"))
+    if style and order and mean and std:
+        rgb, caffe = order[1] == "True", style[1] == "caffe"
+        means, stds = ([float(v) for v in m.groups()] for m in (mean, std))
+        report.notes.append("colours, normalisation and stride are those of the file's configuration")
+    else:
+        variance = tensors.get("backbone.bn1.running_var")
+        energy = np.square(tensors["backbone.conv1.weight"].astype(np.float64)).sum((1, 2, 3))
+        # A stem's inputs are near 1 where images are divided by their standard deviations, else near 57.
+        rgb = variance is not None and float(np.median(variance / np.maximum(energy, 1e-12))) < 57
+        caffe = not rgb and variance is not None
+        means, stds = (
+            ([123.675, 116.28, 103.53], [58.395, 57.12, 57.375]) if rgb else ([103.53, 116.28, 123.675], [1.0] * 3)
+        )
+        report.notes.append(
+            f"a guess, as the file has no configuration: {'RGB images, pytorch' if rgb else 'BGR images, caffe'} "
+            "style; the model's config has it as style and to_rgb"
+        )
+    settings: dict[str, Any] = {}
+    if rgb:
+        settings = _rgb_settings(variables, report)
+    else:
+        means, stds = means[::-1], stds[::-1]
+    return settings | {
+        "BACKBONE.STRIDE_1X1": caffe, "PREPROC.PIXEL_MEAN": _rounded(means), "PREPROC.PIXEL_STD": _rounded(stds)
+    }  # fmt: skip
 
 
 def _from_torchvision_imagenet(tensors: dict, facts: dict, report: Report) -> tuple[dict, dict]:
