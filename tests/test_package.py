@@ -4,11 +4,14 @@ import ast
 import base64
 import csv
 import hashlib
+import importlib
 import importlib.util
 import io
+import json
 import os
 import re
 import shlex
+import shutil
 import site
 import subprocess
 import sys
@@ -17,12 +20,14 @@ import venv
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
-from tiny import TINY_TRAINING
+from tiny import COCO_MINI, TINY_TRAINING
 
 from command_line import parse_args
 
 ROOT = Path(__file__).resolve().parent.parent
+PHOTO = sorted((COCO_MINI / "val2017").glob("*.jpg"))[0]
 
 
 def load_script(name):
@@ -214,14 +219,30 @@ def head(features, cfg):
 """
 
 
-def test_the_installed_package_trains_with_workers_and_a_head_of_the_users(installed, tmp_path):
-    """The worker processes find the package, and `mine:head` is found in the working directory."""
+def test_the_installed_package_trains_and_predicts_with_workers_and_a_head_of_the_users(
+    installed, tmp_path, monkeypatch
+):
+    """The worker processes find the package, `mine:head` is found in the working directory, and what was trained finds
+    in a photo exactly what the checkout's code finds."""
     (tmp_path / "mine.py").write_text(OWN_HEAD)
     settings = [*TINY_TRAINING, "DATA.NUM_WORKERS=1", "TRAIN.MAX_STEPS=1", "FPN.FRCNN_HEAD_FUNC=mine:head"]
     done = run(installed / "packrcnn", "--logdir", "run", "--config", *settings, cwd=tmp_path)
     assert "finished 1 steps" in done.stderr and (tmp_path / "run" / "model-1.index").exists()
-    refused = run(installed / "packrcnn", "--predict", ".", "--load", "run", cwd=tmp_path, code=2)
-    assert "has no image" in refused.stderr or "--trust-code mine" in refused.stderr
+    shutil.copy(PHOTO, tmp_path / "photo.jpg")
+    some = ["TEST.RESULT_SCORE_THRESH=0", "TEST.RESULTS_PER_IM=5"]
+    words = ["--predict", "photo.jpg", "--load", "run", "--output", "out", "--no-window", "--config", *some]
+    run(installed / "packrcnn", *words, "--trust-code", "mine", cwd=tmp_path)
+    (entry,) = json.loads((tmp_path / "out/predictions.json").read_text())
+    assert (tmp_path / "out/photo.jpg").is_file() and len(entry["detections"]) == 5
+    monkeypatch.syspath_prepend(str(tmp_path))
+    importlib.import_module("packrcnn")  # in the checkout too, the head may import packrcnn.basemodel
+    from predict import load_predictor  # TensorFlow comes late: most of this file does without
+
+    predictor = load_predictor(tmp_path / "run", some, trusted=["mine"])
+    found = predictor(PHOTO)
+    assert [d["class"] for d in entry["detections"]] == [predictor.class_names[n - 1] for n in found.labels]
+    np.testing.assert_allclose([d["score"] for d in entry["detections"]], found.scores, atol=1e-4)
+    np.testing.assert_allclose([d["box"] for d in entry["detections"]], found.boxes, atol=0.02)
 
 
 # ----------------------------------------------------------------------------------------------------------- containers

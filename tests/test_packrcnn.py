@@ -22,7 +22,9 @@ import viz
 from detections import Detections
 from packrcnn import Found, FoundObject, UserError, load
 from predict import load_predictor  # before `load`: TensorFlow computes in graphs in the tests' process
+from utils.checkpoint import keep_best, load_weights, write_checkpoint_meta
 from utils.polygons import decode_mask, encode_mask
+from utils.tf_v1 import tf
 
 ROOT = Path(__file__).resolve().parent.parent
 PHOTOS = sorted(str(p) for p in (COCO_MINI / "val2017").glob("*.jpg"))
@@ -261,6 +263,24 @@ def test_what_cannot_be_loaded_is_said_in_one_line(file, arguments, message):
     with pytest.raises(UserError, match=message) as error:
         load(**{"path": file, **arguments})
     assert "\n" not in str(error.value)
+
+
+def test_a_run_gives_its_newest_checkpoint_and_best_the_best_one(file, model, tmp_path):
+    weights, meta = load_weights(file)
+    with tf.Graph().as_default(), tf.Session() as session:
+        variables = {name: tf.get_variable(name, initializer=value) for name, value in weights.items()}
+        session.run(tf.global_variables_initializer())
+        for step in (10, 20):
+            tf.train.Saver(variables).save(session, str(tmp_path / f"model-{step}"), write_meta_graph=False)
+            write_checkpoint_meta(str(tmp_path / f"model-{step}"), {**meta, "step": step})
+            if step == 10:  # later the model found owls only
+                session.run(variables["fastrcnn/outputs/class/b"].assign([0, 0, 0, 9]))
+    with pytest.raises(UserError, match=r"has no best checkpoint.*model-20"):
+        load(tmp_path / "best")
+    keep_best(tmp_path, 10, {"metric": "bbox/AP", "score": 0.5})
+    with load(tmp_path / "best") as best, load(str(tmp_path)) as newest:
+        assert same(best(PHOTOS[0]), model(PHOTOS[0]))
+        assert set(newest(PHOTOS[0]).names) == {"owl"} != set(best(PHOTOS[0]).names)
 
 
 def test_stored_settings_run_no_code_unless_their_module_is_trusted(tmp_path):
