@@ -60,7 +60,8 @@ def load(
         path: as for --load.
         score_threshold: objects with a lower score are not found (default: the stored TEST.RESULT_SCORE_THRESH, 0.05).
         precision: "float32", "bfloat16" or "float16": what convolutions are computed in.
-        device: "cpu", "gpu" or "gpu:1"; by default the first GPU if TensorFlow has one.
+        device: "cpu", "gpu", "gpu:1", or "all" for all GPUs, to which images of a list and tiles are dealt; by default
+            the first GPU if TensorFlow has one.
         class_names: other names for its classes, in their order.
         batch_size: how many images of a list are predicted together (default: the stored TEST.BATCH_SIZE, 1).
         order: of the colours of arrays, "rgb" or "bgr"; may also be said in each call.
@@ -90,7 +91,7 @@ def load(
 
         from predict import LoadedPredictor
 
-        return Model(LoadedPredictor(model, device=_tf_device(device)), where, order)
+        return Model(LoadedPredictor(model, device=_tf_device(device), all_devices=device == "all"), where, order)
 
 
 def _arguments(settings: Sequence[str] | Mapping[str, Any]) -> list[str]:
@@ -101,11 +102,11 @@ def _arguments(settings: Sequence[str] | Mapping[str, Any]) -> list[str]:
 
 
 def _tf_device(name: str | None) -> str | None:
-    if name is None:
+    if name is None or name == "all":
         return None
     found = re.fullmatch(r"/?(cpu|gpu|cuda)(?::(\d+))?", name.lower())
     if found is None or found[1] == "cpu" and int(found[2] or 0) > 0:
-        raise UserError(f'device={name!r}: must be "cpu", "gpu" or, of several, "gpu:1"')
+        raise UserError(f'device={name!r}: must be "cpu", "gpu" or, of several, "gpu:1" or "all"')
     if found[1] == "cpu":
         return "/cpu:0"
 
@@ -177,7 +178,7 @@ class Model:
             for number, image in numbered:
                 with _named(number, image):
                     parts = open_parts(_file(image) or pixels_of(image, order))
-                yield self._found(detect_tiled(predictor.predict_batch, parts, self.cfg), parts[:2], image, order)
+                yield self._found(detect_tiled(predictor.predictors, parts, self.cfg), parts[:2], image, order)
             return
 
         def prepare(entry: tuple[int, Image]) -> tuple[np.ndarray, tuple[int, int]]:
@@ -186,18 +187,17 @@ class Model:
                 pixels = pixels_of(entry[1], order)
             return resize_for_test(pixels, self.cfg), (pixels.shape[0], pixels.shape[1])
 
+        devices = len(predictor.predictors)
         with ThreadPoolExecutor(2) as pool:
             # Only images that are padded to the same size are predicted together: then each is padded as it is alone.
-            while window := list(itertools.islice(numbered, size if size == 1 else 4 * size)):
+            while window := list(itertools.islice(numbered, 1 if size == devices == 1 else 4 * size * devices)):
                 ready = list(pool.map(prepare, window))
                 groups: dict[tuple[int, int], list[int]] = {}
                 for n, (resized, _) in enumerate(ready):
                     groups.setdefault(padded_size([resized.shape[:2]], self.cfg), []).append(n)
-                results: dict[int, Detections] = {}
-                for members in groups.values():
-                    for start in range(0, len(members), size):
-                        some = members[start : start + size]
-                        results |= zip(some, predictor.detect(*zip(*(ready[n] for n in some))))
+                batches = [some[k : k + size] for some in groups.values() for k in range(0, len(some), size)]
+                found = predictor.detect(tuple(zip(*(ready[n] for n in batch))) for batch in batches)
+                results = dict(zip(itertools.chain(*batches), itertools.chain.from_iterable(found)))
                 for n, (_, image) in enumerate(window):
                     yield self._found(results[n], ready[n][1], image, order)
 
@@ -216,7 +216,7 @@ class Model:
         """Frees the weights; the model cannot be used any more."""
         predictor, self._predictor = self._predictor, None
         if predictor is not None:
-            predictor.predict_batch.close()
+            predictor.close()
 
     def __enter__(self) -> "Model":
         return self

@@ -96,7 +96,7 @@ class LoadedPredictor:
     def __init__(
         self, model: Model, fitting: Fitting = STRICT, device: str | None = None, all_devices: bool = False
     ):  # fmt: skip
-        """all_devices: files are predicted on all devices of this process (`predictors`), not on the first alone."""
+        """all_devices: it has a predictor for each device of this process (`predictors`), not for the first alone."""
         self.cfg = with_classes(model.cfg, model.weights)
         self.class_names: list[str] = self.cfg.DATA.CLASS_NAMES
         ids = (model.meta or {}).get("category_ids") or []
@@ -112,18 +112,31 @@ class LoadedPredictor:
     def __call__(self, image: str | os.PathLike | np.ndarray) -> Detections:
         """Detects the objects of an image: a file, or pixels uint8 [H,W,3] in OpenCV's order BGR."""
         if in_tiles(self.cfg):
-            return detect_tiled(self.predict_batch, open_parts(image), self.cfg)
+            return detect_tiled(self.predictors, open_parts(image), self.cfg)
         pixels = image if isinstance(image, np.ndarray) else read_image(image)
-        return self.detect([resize_for_test(pixels, self.cfg)], [pixels.shape[:2]])[0]
+        return next(self.detect([([resize_for_test(pixels, self.cfg)], [pixels.shape[:2]])]))[0]
 
-    def detect(self, resized: Sequence[np.ndarray], sizes: Sequence[tuple[int, int]]) -> list[Detections]:
-        """The objects of a batch of images after `resize_for_test`, in the frame of images of these heights and
-        widths."""
-        batch, shapes = stack_images(resized, self.cfg)
-        outputs = self.predict_batch(batch, shapes)
-        return [
-            to_original_frame({k: v[n] for k, v in outputs.items()}, shapes[n], size) for n, size in enumerate(sizes)
-        ]
+    def detect(
+        self, batches: Iterable[tuple[Sequence[np.ndarray], Sequence[tuple[int, int]]]]
+    ) -> Iterator[list[Detections]]:
+        """The objects of each batch (images after `resize_for_test`, heights and widths of the images before it), in
+        the frame of the images before it."""
+
+        def stacked() -> Iterator[dict[str, Any]]:
+            for resized, sizes in batches:
+                image, shapes = stack_images(resized, self.cfg)
+                yield {"image": image, "image_shape": shapes, "sizes": sizes}
+
+        for batch, outputs in predict_in_turn(self.predictors, stacked()):
+            yield [
+                to_original_frame({k: v[n] for k, v in outputs.items()}, batch["image_shape"][n], size)
+                for n, size in enumerate(batch["sizes"])
+            ]
+
+    def close(self) -> None:
+        """Frees the weights."""
+        for predictor in self.predictors:
+            predictor.close()
 
 
 def load_predictor(
@@ -132,10 +145,11 @@ def load_predictor(
     fitting: Fitting = STRICT,
     trusted: Sequence[str] = (),
     device: str | None = None,
+    all_devices: bool = False,
 ) -> LoadedPredictor:
     """The predictor of a run directory, checkpoint or .npz; `settings` are KEY=VAL as after --config, `trusted` modules
     as after --trust-code."""
-    return LoadedPredictor(load_model(str(path), settings, trusted), fitting, device)
+    return LoadedPredictor(load_model(str(path), settings, trusted), fitting, device, all_devices)
 
 
 def predict_files(
@@ -194,7 +208,7 @@ def found_in_files(
     """(index, height and width, detections, the image if it was seen in tiles) of each file that can be read."""
     cfg = predictor.cfg
     if in_tiles(cfg):
-        for index, parts, detections in tiled_images(predictor.predict_batch, files, cfg, (0, 1), leave_out):
+        for index, parts, detections in tiled_images(predictor.predictors, files, cfg, (0, 1), leave_out):
             yield index, (parts.height, parts.width), detections, parts
         return
     for batch, outputs in predict_in_turn(predictor.predictors, inference_batches(files, cfg, (0, 1), leave_out)):

@@ -9,9 +9,8 @@ import numpy as np
 
 from common import logger
 from config import Config
-from utils.tf_v1 import gpu_count
 
-__all__ = ["inference_devices", "predict_in_turn"]
+__all__ = ["Predict", "inference_devices", "predict_in_turn"]
 
 Predict = Callable[[np.ndarray, np.ndarray], dict[str, np.ndarray]]
 
@@ -19,6 +18,8 @@ Predict = Callable[[np.ndarray, np.ndarray], dict[str, np.ndarray]]
 def inference_devices(cfg: Config, processes: int = 1) -> list[str | None]:
     """The devices that this process predicts on: all of its GPUs, or TRAIN.CPU_REPLICAS logical CPU devices; with
     several processes one each. None stands for the only device."""
+    from utils.tf_v1 import gpu_count
+
     count = gpu_count()
     kind = "gpu" if count else "cpu"
     count = 1 if processes > 1 else count or cfg.TRAIN.CPU_REPLICAS

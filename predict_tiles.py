@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -21,6 +21,7 @@ from config import Config
 from data import read_image, read_split_image, resize_for_test, stack_images
 from dataset_split import DatasetSplit
 from detections import Detections, Rle, paste_masks
+from predict_devices import Predict, predict_in_turn
 from utils import np_box_ops
 from utils.polygons import reduce_rle, unite_rles
 from utils.tiff_parts import TiffParts, open_tiff
@@ -195,20 +196,23 @@ def _batches(parts: ImageParts, views: Sequence[View], cfg: Config) -> Iterator[
             yield batch
 
 
-def detect_tiled(
-    predict: Callable[[np.ndarray, np.ndarray], dict[str, np.ndarray]], image: ImageParts, cfg: Config
-) -> Detections:
-    """The detections of an image, seen as TEST.TILE and its settings say; predict: the graph's predictor."""
+def detect_tiled(predict: Predict | Sequence[Predict], image: ImageParts, cfg: Config) -> Detections:
+    """The detections of an image, seen as TEST.TILE and its settings say; predict: the graph's predictor, or one for
+    each device, to which the tiles are dealt in turn."""
     views = tile_views(image.height, image.width, cfg.TEST.TILE, cfg.TEST.TILE_OVERLAP)
-    found = []
-    with ThreadPoolExecutor(1) as pool:
-        jobs = []
+    predictors = [predict] if callable(predict) else list(predict)
+
+    def batches() -> Iterator[dict[str, Any]]:
         for batch in _batches(image, views, cfg):
             pixels, shapes = stack_images([p for _, p in batch], cfg)
-            outputs = predict(pixels, shapes)
-            for n, (view, _) in enumerate(batch):
+            yield {"image": pixels, "image_shape": shapes, "views": [view for view, _ in batch]}
+
+    with ThreadPoolExecutor(1) as pool:
+        jobs = []
+        for batch, outputs in predict_in_turn(predictors, batches()):
+            for n, view in enumerate(batch["views"]):
                 one = {k: v[n] for k, v in outputs.items()}
-                jobs.append(pool.submit(_in_frame, one, view, shapes[n], image.height, image.width))
+                jobs.append(pool.submit(_in_frame, one, view, batch["image_shape"][n], image.height, image.width))
         found = [job.result() for job in jobs]
     limit = cfg.TEST.TILE_RESULTS_PER_IM if len(views) > 1 else cfg.TEST.RESULTS_PER_IM
     return merge_views(found, image.height, image.width, cfg.TEST.FRCNN_NMS_THRESH, cfg.TEST.NMS_CLASS_AGNOSTIC, limit)
@@ -236,7 +240,7 @@ def _in_frame(outputs: dict[str, np.ndarray], view: View, shape: Sequence[int], 
 
 
 def tiled_images(
-    predict: Callable[[np.ndarray, np.ndarray], dict[str, np.ndarray]],
+    predict: Predict | Sequence[Predict],
     images: DatasetSplit | Sequence[str],
     cfg: Config,
     shard: tuple[int, int],

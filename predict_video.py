@@ -4,6 +4,7 @@ A thread decodes frames ahead, the main thread runs the graph, another thread dr
 complete up to a frame at any moment: the same command again goes on behind it.
 """
 
+import functools
 import json
 import os
 import signal
@@ -21,6 +22,7 @@ from common import UserError, logger, read_json, write_json
 from config import Config
 from data import resize_for_test, stack_images
 from detections import Detections, to_original_frame
+from predict_devices import predict_in_turn
 from predict_tiles import detect_tiled, in_tiles, open_parts
 from utils.mjpeg_avi import AviWriter, count_frames
 from utils.stopping import Stopped
@@ -137,9 +139,8 @@ def _predict_video(predictor: Any, job: _Job, options: VideoOptions, style: Styl
     waiting: deque[Future] = deque()
     with ThreadPoolExecutor(1) as pool:
         try:
-            for batch in _batches(stream, size):
-                outputs = _predict(predictor, batch)
-                waiting.append(pool.submit(writer.add, batch, outputs))
+            for batch, found in _predicted(predictor, _batches(stream, size), live):
+                waiting.append(pool.submit(writer.add, batch, found))
                 while len(waiting) > 2:
                     waiting.popleft().result()
                 report.say(batch)
@@ -198,19 +199,30 @@ def _batches(stream: Iterator[Frame], size: int) -> Iterator[list[Frame]]:
         yield batch
 
 
-def _predict(predictor: Any, batch: list[Frame]) -> list[Callable[[], Detections]]:
-    """For each frame, a function that gives its detections; the graph has run when this returns."""
+def _predicted(
+    predictor: Any, batches: Iterator[list[Frame]], live: bool
+) -> Iterator[tuple[list[Frame], list[Callable[[], Detections]]]]:
+    """(batch, for each of its frames a function that gives its detections), in order; the graph has run by then.
+
+    Batches are dealt to all devices, but not those of a live source, whose results would then wait for later frames.
+    """
     cfg = predictor.cfg
     if in_tiles(cfg):
-        return [_constant(detect_tiled(predictor.predict_batch, open_parts(f.pixels), cfg)) for f in batch]
-    image, shapes = stack_images([resize_for_test(f.pixels, cfg) for f in batch], cfg)
-    outputs = predictor.predict_batch(image, shapes)
+        for batch in batches:
+            tiled = [detect_tiled(predictor.predictors, open_parts(f.pixels), cfg) for f in batch]
+            yield batch, [_constant(found) for found in tiled]
+        return
 
-    def make(n: int) -> Callable[[], Detections]:
-        one = {k: v[n] for k, v in outputs.items()}
-        return lambda: to_original_frame(one, shapes[n], batch[n].pixels.shape[:2])
+    def stacked() -> Iterator[dict[str, Any]]:
+        for batch in batches:
+            image, shapes = stack_images([resize_for_test(f.pixels, cfg) for f in batch], cfg)
+            yield {"image": image, "image_shape": shapes, "frames": batch}
 
-    return [make(n) for n in range(len(batch))]
+    for given, outputs in predict_in_turn(predictor.predictors[: 1 if live else None], stacked()):
+        shapes, frames = given["image_shape"], given["frames"]
+        each = [{k: v[n] for k, v in outputs.items()} for n in range(len(frames))]
+        sizes = [f.pixels.shape[:2] for f in frames]
+        yield frames, [functools.partial(to_original_frame, *one) for one in zip(each, shapes, sizes)]
 
 
 def _constant(detections: Detections) -> Callable[[], Detections]:

@@ -39,6 +39,8 @@ try:
     from dataset import class_count_table, load_training_split, load_validation_splits
     from dataset_split import DatasetSplit
     from eval import write_results
+    from predict_devices import inference_devices
+    from predict_tiles import in_tiles
     from predict_video import open_views, predict_videos
     from replay import replay
     from report import write_report
@@ -186,8 +188,7 @@ def predict(
         raise UserError(f"--{instead} takes images and folders of them, not videos: {sources[0].name}")
     if sources and (idle := ["--truth"] * bool(drawing.truth) + ["--cut-outs"] * bool(drawing.cut_outs)):
         logger.warning(f"without effect on videos: {', '.join(idle)}")
-    for source in sources:
-        open_source(source, videos.fps)  # so that errors come before expensive work
+    opened = [open_source(source, videos.fps) for source in sources]  # so that errors come before expensive work
     model = load_model(load, settings, trusted)
     if instead == "raw":
         from predict_raw import RawReader, predict_raw
@@ -207,7 +208,9 @@ def predict(
     try:
         what = [f"{len(files)} images"] * bool(files) + [s.name for s in sources[:5]] + ["…"] * (len(sources) > 5)
         logger.info(f"{', '.join(what)}; building the model")
-        predictor = LoadedPredictor(model, fitting, all_devices=bool(files))
+        one_by_one = videos.realtime or all(o.live for o in opened)  # each frame is predicted as it comes
+        several = bool(files) or in_tiles(model.cfg) or not one_by_one
+        predictor = LoadedPredictor(model, fitting, all_devices=several)
         if files:
             predict_files(predictor, files, output, window, drawing)
         return predict_videos(predictor, sources, output, videos, drawing.style, views, load)
@@ -236,7 +239,6 @@ def evaluate(
     cfg = with_classes(model.cfg, model.weights, splits[0].class_names)
 
     from predict import build_predictor, evaluate_split, score
-    from predict_devices import inference_devices
 
     rank, size = ranks.start()
     load_weights = weight_loader(model.weights, model.origin, fitting)

@@ -53,6 +53,7 @@ class RedSquares:
         given = [*TINY_MODEL, "DATA.NUM_CATEGORY=3", "MODE_MASK=True", "TEST.BATCH_SIZE=4", *settings]
         self.cfg = finalize_config(default_config().update_args(given), training=False)
         self.seen, self.watch = 0, watch
+        self.predictors = [self.predict_batch]
 
     def predict_batch(self, image, image_shape):
         self.watch(self.seen)

@@ -3,9 +3,11 @@
 import json
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from graph import tiny_config
+from test_predict_tiles import Squares, config, drawn
 from tiny import COCO_MINI
 
 from common import UserError
@@ -118,6 +120,33 @@ def test_a_models_predictions_come_back_as_a_set_to_train_on(tmp_path, capsys):
     split = load_split(cfg, "mine", training=True)
     assert split.class_names == ["cat", "dog", "owl"] and len(split) == 2
     assert 0 < len(split.columns["labels"]) <= 10
+
+
+@quick
+def test_large_images_are_seen_in_tiles_and_become_one_outline_each(tmp_path, monkeypatch):
+    """Objects across tiles, in which nothing is found where the image is seen whole."""
+    images = tmp_path / "images"
+    images.mkdir()
+    cv2.imwrite(str(images / "field.png"), drawn(300, 400, [(60, 60, 60, 90, 1), (240, 150, 90, 30, 2)]))
+
+    class Predictor:
+        class_names, category_ids = ["cat", "dog", "owl"], [7, 8, 9]
+
+        def __init__(self, load, settings, trusted, all_devices):
+            self.cfg = config(*settings)
+            self.predictors = [Squares(smallest=1000), Squares(smallest=1000)] if all_devices else []
+
+    monkeypatch.setattr("predict.load_predictor", Predictor)
+    words = ["--load", "run", "--images", str(images), "--threshold", "0.3", "--config", "TEST.TILE_WHOLE=True"]
+    for tile, count in ((100, 2), (0, 0)):
+        out = str(tmp_path / f"out{tile}")
+        assert annotate.main([*words, f"TEST.TILE={tile}", "--output", out]) == 0
+        content = json.loads((tmp_path / f"out{tile}/annotations.json").read_text())
+        assert len(content["annotations"]) == count
+        if tile:
+            boxes = sorted((a["category_id"], *np.round(a["bbox"])) for a in content["annotations"])
+            np.testing.assert_allclose(boxes, [(7, 60, 60, 60, 90), (8, 240, 150, 90, 30)], atol=1)
+            assert [len(a["segmentation"]) for a in content["annotations"]] == [1, 1]
 
 
 @quick

@@ -115,15 +115,15 @@ def test_images_of_a_list_are_predicted_together_with_the_results_of_each_alone(
     images = [rng.integers(0, 256, (*size, 3), np.uint8) for size in sizes]
     alone = [model(image, order="rgb") for image in images]
     calls = []
-    predict = model._predictor.predict_batch
-    model._predictor.predict_batch = lambda *batch: calls.append(len(batch[0])) or predict(*batch)
+    predict = model._predictor.predictors[0]
+    model._predictor.predictors[0] = lambda *batch: calls.append(len(batch[0])) or predict(*batch)
     try:
         together = model(images, order="rgb", batch_size=3)
         assert sorted(calls, reverse=True)[0] == 3 and sum(calls) == len(images)
         streamed = list(model.each(iter(images), order="rgb", batch_size=2))
         stacked = model(np.stack([images[0], images[2]]), order="rgb")
     finally:
-        model._predictor.predict_batch = predict
+        model._predictor.predictors[0] = predict
     for results in (together, streamed):
         for one, other, image in zip(alone, results, images):
             assert other.size == image.shape[:2] and list(one.labels) == list(other.labels)
@@ -140,6 +140,29 @@ def test_large_images_are_seen_in_tiles_where_the_settings_say_so(file):
     for found in ours:
         assert found.size == cv2.imread(PHOTOS[0]).shape[:2] and found.rles == theirs.masks
         np.testing.assert_array_equal(found.boxes, theirs.boxes)
+
+
+def test_all_devices_give_the_results_of_one_whole_and_in_tiles(file):
+    """Images of a list, and the tiles of an image, are dealt to them."""
+    calls = []
+
+    def counted(number, predict):
+        return lambda *batch: calls.append(number) or predict(*batch)
+
+    for settings in ({}, {"TEST.TILE": 96}):
+        with load(file, device="all", settings={"TRAIN.CPU_REPLICAS": 2, **settings}) as two, (
+            load(file, device="cpu", settings=settings)
+        ) as one:  # fmt: skip
+            assert len(two._predictor.predictors) == 2 and len(one._predictor.predictors) == 1
+            held = two._predictor.predictors
+            two._predictor.predictors = [counted(n, predict) for n, predict in enumerate(held)]
+            photos = PHOTOS[:1] if settings else (2 * PHOTOS)[:4]
+            found = two(photos)
+            two._predictor.predictors = held
+            for photo, result in zip(photos, found, strict=True):
+                assert same(result, one(photo))
+        assert abs(calls.count(0) - calls.count(1)) <= 1 and len(calls) >= 4
+        calls.clear()
 
 
 def test_results_of_each_come_while_later_images_are_not_read_yet(model):

@@ -141,9 +141,7 @@ def test_a_very_large_image_is_drawn_smaller_with_everything_in_it(tmp_path, mon
 
     class Predictor:
         cfg, class_names, category_ids = tiles_config("TEST.TILE_WHOLE=False"), ["a", "b", "c"], None
-
-        def predict_batch(self, image, image_shape):
-            return Squares(smallest=100)(image, image_shape)
+        predictors = [Squares(smallest=100)]
 
     truth = {"images": [{"id": 4, "file_name": "a.png", "height": 300, "width": 400}],
              "categories": [{"id": 1, "name": "a"}],

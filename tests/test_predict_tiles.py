@@ -315,6 +315,14 @@ def test_reduced_detections_scale_everything():
     np.testing.assert_array_equal(decode_mask(shown.masks[0]), expected)
 
 
+def test_tiles_are_dealt_to_all_devices_with_the_results_of_one():
+    image = drawn(300, 400, [(60, 60, 60, 90, 1), (240, 150, 90, 30, 2), (10, 210, 300, 70, 3)])
+    several = [Squares() for _ in range(3)]
+    found, alone = found_in(image, config(), several), found_in(image, config())
+    assert [s.seen != [] for s in several] == [True] * 3
+    assert np.array_equal(found.boxes, alone.boxes) and found.masks == alone.masks and len(alone.boxes) == 3
+
+
 def test_files_that_cannot_be_read_are_left_out_and_a_diverged_model_is_not(tmp_path):
     good = drawn(150, 200, [(10, 10, 30, 20, 1)])
     cv2.imwrite(str(tmp_path / "a.png"), good)

@@ -264,6 +264,24 @@ def test_a_video_of_large_frames_is_seen_in_tiles(tmp_path):
         assert found["track"] == 1 and found["mask"]["size"] == [96, 128]
 
 
+@pytest.mark.parametrize("options", [[], ["TEST.TILE=64"], "live"])
+def test_all_devices_share_the_frames_of_a_recording_and_the_tiles_of_a_frame(options, tmp_path):
+    """The files are those of one device, to the byte. The frames of a live source are predicted as they come."""
+    settings = [] if options == "live" else options
+    video = write_video(tmp_path / "walk.avi", 22)
+    path = f"camera:{video}" if options == "live" else video
+    predictor, other = RedSquares(lambda seen: None, *settings), RedSquares(lambda seen: None, *settings)
+    predictor.predictors += other.predictors
+    _, sources = find_sources([str(path)], False)
+    predict_videos(predictor, sources, str(tmp_path / "two"), VideoOptions(), Style(), Views(), "weights")
+    if options == "live":
+        assert other.seen == 0 < predictor.seen
+        return
+    assert min(predictor.seen, other.seen) >= 10
+    run(path, tmp_path / "one", *settings)
+    assert content(tmp_path / "two") == content(tmp_path / "one") and len(lines(tmp_path / "one/walk.jsonl")) == 22
+
+
 def test_a_truncated_video_is_predicted_as_far_as_it_goes_and_named(tmp_path):
     video = write_video(tmp_path / "walk.avi", 24)
     content_ = video.read_bytes()

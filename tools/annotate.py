@@ -152,7 +152,7 @@ def predict_entries(
     from predict import found_in_files, load_predictor
 
     files = list_images([images])
-    predictor = load_predictor(load, settings, trusted=trusted)
+    predictor = load_predictor(load, settings, trusted=trusted, all_devices=True)
     entries: list[dict[str, Any]] = []
 
     def leave_out(index: int, reason: UserError) -> None:
