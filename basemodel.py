@@ -15,6 +15,7 @@ from model_syncbn import batch_norm, wide_type
 from utils.tf_v1 import gpu_count, onednn_enabled, tf
 
 __all__ = [
+    "DEPTHWISE_GRADIENT",
     "batch_norm_frozen",
     "c4_backbone",
     "c5_on_rois",
@@ -35,6 +36,8 @@ __all__ = [
 
 GN_GROUPS = 32
 GN_EPSILON = 1e-5
+DEPTHWISE_GRADIENT = "PackRCNNDepthwiseConv"  # the name under which TensorFlow knows `_depthwise_gradient`
+_NARROW = 3  # widest filter of a depthwise convolution for which oneDNN's gradient is fast
 
 
 # ---------------------------------------------------------------------------------------------------- initialisation
@@ -161,6 +164,10 @@ def conv2d(
 
 def grouped_conv(x, weight, stride, padding, groups):
     """Convolution of x [N,H,W,Ci] with a kernel [k,k,Ci/groups,Co], with a gradient on every device."""
+    if groups > 1 and weight.shape.as_list()[2:] == [1, groups]:
+        kernel = tf.transpose(weight, [0, 1, 3, 2])  # [k, k, C, 1]
+        with tf.get_default_graph().gradient_override_map({"DepthwiseConv2dNative": DEPTHWISE_GRADIENT}):
+            return tf.nn.depthwise_conv2d(x, kernel, [1, stride, stride, 1], padding)
     if groups == 1 or gpu_count() > 0 or (onednn_enabled() and x.dtype in (tf.float32, tf.bfloat16)):
         return tf.nn.conv2d(x, weight, strides=stride, padding=padding)  # the group count follows from the shapes
     # TensorFlow's CPU kernels have no gradient for grouped convolutions, so groups are computed one by one. Narrow
@@ -176,6 +183,47 @@ def grouped_conv(x, weight, stride, padding, groups):
     return tf.concat(
         [tf.nn.conv2d(a, w, strides=stride, padding=padding) for a, w in zip(tf.split(x, parts, -1), kernels)], -1
     )
+
+
+@tf.RegisterGradient(DEPTHWISE_GRADIENT)
+def _depthwise_gradient(op, dy):
+    """The gradient of a depthwise convolution. It goes around what is slow in oneDNN: gradients of filters wider than
+    3, and in bfloat16 those of the input at stride 2 (benchmarks/depthwise.py)."""
+    x, kernel = op.inputs  # [N, H, W, C], [k, k, C, 1]
+    rule = {"strides": op.get_attr("strides"), "padding": op.get_attr("padding").decode()}
+    slow = onednn_enabled() and gpu_count() == 0 and op.get_attr("data_format") == b"NHWC"
+    wide = slow and rule["strides"][1] > 1 and x.dtype == tf.bfloat16
+    dtype = tf.float32 if wide else x.dtype
+    dx = tf.raw_ops.DepthwiseConv2dNativeBackpropInput(
+        input_sizes=tf.shape(x), filter=tf.cast(kernel, dtype), out_backprop=tf.cast(dy, dtype), **rule
+    )
+    if slow and int(kernel.shape[1]) > _NARROW and x.dtype in (tf.float32, tf.bfloat16):
+        d_kernel = _filter_gradient_in_strips(x, kernel, dy, rule["strides"], rule["padding"])
+    else:
+        d_kernel = tf.raw_ops.DepthwiseConv2dNativeBackpropFilter(
+            input=x, filter_sizes=tf.shape(kernel), out_backprop=dy, **rule
+        )
+    return tf.cast(dx, x.dtype), d_kernel
+
+
+def _filter_gradient_in_strips(x, kernel, dy, strides, padding):
+    """The gradient [h,w,C,M] of a depthwise kernel, computed for at most _NARROW of its columns at a time."""
+    height, width, channels, multiplier = kernel.shape.as_list()
+    spans = (tf.shape(dy)[1:3] - 1) * strides[1:3]  # from the first place of the kernel to its last
+    if padding == "SAME":
+        missing = tf.maximum(spans + [height, width] - tf.shape(x)[1:3], 0)
+        before = missing // 2
+        x = tf.pad(x, [[0, 0], [before[0], missing[0] - before[0]], [before[1], missing[1] - before[1]], [0, 0]])
+    strips = []
+    for first in range(0, width, _NARROW):
+        columns = min(_NARROW, width - first)
+        strips.append(
+            tf.raw_ops.DepthwiseConv2dNativeBackpropFilter(
+                input=x[:, :, first : first + spans[1] + columns], filter_sizes=[height, columns, channels, multiplier],
+                out_backprop=dy, strides=strides, padding="VALID",
+            )
+        )  # fmt: skip
+    return tf.concat(strips, 1)
 
 
 def deconv2d(name, x, channels, kernel=2, stride=2, *, relu=False, bias=True, init=he_fan_out, trainable=True):

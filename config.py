@@ -47,6 +47,7 @@ from config_check import (
     whole,
 )
 from config_names import ALIASES, unknown_key
+from utils.efficientnet_lite import NETWORKS as LITE
 
 __all__ = [
     "DOUBTS", "PREDICTION_RELATIONS", "RELATIONS", "SETTINGS", "TRAINING_DOUBTS", "TRAINING_RELATIONS", "Config",
@@ -168,7 +169,8 @@ SETTINGS: dict[str, Setting] = {
     # -------------------------------------------------------------------------------------------------------- backbone
     "BACKBONE.NAME": Setting(
         "resnet", backbone,
-        "resnet: a ResNet as the settings below describe it. keras:EfficientNetB0 or another network of "
+        "resnet: a ResNet as the settings below describe it. efficientnet_lite0 to efficientnet_lite4: these small, "
+        "fast networks. keras:EfficientNetB0 or another network of "
         "tf_keras.applications. module:function: your own function(normalised image [N,H,W,3], cfg) -> [C2,C3,C4,C5].",
         names_code=True,
     ),
@@ -179,7 +181,7 @@ SETTINGS: dict[str, Setting] = {
     "BACKBONE.WEIGHTS": Setting(
         "", _PATH_OR_NONE,
         "ImageNet weights to start from: an .npz with native or tensorpack names; for keras also its …_notop.h5. "
-        '"" trains from scratch.',
+        'package: those of an installed package (docs/WEIGHTS.md). "" trains from scratch.',
     ),
     "BACKBONE.RESNET_NUM_BLOCK": Setting(
         [3, 4, 6, 3], list_of(whole(1, 1000), 4, says="a list of four whole numbers from 1 to 1000"),
@@ -589,8 +591,12 @@ def _is_keras(cfg: "Config") -> bool:
     return cfg.BACKBONE.NAME.startswith("keras:")
 
 
+def _is_lite(cfg: "Config") -> bool:
+    return cfg.BACKBONE.NAME in LITE
+
+
 def _is_own_function(cfg: "Config") -> bool:
-    return cfg.BACKBONE.NAME != "resnet" and not _is_keras(cfg)
+    return cfg.BACKBONE.NAME != "resnet" and not _is_keras(cfg) and not _is_lite(cfg)
 
 
 def _is_basic(cfg: "Config") -> bool:
@@ -610,8 +616,8 @@ def _bottleneck_width(cfg: "Config") -> int:
 
 def _of_resnets(key: str) -> Relation:
     default = SETTINGS[key].default
-    sentence = f"applies to ResNets only, not to keras networks; leave it at {default}"
-    return key, lambda c: not _is_keras(c) or c.get(key) == default, sentence
+    sentence = f"applies to ResNets only, not to keras networks and EfficientNet-Lite; leave it at {default}"
+    return key, lambda c: not (_is_keras(c) or _is_lite(c)) or c.get(key) == default, sentence
 
 
 def _cell_anchors_fit(cfg: "Config") -> bool:
@@ -652,14 +658,19 @@ RELATIONS: list[Relation] = [
     ("BACKBONE.NAME", lambda c: c.BACKBONE.NAME == "resnet" or c.MODE_FPN, "needs MODE_FPN=True"),
     (
         "BACKBONE.FEATURE_LAYERS",
-        lambda c: not c.BACKBONE.FEATURE_LAYERS or not _is_own_function(c),
+        lambda c: not c.BACKBONE.FEATURE_LAYERS or not (_is_own_function(c) or _is_lite(c)),
         "is for keras networks; set it to []",
     ),
     (
         "BACKBONE.NORM",
-        lambda c: not _is_keras(c) or c.BACKBONE.NORM in ("FreezeBN", "SyncBN"),
-        "does not fit keras networks, which have their own norms: FreezeBN (statistics of the weights) or SyncBN (of "
-        "the batch)",
+        lambda c: not (_is_keras(c) or _is_lite(c)) or c.BACKBONE.NORM in ("FreezeBN", "SyncBN"),
+        "does not fit keras networks and EfficientNet-Lite, which have their own norms: FreezeBN (statistics of the "
+        "weights) or SyncBN (of the batch)",
+    ),
+    (
+        "BACKBONE.WEIGHTS",
+        lambda c: c.BACKBONE.WEIGHTS != "package" or _is_lite(c),
+        "is for BACKBONE.NAME=efficientnet_lite0, 1 or 2, whose weights there are as packages; give a file",
     ),
     (
         "TRAIN.PRECISION",

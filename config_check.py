@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from common import UserError
+from utils.efficientnet_lite import NETWORKS as LITE
 
 __all__ = [
     "Allowed", "Setting", "anchors", "automatic", "backbone", "class_names", "datasets", "edges", "either", "exactly",
@@ -256,6 +257,10 @@ def _read_backbone(value: Any) -> str:
         if value == "resnet":
             return value
         raise ValueError(" (did you mean resnet? BACKBONE.RESNET_NUM_BLOCK sets its depth, [3,4,23,3] for ResNet-101)")
+    if value in LITE:
+        return value
+    if lite := re.search(r"(?i)lite[-_]?([0-4])", value):
+        raise ValueError(f" (did you mean efficientnet_lite{lite[1]}?)")
     name = name or re.sub(r"(?i)^(tf\.|tf_)?keras(\.applications)?\.|^keras$", "", kind) or "EfficientNetB0"
     raise ValueError(f" (did you mean keras:{name}?)")
 
@@ -317,7 +322,7 @@ schedule = Allowed(
 metric = Allowed("the name of a metric as in log.jsonl, with - before it if smaller is better", _read_metric)
 targets = Allowed("{metric: number}, e.g. {'bbox/AP': 0.377}; {} for none", _read_targets)
 pattern = Allowed("a regular expression", _read_pattern)
-backbone = Allowed("resnet, keras:NETWORK or module:function", _read_backbone)
+backbone = Allowed("resnet, efficientnet_lite0 to 4, keras:NETWORK or module:function", _read_backbone)
 anchors = Allowed(
     "a list for each level of anchors [x1,y1,x2,y2] with x1 < x2 and y1 < y2; [] for none",
     list_of(list_of(Allowed("", _read_box)), least=0).read,

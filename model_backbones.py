@@ -1,4 +1,5 @@
-"""Backbones besides the ResNets of basemodel.py: the networks of Keras applications, and your own functions.
+"""Backbones besides the ResNets of basemodel.py: EfficientNet-Lite (model_efficientnet.py), the networks of Keras
+applications, and your own functions.
 
 BACKBONE.NAME=keras:EfficientNetB0 takes that network's features at the strides 4, 8, 16 and 32. Keras builds it once in
 a graph of its own; its operations are then replayed in the detector's graph (`_replay`), reading variables that the
@@ -20,12 +21,14 @@ from typing import Any
 
 import numpy as np
 
-from basemodel import grouped_conv, name_seed, normalize_image, preprocess_image, resnet_stages
+from basemodel import DEPTHWISE_GRADIENT, grouped_conv, name_seed, normalize_image, preprocess_image, resnet_stages
 from common import UserError, describe_error, import_function
 from config import Config
 from config_check import nearest
+from model_efficientnet import efficientnet_stages
 from model_syncbn import normalize_batch, wide_type
 from utils.checkpoint import load_weights
+from utils.efficientnet_lite import NETWORKS, PIXEL_MEAN, PIXEL_STD
 from utils.tf_v1 import tf
 from utils.weight_files import check_hdf5
 
@@ -72,6 +75,10 @@ def backbone_stages(image, image_shape, cfg: Config):
             mean, std, order = _family(name)[0]
             x = normalize_image(image, image_shape, mean, std, tf.as_dtype(cfg.TRAIN.PRECISION))
             return _keras_stages(x[..., ::-1] if order == "rgb" else x, cfg)
+        if kind in NETWORKS:
+            dtype = tf.as_dtype(cfg.TRAIN.PRECISION)
+            x = normalize_image(image, image_shape, (PIXEL_MEAN,) * 3, (PIXEL_STD,) * 3, dtype)
+            return efficientnet_stages(x[..., ::-1], cfg)
         return list(_own_function(cfg)(preprocess_image(image, image_shape, cfg), cfg))
 
 
@@ -80,7 +87,7 @@ def check_backbone(cfg: Config) -> None:
     kind, _, name = cfg.BACKBONE.NAME.partition(":")
     if kind == "keras":
         _feature_layers(name, tuple(cfg.BACKBONE.FEATURE_LAYERS))
-    elif kind != "resnet":
+    elif kind != "resnet" and kind not in NETWORKS:
         _check_own_function(cfg)
 
 
@@ -190,6 +197,8 @@ def _network(application: str, precision: str) -> _Network:
         node.attr.pop("_class", None)
         # Keras' swish has a gradient defined in Python that refers to tensors of the other graph; use the plain one.
         node.attr.pop("_gradient_op_type", None)
+        if node.op == "DepthwiseConv2dNative":
+            node.attr["_gradient_op_type"].s = DEPTHWISE_GRADIENT.encode()
         data = [i for i in node.input if not i.startswith("^")]
         del node.input[:]
         node.input.extend(data)
@@ -442,8 +451,5 @@ def _grouped_convolution(network: _Network, node, x, kernel):
     function = next(f for f in network.graph_def.library.function if f.signature.name == node.attr["f"].func.name)
     conv = next(n for n in function.node_def if n.op == "Conv2D")
     stride, padding = conv.attr["strides"].list.i[1], conv.attr["padding"].s.decode()
-    size, _, width, channels = kernel.shape.as_list()
-    if width == 1 and channels == int(x.shape[-1]):
-        kernel = tf.reshape(kernel, [size, size, channels, 1])
-        return tf.nn.depthwise_conv2d(x, kernel, [1, stride, stride, 1], padding)
+    width = int(kernel.shape[2])
     return grouped_conv(x, kernel, stride, padding, int(x.shape[-1]) // width)

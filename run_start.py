@@ -31,6 +31,7 @@ from utils.checkpoint import (
     without_averages,
 )
 from utils.class_tensors import depends_on_classes, has_shared_masks, keep_classes
+from utils.efficientnet_lite import NETWORKS, load_torch, package_file
 from utils.event_files import drop_events_after
 from utils.run_lock import LOCK_NAME, RunLock
 
@@ -124,7 +125,8 @@ def _settings(
 def _settings_of_backbone(arguments: Sequence[str]) -> dict[str, Any]:
     """The settings stored in the file that the arguments give as BACKBONE.WEIGHTS, if any."""
     path = os.path.expanduser(default_config().update_args(arguments).BACKBONE.WEIGHTS)
-    meta = read_meta(path) if os.path.isfile(path) and not path.endswith((".h5", ".hdf5")) else None
+    without = path == "package" or path.endswith((".h5", ".hdf5", ".pth"))
+    meta = read_meta(path) if os.path.isfile(path) and not without else None
     return {k: v for k, v in ((meta or {}).get("settings") or {}).items() if _BACKBONE_SETTINGS.match(k)}
 
 
@@ -414,7 +416,8 @@ def begin(request: Request) -> Start:
         if cfg.BACKBONE.WEIGHTS and (start.weights is None or fitting.partial):
             _add_backbone(start)
         if start.weights is None and cfg.BACKBONE.NORM == "FreezeBN":
-            norm = "SyncBN" if cfg.BACKBONE.NAME.startswith("keras:") else "GN"
+            of_batch = cfg.BACKBONE.NAME.startswith("keras:") or cfg.BACKBONE.NAME in NETWORKS
+            norm = "SyncBN" if of_batch else "GN"
             logger.warning(
                 "BACKBONE.NORM=FreezeBN without weights normalises nothing: give BACKBONE.WEIGHTS or --load, "
                 f"or train from scratch with BACKBONE.NORM={norm} BACKBONE.FREEZE_AT=0"
@@ -446,7 +449,10 @@ def _backbone_weights(cfg: Config) -> dict[str, Any]:
         from model_backbones import load_backbone_weights  # imports TensorFlow
 
         return load_backbone_weights(cfg)
-    return load_weights(os.path.expanduser(cfg.BACKBONE.WEIGHTS), is_model_tensor)[0]
+    path = os.path.expanduser(cfg.BACKBONE.WEIGHTS)
+    if cfg.BACKBONE.NAME in NETWORKS and (path == "package" or path.endswith(".pth")):
+        return load_torch(cfg.BACKBONE.NAME, package_file(cfg.BACKBONE.NAME) if path == "package" else path)
+    return load_weights(path, is_model_tensor)[0]
 
 
 def begin_with_the_others(request: Request, rank: int) -> Start:

@@ -266,3 +266,45 @@ def test_initial_values_depend_on_seed_and_name_alone():
     first, second = evaluate(lambda: make("ab")), evaluate(lambda: make("ba"))
     np.testing.assert_array_equal(first["a/W"], second["a/W"])
     assert (first["a/W"] != first["b/W"]).any()
+
+
+@pytest.mark.parametrize("precision, tolerance", [("float32", 1e-5), ("bfloat16", 4e-2), ("float64", 1e-12)])
+def test_gradients_of_depthwise_convolutions_equal_sums_of_shifted_products(precision, tolerance):
+    """For filters of every width with and without a kernel of their own in oneDNN, and sides that strides do not
+    divide."""
+    cases = [(k, s, padding, size) for k in (2, 3, 5, 7) for s in (1, 2, 3) for padding in ("SAME", "VALID")
+             for size in ((9, 12), (8, 7))]  # fmt: skip
+    random, arrays = np.random.RandomState(0), {}
+
+    def make():
+        results = []
+        for case, (k, s, padding, (h, w)) in enumerate(cases):
+            x, kernel = random.standard_normal([2, h, w, 4]), random.standard_normal([k, k, 1, 4])
+            x, kernel = (np.asarray(tf.as_dtype(precision).as_numpy_dtype(v)) for v in (x, kernel))
+            a, b = tf.constant(x), tf.constant(kernel)
+            y = basemodel.grouped_conv(a, b, s, padding, 4)
+            dy = random.standard_normal(y.shape.as_list()).astype(x.dtype)
+            arrays[case] = x.astype(float), kernel.astype(float), dy.astype(float)
+            results.append([tf.cast(v, tf.float64) for v in (y, *tf.gradients(y, [a, b], tf.constant(dy)))])
+        return results
+
+    for case, got in enumerate(evaluate(make)):
+        for value, want in zip(got, depthwise(*arrays[case], *cases[case][:3])):
+            np.testing.assert_allclose(value, want, rtol=0, atol=tolerance * np.abs(want).max(), err_msg=cases[case])
+
+
+def depthwise(x, kernel, dy, k, stride, padding):
+    """y, dx and d_kernel in float64 by definition."""
+    n, h, w, c = x.shape
+    oh, ow = dy.shape[1:3]
+    total = [max((o - 1) * stride + k - side, 0) if padding == "SAME" else 0 for o, side in ((oh, h), (ow, w))]
+    top, left = total[0] // 2, total[1] // 2
+    padded = np.pad(x, [[0, 0], [top, total[0] - top], [left, total[1] - left], [0, 0]])
+    y, d_padded, d_kernel = np.zeros_like(dy), np.zeros_like(padded), np.zeros_like(kernel)
+    for i in range(k):
+        for j in range(k):
+            rows, columns = slice(i, i + (oh - 1) * stride + 1, stride), slice(j, j + (ow - 1) * stride + 1, stride)
+            y += padded[:, rows, columns] * kernel[i, j, 0]
+            d_padded[:, rows, columns] += dy * kernel[i, j, 0]
+            d_kernel[i, j, 0] = (padded[:, rows, columns] * dy).sum((0, 1, 2))
+    return y, d_padded[:, top : top + h, left : left + w], d_kernel

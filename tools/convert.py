@@ -5,9 +5,10 @@
 
 The system is recognised by the names inside the file, whatever the file is called: tensorpack (R-CNN and ImageNet
 .npz), detectron2 (.pkl, .pth), Detectron/Caffe2 (.pkl), maskrcnn-benchmark and mmdetection (.pth), torchvision
-(detection and ImageNet .pth), Keras applications (.h5). Every tensor of the file must be used and every tensor of the
-model must be found; otherwise nothing is written and the exit code is 3. The settings that the model needs are derived
-from the tensors, printed, and stored in the .npz, so that --load applies them.
+(detection and ImageNet .pth), EfficientNet-Lite (ImageNet .pth of efficientnet_lite_pytorch or timm), Keras
+applications (.h5). Every tensor of the file must be used and every tensor of the model must be found; otherwise nothing
+is written and the exit code is 3. The settings that the model needs are derived from the tensors, printed, and stored
+in the .npz, so that --load applies them.
 """
 
 import import_path
@@ -37,6 +38,7 @@ from utils.checkpoint import (
     native_names,
     save_npz,
 )
+from utils.efficientnet_lite import NETWORKS, from_torch, is_torch, variable_shapes
 from utils.safe_pickle import read_pickle
 from utils.weight_files import check_tensor_name, file_kind, is_number_type, one_line, read_hdf5
 
@@ -105,12 +107,13 @@ def convert(
     report.system = system
     with one_line(path, f"a model of {system}"):  # tensors with the right names may still have wrong shapes
         variables, settings = translate(tensors, facts, report)
-        _fold_batch_norms(variables, report)
-        _check_known_structure(variables, path)
-        settings = {**_derive_settings(variables), **settings}
-        if sum(settings["BACKBONE.RESNET_NUM_BLOCK"]) > len(variables):
+        if settings.get("BACKBONE.NAME") not in NETWORKS:
+            _fold_batch_norms(variables, report)
+            _check_known_structure(variables, path)
+            settings = {**_derive_settings(variables), **settings}
+        if sum(settings.get("BACKBONE.RESNET_NUM_BLOCK", ())) > len(variables):
             raise UserError(f"{path}: its settings describe more blocks than it has tensors; leave out its settings")
-    if settings["BACKBONE.BLOCK"] == "basic":  # basic blocks have no 1x1 convolution
+    if settings.get("BACKBONE.BLOCK") == "basic":  # basic blocks have no 1x1 convolution
         settings["BACKBONE.STRIDE_1X1"] = False
     classes = settings.get("DATA.NUM_CATEGORY", 0)
     stored = report.class_names if len(report.class_names) == classes else []
@@ -232,6 +235,8 @@ def _recognise(tensors: Mapping[str, Any], facts: Mapping[str, Any], path: Path)
         return "tensorpack", lambda t, f, r: _from_tensorpack(t, f, r, path)
     if has("conv1_w", "res2_0_branch2a_w"):
         return "Detectron (Caffe2)", _from_caffe2
+    if is_torch(tensors):
+        return "EfficientNet-Lite", lambda t, f, r: _from_efficientnet_lite(t, r, path)
     if has("backbone.body.stem.conv1.weight"):
         return "maskrcnn-benchmark", _from_maskrcnn_benchmark
     if has("backbone.body.conv1.weight"):
@@ -245,7 +250,7 @@ def _recognise(tensors: Mapping[str, Any], facts: Mapping[str, Any], path: Path)
         return "detectron2", _from_detectron2
     raise UserError(
         f"{path}: names like {_some(sorted(names), 2)} belong to no known system; known are tensorpack, detectron2, "
-        "Detectron, maskrcnn-benchmark, torchvision, mmdetection and Keras ResNets"
+        "Detectron, maskrcnn-benchmark, torchvision, mmdetection and Keras ResNets, EfficientNet-Lite"
     )
 
 
@@ -593,6 +598,18 @@ def _from_torchvision_imagenet(tensors: dict, facts: dict, report: Report) -> tu
     rules = [*_torch_resnet_rules("", ""), (r"fc", lambda m: "linear")]
     variables = _translate(tensors, rules, {r".*\.num_batches_tracked": "step counters"}, report)
     return variables, _rgb_settings(variables, report)
+
+
+def _from_efficientnet_lite(tensors: dict, report: Report, path: Path) -> tuple[dict, dict]:
+    name, variables, report.mapped = from_torch(tensors, str(path))
+    for old in tensors:
+        if old.endswith("num_batches_tracked"):
+            report.ignored.append((old, "step counters"))
+        elif re.match(r"_?conv_head\.|_bn1\.|bn2\.|_fc\.|classifier\.", old):
+            report.ignored.append((old, "the classifier, which no detector uses"))
+        elif old not in report.mapped:
+            report.unused.append(old)
+    return variables, {"BACKBONE.NAME": name, "BACKBONE.NORM": "FreezeBN"}
 
 
 def _rgb_settings(variables: dict[str, np.ndarray], report: Report) -> dict[str, Any]:
@@ -1045,6 +1062,8 @@ def _derive_settings(variables: Mapping[str, np.ndarray]) -> dict[str, Any]:
 
 def expected_names(settings: Mapping[str, Any]) -> tuple[set[str], set[str]]:
     """(variables that a model with these settings must have, further variables that it may have)."""
+    if settings.get("BACKBONE.NAME") in NETWORKS and "MODE_FPN" not in settings:
+        return set(variable_shapes(settings["BACKBONE.NAME"])), set()
     expected: set[str] = set()
 
     def layer(scope: str, norm: str | None = None, bias: bool = False) -> None:
