@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import shutil
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -113,6 +115,17 @@ def test_unusable_files_are_one_line_errors(tmp_path, name, content, message):
     with pytest.raises(UserError, match=message) as e:
         load_weights(tmp_path / name)
     assert "\n" not in str(e.value) and name in str(e.value)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("url", ["https://host/folder/R50.npz", "s3://bucket/model.pkl"])
+@pytest.mark.parametrize("kind", [str, Path])
+def test_urls_are_not_fetched_and_the_message_says_what_to_do(url, kind):
+    from tools.convert import convert
+
+    for read in (load_weights, convert):
+        with pytest.raises(UserError, match=re.escape(f"{url} is a URL") + ".*download.*docs/WEIGHTS.md"):
+            read(kind(url))
 
 
 @pytest.mark.quick

@@ -327,6 +327,8 @@ def test_open_images_by_class(server, tmp_path, capsys):
 def test_backbones_and_balloons(server, tmp_path, capsys):
     content = b"weights"
     server.files = {"/FasterRCNN/ImageNet-R50-AlignPadding.npz": content, "/models/resnet50-0676ba61.pth": content,
+                    "/detectron2/COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x/137849600/model_final_f10217.pkl":
+                        content,
                     "/matterport/Mask_RCNN/releases/download/v2.1/balloon_dataset.zip":
                         zip_of({"balloon/train/via_region_data.json": b"{}", "__MACOSX/x": b""})}  # fmt: skip
     assert run(server, tmp_path, "backbone", "--name", "R50-AlignPadding") == 0
@@ -334,6 +336,10 @@ def test_backbones_and_balloons(server, tmp_path, capsys):
     assert run(server, tmp_path, "backbone", "--name", "torchvision-resnet50") == 2  # its name has its sum
     assert "published is 0676ba61" in capsys.readouterr().err
     assert run(server, tmp_path, "backbone", "--name", "R5") == 2
+    assert run(server, tmp_path, "detector", "--name", "detectron2-mask-R50-3x") == 0
+    assert f"tools/convert.py {tmp_path}/model_final_f10217.pkl" in capsys.readouterr().err
+    (tmp_path / "model_final_f10217.pkl").unlink()
+    assert run(server, tmp_path, "detector", "--name", "R50-AlignPadding") == 2  # a backbone's
     assert run(server, tmp_path, "balloon") == 0
     assert sorted(os.listdir(tmp_path)) == ["ImageNet-R50-AlignPadding.npz", "balloon"]
     assert "DATA.TRAIN=balloon_train" in capsys.readouterr().err

@@ -40,7 +40,7 @@ from utils.checkpoint import (
 )
 from utils.efficientnet_lite import NETWORKS, from_torch, is_torch, variable_shapes
 from utils.safe_pickle import read_pickle
-from utils.weight_files import check_tensor_name, file_kind, is_number_type, one_line, read_hdf5
+from utils.weight_files import check_tensor_name, file_kind, is_number_type, one_line, read_hdf5, refuse_url
 
 __all__ = ["convert", "Report", "expected_names", "legacy_cell_anchors"]
 
@@ -144,6 +144,7 @@ def convert(
 # ---------------------------------------------------------------------------------------------------------- reading
 def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """(name -> array, facts: the other entries of the file, e.g. a configuration) by the file's content."""
+    refuse_url(path)
     if path.is_dir() or is_tf_checkpoint(path):
         tensors, meta = load_weights(path)
         return tensors, {"meta": meta}

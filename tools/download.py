@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""Downloads public data sets and backbones, continues after interruptions, checks and unpacks.
+"""Downloads public data sets and weights, continues after interruptions, checks and unpacks.
 
     tools/download.py coco2017 --output ~/data/coco                 images and annotations, 26 GB
     tools/download.py coco2017 --parts val --no-unpack              a part; images are read from their zip
     tools/download.py coco2014 --output ~/data/coco                 with minival and valminusminival
     tools/download.py openimages --split validation --classes Cat Dog --limit 500 --output ~/data/oid
     tools/download.py backbone --name R50-AlignPadding --output ~/weights
+    tools/download.py detector --name torchvision-maskrcnn-v2 --output ~/weights
     tools/download.py balloon --output ~/data
 
 The same command again continues. docs/DATA.md tells what is checked.
@@ -34,7 +35,7 @@ from common import UserError, atomic_write, check_output_folder, logger, path_ar
 from download_files import Remote, check_space, download, download_many, file_name_of
 from utils.oid_format import read_classes
 
-__all__ = ["BACKBONES", "COCO", "unpack"]
+__all__ = ["BACKBONES", "COCO", "DETECTORS", "unpack"]
 
 _COCO, _OID = "http://images.cocodataset.org", "https://storage.googleapis.com/openimages"
 # Sizes are about right and serve the check of the disk. COCO publishes no sums; these MD5 sums are those against which
@@ -63,7 +64,7 @@ BALLOON = Remote(
 )  # fmt: skip
 _TENSORPACK = "http://models.tensorpack.com/FasterRCNN/ImageNet-"
 _D2, _TORCH = "https://dl.fbaipublicfiles.com/detectron2/ImageNetPretrained/", "https://download.pytorch.org/models/"
-# PyTorch's file names end with the first digits of their SHA-256.
+# PyTorch's and OpenMMLab's file names end with the first digits of their SHA-256.
 BACKBONES: dict[str, str] = {
     **{n: f"{_TENSORPACK}{n}.npz" for n in (
         "R50-AlignPadding", "R101-AlignPadding", "R50-GroupNorm32-AlignPadding", "R101-GroupNorm32-AlignPadding"
@@ -73,6 +74,34 @@ BACKBONES: dict[str, str] = {
     "torchvision-resnet50": f"{_TORCH}resnet50-0676ba61.pth",
     "torchvision-resnet101": f"{_TORCH}resnet101-63fe2227.pth",
     "torchvision-resnet152": f"{_TORCH}resnet152-394f9c45.pth",
+}  # fmt: skip
+_D2_MODELS, _MM = "https://dl.fbaipublicfiles.com/detectron2", "https://download.openmmlab.com/mmdetection/v2.0"
+# Detectors trained on COCO that tools/convert.py reads; docs/WEIGHTS.md has their scores and licences.
+DETECTORS: dict[str, str] = {
+    "torchvision-fasterrcnn": f"{_TORCH}fasterrcnn_resnet50_fpn_coco-258fb6c6.pth",
+    "torchvision-fasterrcnn-v2": f"{_TORCH}fasterrcnn_resnet50_fpn_v2_coco-dd69338a.pth",
+    "torchvision-maskrcnn": f"{_TORCH}maskrcnn_resnet50_fpn_coco-bf2d0c1e.pth",
+    "torchvision-maskrcnn-v2": f"{_TORCH}maskrcnn_resnet50_fpn_v2_coco-73cbd019.pth",
+    "torchvision-keypointrcnn": f"{_TORCH}keypointrcnn_resnet50_fpn_coco-fc266e95.pth",
+    **{f"detectron2-{name}": f"{_D2_MODELS}/{path}.pkl" for name, path in {
+        "faster-R50-3x": "COCO-Detection/faster_rcnn_R_50_FPN_3x/137849458/model_final_280758",
+        "mask-R50-3x": "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x/137849600/model_final_f10217",
+        "mask-R101-3x": "COCO-InstanceSegmentation/mask_rcnn_R_101_FPN_3x/138205316/model_final_a3ec72",
+        "cascade-R50-3x": "Misc/cascade_mask_rcnn_R_50_FPN_3x/144998488/model_final_480dd8",
+        "keypoint-R50-3x": "COCO-Keypoints/keypoint_rcnn_R_50_FPN_3x/137849621/model_final_a6e10b",
+        "mask-R50-400ep": "new_baselines/mask_rcnn_R_50_FPN_400ep_LSJ/42019571/model_final_14d201",
+        "mask-R101-400ep": "new_baselines/mask_rcnn_R_101_FPN_400ep_LSJ/42073830/model_final_f96b26",
+    }.items()},
+    **{f"mmdetection-{name}": f"{_MM}/{path}.pth" for name, path in {
+        "faster-R50-3x": "faster_rcnn/faster_rcnn_r50_fpn_mstrain_3x_coco/"
+                         "faster_rcnn_r50_fpn_mstrain_3x_coco_20210524_110822-e10bd31c",
+        "mask-R50-3x": "mask_rcnn/mask_rcnn_r50_fpn_mstrain-poly_3x_coco/"
+                       "mask_rcnn_r50_fpn_mstrain-poly_3x_coco_20210524_201154-21b550bb",
+        "mask-R101-caffe-3x": "mask_rcnn/mask_rcnn_r101_caffe_fpn_mstrain-poly_3x_coco/"
+                              "mask_rcnn_r101_caffe_fpn_mstrain-poly_3x_coco_20210526_132339-3c33ce02",
+        "cascade-R50-20e": "cascade_rcnn/cascade_rcnn_r50_fpn_20e_coco/"
+                           "cascade_rcnn_r50_fpn_20e_coco_bbox_mAP-0.41_20200504_175131-e9872a90",
+    }.items()},
 }  # fmt: skip
 
 
@@ -191,12 +220,13 @@ def _get_balloon(args: argparse.Namespace) -> str:
     )
 
 
-def _get_backbone(args: argparse.Namespace) -> str:
-    if args.name not in BACKBONES:
-        raise UserError(f"--name: one of {', '.join(BACKBONES)}")
-    url = BACKBONES[args.name]
+def _get_weights(args: argparse.Namespace) -> str:
+    known = BACKBONES if args.what == "backbone" else DETECTORS
+    if args.name not in known:
+        raise UserError(f"--name: one of {', '.join(known)}")
+    url = known[args.name]
     name = file_name_of(url)
-    digest = name.removesuffix(".pth").rpartition("-")[2] if url.startswith(_TORCH) else ""
+    digest = name.removesuffix(".pth").rpartition("-")[2] if url.startswith((_TORCH, _MM)) else ""
     path = download(_mirrored(Remote(url, name, 0, digest), args.mirror), args.output)
     if path.suffix == ".npz":
         return f"./train.py --config BACKBONE.WEIGHTS={_quoted(path)} …"
@@ -284,7 +314,7 @@ def _quoted(path: str | os.PathLike) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=[*COCO, "openimages", "backbone", "balloon"])
+    parser.add_argument("what", choices=[*COCO, "openimages", "backbone", "detector", "balloon"])
     parser.add_argument("--output", type=path_argument, default="data", metavar="DIR", help="folder (default: data)")
     parser.add_argument("--parts", nargs="+", help="COCO: some of annotations, minival, train, val")
     parser.add_argument(
@@ -296,22 +326,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--limit", type=int, metavar="N", help="Open Images: at most so many images")
     parser.add_argument("--masks", action="store_true", help="Open Images: masks too")
     parser.add_argument("--workers", type=int, default=32, help="Open Images: images at a time (default: %(default)s)")
-    parser.add_argument("--name", help="backbone: " + ", ".join(BACKBONES))
+    parser.add_argument(
+        "--name", help=f"backbone: {', '.join(BACKBONES)}; detector (docs/WEIGHTS.md): {', '.join(DETECTORS)}"
+    )
     parser.add_argument(
         "--mirror", metavar="URL", help="another server with the same paths, e.g. http://localhost:8000"
     )
     args = parser.parse_args(argv)
     if args.limit is not None and args.limit < 1 or not 1 <= args.workers <= 256:
         parser.error("--limit must be at least 1, --workers 1 to 256")
-    if args.what == "backbone" and not args.name:
-        parser.error("backbone needs --name")
+    if args.what in ("backbone", "detector") and not args.name:
+        parser.error(f"{args.what} needs --name")
     again = shlex.join(["python", "tools/download.py", *(sys.argv[1:] if argv is None else argv)])
     try:
         check_output_folder(args.output, "--output")
         if args.what in COCO:
             command = _get_coco(args.what, args)
         else:
-            get = {"openimages": _get_open_images, "backbone": _get_backbone, "balloon": _get_balloon}[args.what]
+            get = {"openimages": _get_open_images, "balloon": _get_balloon}.get(args.what, _get_weights)
             command = get(args)
     except UserError as e:
         logger.error(str(e))

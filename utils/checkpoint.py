@@ -22,7 +22,7 @@ from tabulate import tabulate
 from termcolor import colored
 
 from common import UserError, atomic_write, git_revision, logger, project_version, read_json, write_json
-from utils.weight_files import check_regular, file_kind, is_number_type, read_npz, read_tensor_index
+from utils.weight_files import check_regular, file_kind, is_number_type, read_npz, read_tensor_index, refuse_url
 
 __all__ = [
     "BEST", "best_score", "keep_best", "newest_step", "update_description",
@@ -73,6 +73,7 @@ def load_weights(
     `wanted` decides by a variable's name whether it is read, e.g. `is_model_tensor` (default: read everything,
     including optimizer slots).
     """
+    refuse_url(path)
     path = Path(path)
     if path.name == "checkpoint" and path.is_file():  # TensorFlow's state file of a run directory
         path = path.parent

@@ -8,6 +8,7 @@ and damage gives an error of one line. Reading a file takes at most `MULTIPLE` t
 import contextlib
 import math
 import os
+import re
 import stat
 import struct
 import tokenize
@@ -101,6 +102,16 @@ def one_line(path: str | os.PathLike, what: str) -> Iterator[None]:
 
 
 # ------------------------------------------------------------------------------------------------------ recognition
+def refuse_url(path: str | os.PathLike) -> None:
+    """Raises UserError if `path`, which names weights, is a URL."""
+    text = re.sub(r"^([A-Za-z][A-Za-z0-9+.-]+):/+", r"\1://", os.fspath(path))  # Path() leaves one slash
+    if "://" in text and not os.path.exists(path):
+        raise UserError(
+            f"{text} is a URL, and weights are not fetched: download the file (curl -LO {text}) and give its path; "
+            "docs/WEIGHTS.md lists public weights"
+        )
+
+
 def check_regular(path: str | os.PathLike) -> None:
     """Raises UserError unless `path` is a file with content; opening a pipe or a device would wait or never end."""
     try:
