@@ -126,13 +126,15 @@ def _put_name(canvas: np.ndarray, name: str, box: list[float], color: tuple) -> 
 
 
 def draw_boxes(image: np.ndarray, boxes: np.ndarray, labels: np.ndarray, class_names: Sequence[str]) -> np.ndarray:
-    """Boxes [B, 4] with labels [B]: foreground in the colour of its class and named, background (0) thin and grey."""
+    """Boxes [B, 4] with labels [B]: foreground in the colour of its class and named, background (0) thin and white with
+    a dark rim, which is seen on any ground."""
     canvas, times = _enlarged(image)
     named = (labels > 0).sum() <= MOST_NAMED
     for box, label in sorted(zip((times * boxes).tolist(), labels.tolist()), key=lambda item: item[1] > 0):
         x1, y1, x2, y2 = (round(v) for v in box)
-        color = class_color(label) if label else (170, 170, 170)
-        cv2.rectangle(canvas, (x1, y1), (x2, y2), color, 2 if label else 1)
+        rim, color, line = ((0, 0, 0), class_color(label), 2) if label else (HATCHED, (255, 255, 255), 1)
+        cv2.rectangle(canvas, (x1, y1), (x2, y2), rim, line + 2)
+        cv2.rectangle(canvas, (x1, y1), (x2, y2), color, line)
         if label and named:
-            _put_name(canvas, _name(class_names, label), box, color)
+            _put_name(canvas, _name(class_names, label), box, (255, 255, 255))
     return canvas
