@@ -194,7 +194,7 @@ def predict_files(
             if parts is not None and len(detections.scores) == cfg.TEST.TILE_RESULTS_PER_IM:
                 hidden += "; there may be more: raise TEST.TILE_RESULTS_PER_IM"
             rate = (time.time() - started) / done
-            logger.info(f"{done}/{len(files)} {path}: {shown} objects{hidden} ({rate:.2f} s/image)")
+            logger.info(f"{done}/{len(files)} {path}: {shown} object{'s' * (shown != 1)}{hidden} ({rate:.2f} s/image)")
             if window and len(files) == 1:
                 show_window(path)
     logger.info(f"pictures in {output}/, everything found in {target}")
@@ -238,6 +238,8 @@ def _to_draw(
     if annotations is not None:
         rings = [[ring / times for ring in part] for part in annotations["rings"]]
         annotations = {**annotations, "boxes": annotations["boxes"] / times, "rings": rings}
+        if annotations["keypoints"] is not None:
+            annotations["keypoints"] = annotations["keypoints"] / (times, times, 1)
     return reduced(parts, times), reduced_detections(drawn, times), annotations, unit
 
 
@@ -248,7 +250,9 @@ class Truth:
         content = read_truth(path)
         names = {c["id"]: c["name"] for c in content["categories"]}
         self.labels = {i: class_names.index(n) + 1 for i, n in names.items() if n in class_names}
-        self.images = {os.path.basename(str(image.get("file_name", ""))): image for image in content["images"]}
+        self.images: dict[str, list[dict[str, Any]]] = {}  # by the last part of their names
+        for image in content["images"]:
+            self.images.setdefault(os.path.basename(str(image.get("file_name", ""))), []).append(image)
         self.objects: dict[Any, list[dict]] = {}
         for a in content["annotations"]:
             if a["category_id"] in self.labels:
@@ -257,7 +261,17 @@ class Truth:
             raise UserError(f"--truth {path}: none of its classes is one of the model's, e.g. {class_names[0]}")
 
     def find(self, file: str) -> dict[str, Any] | None:
-        return self.images.get(os.path.basename(file))
+        """The image whose name ends as the file's path does, by most parts; None if there is none or no one of them."""
+        own = Path(os.path.abspath(file)).parts[::-1]
+
+        def agreement(image: dict[str, Any]) -> int:
+            parts = Path(str(image["file_name"])).parts[::-1]
+            return next((n for n, (a, b) in enumerate(zip(parts, own)) if a != b), min(len(parts), len(own)))
+
+        found = sorted(self.images.get(os.path.basename(file), []), key=agreement)
+        if not found or len(found) > 1 and agreement(found[-2]) == agreement(found[-1]):
+            return None
+        return found[-1]
 
     def annotations(self, image: dict[str, Any]) -> dict[str, Any]:
         """The annotations in the form that viz.draw_annotations takes."""
@@ -274,7 +288,14 @@ class Truth:
                 else:
                     parts.append(orient_outer(np.reshape(part, (-1, 2)).astype(np.float32)))
             rings.append(parts)
+        points = [a.get("keypoints") or () for a in objects]
+        count = max(map(len, points), default=0) // 3
+        keypoints = np.zeros((len(objects), count, 3))
+        for row, values in zip(keypoints, points):
+            row[: len(values) // 3] = np.reshape(values, (-1, 3))
+        keypoints[:, :, :2] += 0.5  # numbers of pixels become their centres
         return {
+            "keypoints": keypoints if count else None,
             "boxes": boxes, "labels": np.array([self.labels[a["category_id"]] for a in objects], int),
             "is_crowd": np.array([a["iscrowd"] for a in objects], bool), "rings": rings,
         }  # fmt: skip

@@ -1,6 +1,7 @@
 """The charts of an evaluation report as PNG files, for slides and texts; the page draws its own."""
 
 import io
+import math
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,7 @@ def write_charts(content: dict[str, Any], out: Path) -> None:
     curves, calibration, errors = (Figure(figsize=(6, 4.5), layout="constrained") for _ in range(3))
     axes = curves.subplots()
     for m in models:
-        if m["curves"]["mean"]:
-            axes.plot([k / 100 for k in range(101)], m["curves"]["mean"], label=_plain(m["name"]))
+        axes.plot([k / 100 for k in range(101)], m["curves"]["mean"] or [math.nan] * 101, label=_plain(m["name"]))
     axes.set(xlabel="recall", ylabel="precision, mean over classes", xlim=(0, 1), ylim=(0, 1), title="IoU 0.5")
     axes.legend()
     axes = calibration.subplots()

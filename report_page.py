@@ -331,7 +331,7 @@ def _thresholds(content, model, n) -> str:
         [_cell(t["threshold"], 2), _cell(t["precision"]), _cell(t["recall"]), _cell(t["f1"]), _cell(t["right"]),
          _cell(t["wrong"])] for t in model["thresholds"]["table"]
     ]  # fmt: skip
-    start = best["threshold"] if best else 0.5
+    start = min(0.99, math.floor(100 * best["threshold"]) / 100) if best else 0.5  # the slider's next below
     chooser = (
         f'<div class=js data-threshold="{n - 1}"><p><label>Score threshold <input type=range min=0 max=0.99 step=0.01 '
         f'value="{start:.2f}"></label> <output></output> <label>Class <select><option value="">all</option>'
@@ -593,7 +593,7 @@ border-radius:2px;margin-right:.3em;vertical-align:-1px}
 summary{cursor:pointer;padding:.25rem 0}summary h2{display:inline}
 input[type=range]{width:min(24rem,60vw);vertical-align:middle}
 input[type=search],select{font:inherit;padding:.2rem .4rem;max-width:100%}
-.js{display:none}.scripted .js{display:block}
+[data-threshold] label+*{margin-right:1rem}.js{display:none}.scripted .js{display:block}
 dialog{width:min(96vw,84rem);border:1px solid var(--line);border-radius:.5rem;background:var(--bg);color:var(--fg)}
 dialog::backdrop{background:#000a}dialog img{max-height:80vh;width:auto;margin:auto}
 dialog button,.tool button{font:inherit;padding:.3rem .7rem;margin-right:.4rem}

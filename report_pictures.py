@@ -93,12 +93,18 @@ def _write(path: Path, picture: np.ndarray, quality: int = 80) -> str:
 def _text(canvas: np.ndarray, tags: list[tuple[str, tuple, tuple, int]]) -> None:
     """Tags (text, box of what it names, color, size), the most important first: lines of text on a ground of their
     color, inside the canvas and beside each other where there is room."""
-    font = cv2.FontFace("sans")
-    sizes = [(cv2.getTextSize((1, 1), drawable_text(text), (0, 0), font, size, 600)[2] + 6, round(1.3 * size))
-             for text, _, _, size in tags]  # fmt: skip
+    font, room = cv2.FontFace("sans"), canvas.shape[1] - 6
+
+    def width(text: str, size: int) -> int:
+        return cv2.getTextSize((1, 1), drawable_text(text), (0, 0), font, size, 600)[2]
+
+    # Smaller letters where a narrow picture would cut the text.
+    tags = [(text, box, color, max(7, min(size, size * room // max(1, width(text, size))))) for text, box, color, size
+            in tags]  # fmt: skip
+    sizes = [(width(text, size) + 6, round(1.3 * size)) for text, _, _, size in tags]
     places = tag_places([box for _, box, _, _ in tags], sizes, canvas.shape[:2])
-    for (text, _, color, size), (x, y), (width, height) in reversed(list(zip(tags, places, sizes))):
-        cv2.rectangle(canvas, (x, y), (x + width, y + height), color, -1)
+    for (text, _, color, size), (x, y), (wide, high) in reversed(list(zip(tags, places, sizes))):
+        cv2.rectangle(canvas, (x, y), (x + wide, y + high), color, -1)
         light = 0.114 * color[0] + 0.587 * color[1] + 0.299 * color[2] > 140
         ink = INK if light else PAPER
         cv2.putText(canvas, drawable_text(text), (x + 3, y + round(0.98 * size)), ink, font, size, 600)

@@ -357,6 +357,23 @@ def test_a_folder_is_predicted_as_far_as_it_can_be_read_and_the_rest_is_named(fo
 
 
 @pytest.mark.quick
+def test_objects_below_the_score_from_which_they_are_drawn_are_counted(folder, tmp_path, capfd):
+    class TwoBoxes(OneBox):
+        def predict_batch(self, image, image_shape):
+            one = super().predict_batch(image, image_shape)
+            two = {key: np.repeat(one[key], 2, axis=1) for key in ("boxes", "labels")} | {"count": 2 * one["count"]}
+            return two | {
+                "scores": np.tile(np.array([[0.75, 0.3]], np.float32), (len(image), 1)),
+                "count": two["count"],
+            }
+
+    predict_files(TwoBoxes(), [str(folder / "g.png")], str(tmp_path / "out"), False)
+    assert "1 object, 1 more below score 0.5" in capfd.readouterr().err
+    (entry,) = json.loads((tmp_path / "out/predictions.json").read_text())
+    assert [d["score"] for d in entry["detections"]] == [0.75, 0.3]
+
+
+@pytest.mark.quick
 def test_annotations_stand_beside_what_was_found_and_their_ids_are_in_both_tables(folder, tmp_path):
     content = {
         "images": [{"id": 42, "file_name": "train/g.png", "height": 60, "width": 80}],
@@ -384,6 +401,24 @@ def test_annotations_stand_beside_what_was_found_and_their_ids_are_in_both_table
         predict_files(
             OneBox(), [str(folder / "g.png")], str(tmp_path / "x"), False, Drawing(truth=str(tmp_path / "other.json"))
         )
+
+
+@pytest.mark.quick
+def test_annotations_are_those_of_the_image_in_the_same_folder_with_their_points(tmp_path):
+    content = {
+        "images": [{"id": n, "file_name": f, "height": 60, "width": 80} for n, f in enumerate(
+            ("a/1.png", "b/1.png", "x/2.png", "y/2.png", "3.png"))],
+        "categories": [{"id": 9, "name": "owl", "keypoints": ["eye", "beak"]}],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 9, "bbox": [10, 10, 30, 30], "num_keypoints": 1,
+                         "keypoints": [12, 14, 2, 0, 0, 0]}],
+    }  # fmt: skip
+    (tmp_path / "truth.json").write_text(json.dumps(content))
+    truth = predict.Truth(str(tmp_path / "truth.json"), ["owl"])
+    found = [truth.find(f"/data/{f}") for f in ("b/1.png", "a/1.png", "2.png", "c/3.png", "4.png")]
+    assert [f and f["id"] for f in found] == [1, 0, None, 4, None]
+    points = truth.annotations(found[0])["keypoints"]
+    assert points[0, 0].tolist() == [12.5, 14.5, 2] and points[0, 1, 2] == 0
+    assert truth.annotations(found[1])["keypoints"] is None
 
 
 @pytest.mark.quick
