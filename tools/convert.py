@@ -883,7 +883,7 @@ def _fold_batch_norms(variables: dict[str, np.ndarray], report: Report) -> None:
     """Batch norms of the pyramid and the heads become the kernels and biases of their convolutions, which is what they
     compute with fixed statistics (in float64, then rounded once)."""
     folded = 0
-    for name in [n for n in variables if re.match(r"(?!conv0/|group\d/).*/bn/gamma$", n)]:
+    for name in [n for n in variables if re.match(r"(fpn|rpn|\w*rcnn(_stage\d)?)/.*/bn/gamma$", n)]:
         scope = name[: -len("bn/gamma")]
         parts = {leaf: variables.get(f"{scope}bn/{leaf}") for leaf in _NORM_LEAVES.values()}
         kernel = variables.get(f"{scope}W")
