@@ -103,7 +103,10 @@ def write_images(
         name = os.path.basename(split.image_file(i))
         # The number keeps ids apart that differ only in what no file name has, or in their end.
         entries.append(_write(out, f"{i}-{split.image_id(i)}", picture, f"id {split.image_id(i)} · {name}: {counts}"))
-    what = [f"{len(chosen):,} of {len(split):,} images fit; number {start + 1} to {start + len(shown)} are shown."]
+    end = start + len(shown)
+    what = [f"{len(chosen):,} of {len(split):,} images fit; number {start + 1} to {end} are shown."]
+    if end < len(chosen):
+        what.append(f"--start {end} shows the next.")
     _write_page(out, f"{split.name}: {split.annotation_file}", what, entries)
     return len(chosen)
 

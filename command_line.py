@@ -204,6 +204,8 @@ def warn_without_effect(args: argparse.Namespace) -> None:
     new = not runs and not args.resume
     plays = {
         "--output": bool(args.predict), "--no-window": bool(args.predict), "--resume": not runs,
+        "--draw": bool(args.predict) or args.draw == "all",
+        "--colors": bool(args.predict) or args.colors == "class",
         "--contour": bool(args.predict), "--truth": bool(args.predict), "--cut-outs": bool(args.predict),
         "--benchmark": bool(args.predict), "--raw": bool(args.predict),
         "--logdir": not (runs and args.load), "--match-classes": new and bool(args.load),

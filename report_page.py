@@ -173,13 +173,14 @@ def _plot(lines: list[tuple[list[tuple[float, float]], str, str]], x: str, y: st
     )
 
 
-def _figure(entry: dict[str, Any], caption: str, wide: bool = True) -> str:
+def _figure(entry: dict[str, Any], caption: str, wide: bool = True, mark: str = "", more: str = "") -> str:
+    """mark: the id of the figure; more: HTML at the end of its caption."""
     size = f' width="{entry["width"]}" height="{entry["height"]}"' if "width" in entry else " width=224 height=224"
     source = quote(entry["picture"])
-    kind = "wide" if wide else "cut"
+    kind = ("wide" if wide else "cut") + (f' id="{mark}"' if mark else "")
     return (
         f'<figure class={kind}><a class=zoom href="{source}"><img loading=lazy src="{source}"{size} '
-        f'alt="{escape(caption)}"></a><figcaption>{escape(caption)}</figcaption></figure>'
+        f'alt="{escape(caption)}"></a><figcaption>{escape(caption)}{more}</figcaption></figure>'
     )
 
 
@@ -237,7 +238,8 @@ def _model(content: dict[str, Any], number: int) -> str:
     parts += [_masks(model), _keypoints(model), _proposals(model)]
     pictures = content["pictures"]
     if number < len(pictures["worst"]):
-        parts += [_worst(pictures["worst"][number], n), _mistakes(pictures["mistakes"][number], n)]
+        worst = pictures["worst"][number]
+        parts += [_worst(worst, n), _mistakes(pictures["mistakes"][number], worst, n)]
     else:
         parts.append("<section><p class=note>No pictures: the folder of the images was not given.</p></section>")
     if len(content["models"]) == 1:
@@ -437,9 +439,10 @@ def _worst(entries, n) -> str:
     if not entries:
         return ""
     figures = []
-    for e in entries:
+    for k, e in enumerate(entries):
         kinds = ", ".join(f"{v} {k}" for k, v in e["mistakes"].items()) or "no mistake above the threshold"
-        figures.append(_figure(e, f"{e['file']} (id {e['image_id']}): {kinds}; AP50 lost {e['lost']:.4f}"))
+        figures.append(_figure(e, f"{e['file']} (id {e['image_id']}): {kinds}; AP50 lost {e['lost']:.4f}",
+                               mark=f"worst-{n}-{k}"))  # fmt: skip
     return (
         f"<section id=worst-{n}><h2>Worst images</h2><p>By what their mistakes cost. Left the ground truth, right the "
         "detections; every mistake is named.</p><p class=legend>" + _legend() + f"</p>{''.join(figures)}</section>"
@@ -451,9 +454,10 @@ def _legend() -> str:
     return " ".join(f'<span><i style="background:rgb{COLORS[k][::-1]}"></i>{k}</span>' for k in keys)
 
 
-def _mistakes(entries, n) -> str:
+def _mistakes(entries, worst, n) -> str:
     if not entries:
         return ""
+    whole = {str(e["image_id"]): f' <a href="#worst-{n}-{k}">whole image</a>' for k, e in enumerate(worst)}
     by_class: dict[str, list] = {}
     for e in entries:
         by_class.setdefault(e["class"], []).append(e)
@@ -463,7 +467,10 @@ def _mistakes(entries, n) -> str:
     for name, items in by_class.items():
         rows = []
         for kind, word in words.items():
-            cut = [_figure(e, f"{e['text']} – {e['file']}", wide=False) for e in items if e["kind"] == kind]
+            cut = [
+                _figure(e, f"{e['text']} – {e['file']}", wide=False, more=whole.get(str(e["image_id"]), ""))
+                for e in items if e["kind"] == kind
+            ]  # fmt: skip
             if cut:
                 rows.append(f"<h4>{word}</h4><div class=cuts>{''.join(cut)}</div>")
         blocks.append(f"<details data-name=\"{escape(name)}\"><summary>{escape(name)} ({len(items)})</summary>"
@@ -597,6 +604,7 @@ input[type=search],select{font:inherit;padding:.2rem .4rem;max-width:100%}
 dialog{width:min(96vw,84rem);border:1px solid var(--line);border-radius:.5rem;background:var(--bg);color:var(--fg)}
 dialog::backdrop{background:#000a}dialog img{max-height:80vh;width:auto;margin:auto}
 dialog button,.tool button{font:inherit;padding:.3rem .7rem;margin-right:.4rem}
+@media(max-width:40rem){dialog figure{overflow-x:auto}dialog img{max-width:none;height:55vh;margin:0}}
 @media(max-width:30rem){th,td{padding:.2rem .35rem}tbody th{max-width:9rem}}
 @media print{nav,.js,dialog{display:none!important}.scroll{max-height:none;overflow:visible}}
 """

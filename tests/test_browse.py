@@ -1,5 +1,6 @@
 """Pages of data: which images are chosen, what a training batch's picture shows, the page in a browser, bad input."""
 
+import csv
 import re
 from pathlib import Path
 from urllib.parse import unquote
@@ -62,6 +63,7 @@ def test_a_page_shows_the_chosen_images_with_their_objects(split, tmp_path):
     count = browse.write_images(split, browse.Filter(classes=["person"]), tmp_path, number=2, start=1)
     page = (tmp_path / "index.html").read_text()
     assert f"{count} of {len(split)} images fit; number 2 to 3 are shown." in page
+    assert ("--start 3 shows the next." in page) == (count > 3)
     chosen = browse.choose_images(split, browse.Filter(classes=["person"]))[1:3]
     names = re.findall(r'<img loading=lazy src="([^"]+)"', page)
     assert names == [f"images/{i}-{split.image_id(i)}.jpg" for i in chosen]
@@ -183,6 +185,23 @@ def test_a_models_proposals_and_sampled_rois_are_shown_with_their_labels(tmp_pat
     expected = np.where(iou.max(1) >= 0.5, batch["gt_labels"][0][iou.argmax(1)], 0)
     assert labels[kept].tolist() == expected.tolist() and (iou.max(0) > 0.999).all()
     assert found["valid"].any() and (np.diff(found["proposals"][0], axis=0) != 0).any()
+
+
+@needs_browser()
+def test_names_of_classes_and_files_are_text(tmp_path):
+    name, label = "<img src=x onerror=alert(1)>&'.png", "<svg onload=alert(2)>\"'&</script><u>cat"
+    cv2.imwrite(str(tmp_path / name), np.zeros((40, 60, 3), np.uint8))
+    rows = [["image", "x1", "y1", "x2", "y2", "label"], [name, 1, 1, 9, 9, label]]
+    with open(tmp_path / "boxes.csv", "w", newline="") as f:
+        csv.writer(f).writerows(rows)
+    config = [f"DATA.BASEDIR={tmp_path}", "DATA.DATASETS={'<b>set': ['csv', 'boxes.csv', '.']}"]
+    assert tool.main(["--config", *config, "--data", "<b>set", "--out", str(tmp_path / "page")]) == 0
+    with Browser(360, 800) as page:
+        page.open(tmp_path / "page/index.html")
+        page.wait_for("[...document.images].every(i => i.complete && i.naturalWidth > 0)")
+        assert page.js("document.querySelector('figcaption').textContent").endswith(f"{name}: 1 {label}")
+        assert page.js("document.querySelectorAll('main b, main u, main svg, main [onerror]').length") == 0
+        assert page.js("document.documentElement.scrollWidth") <= 360 and page.problems == []
 
 
 @needs_browser()

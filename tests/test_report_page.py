@@ -126,6 +126,16 @@ def test_pictures_load_and_open_in_place_and_step_by_keys(browser):
     browser.wait_for("!document.getElementById('viewer').open")
 
 
+def test_mistakes_lead_to_the_whole_image(browser):
+    links = browser.js("[...document.querySelectorAll('#mistakes-1 figcaption a')].map(a => [a.hash, a.innerText])")
+    assert links
+    names = "[...document.querySelectorAll('#mistakes-1 figcaption')].filter(c => c.querySelector('a'))"
+    for k, (target, _) in enumerate(links):
+        whole = browser.js(f"document.querySelector('{target} figcaption').textContent")
+        file = browser.js(f"{names}[{k}].firstChild.textContent").split(" – ")[-1].strip()
+        assert whole.startswith(f"{file} (id ")
+
+
 def test_hostile_names_are_text(browser):
     assert any(HOSTILE.format(1) == text for text in column(browser, 0))
     assert browser.js("document.querySelectorAll('main b b, main svg[onload], main u, main img[src=x]').length") == 0
