@@ -16,7 +16,6 @@ def data_facts(scene: Scene, settings: dict[str, Any] | None = None) -> dict[str
     """Counts of images, objects and classes, box sizes and shapes; with a run's settings also how its anchors fit."""
     real = ~scene.gt_ignore
     sides = scene.gt_box[real, 2:] - scene.gt_box[real, :2]
-    root = np.sqrt(np.maximum(sides.prod(1), 0))
     per_image = np.bincount(scene.gt_image[real], minlength=len(scene.image_ids))
     ratio = sides[:, 1] / np.maximum(sides[:, 0], 1e-9)
     facts: dict[str, Any] = {
@@ -26,15 +25,21 @@ def data_facts(scene: Scene, settings: dict[str, Any] | None = None) -> dict[str
         "ignored_regions": int((~real).sum()),
         "objects_per_image": {"mean": float(per_image.mean()) if len(per_image) else math.nan,
                               "most": int(per_image.max(initial=0))},
-        "sides": [
-            {"from": low, "to": high if high < math.inf else None, "count": int(((root >= low) & (root < high)).sum())}
-            for low, high in zip(_SIDES, _SIDES[1:])
-        ],
+        "sides": _by_side(sides),
         "height_by_width": [float(v) for v in np.percentile(ratio, [5, 25, 50, 75, 95])] if len(ratio) else [],
     }  # fmt: skip
     if settings and scene.sizes.all():
         facts["anchors"] = anchor_fit(scene, settings)
     return facts
+
+
+def _by_side(sides: np.ndarray) -> list[dict[str, Any]]:
+    """How many boxes of these widths and heights [n, 2] there are of each size."""
+    root = np.sqrt(np.maximum(sides.prod(1), 0))
+    return [
+        {"from": low, "to": high if high < math.inf else None, "count": int(((root >= low) & (root < high)).sum())}
+        for low, high in zip(_SIDES, _SIDES[1:])
+    ]
 
 
 def anchor_fit(scene: Scene, settings: dict[str, Any]) -> dict[str, Any]:
@@ -84,6 +89,7 @@ def anchor_fit(scene: Scene, settings: dict[str, Any]) -> dict[str, Any]:
         "fit": int((best >= positive).sum()), "unmatched": int(lost.sum()),
         "histogram": np.histogram(best, np.linspace(0, 1, 11))[0].tolist(),
         "mean_best_iou": float(best.mean()) if len(best) else math.nan,
+        "unmatched_by_side": _by_side((scene.gt_box[real, 2:] - scene.gt_box[real, :2])[lost]),
         "unmatched_by_class": [
             {"name": scene.class_names[c], "count": int(worst[c])} for c in np.argsort(-worst)[:20] if worst[c]
         ],

@@ -536,18 +536,28 @@ def _data(data: dict[str, Any]) -> str:
     text = (
         f"{_number(data['images'])} images, {_number(data['images_without_objects'])} of them without an object; "
         f"{_number(per_image['mean'], 1)} objects an image on average, {per_image['most']} at most; "
-        f"{_number(data['ignored_regions'])} ignored regions."
+        f"{_number(data['ignored_regions'])} ignored regions. "
+        "The table of scores by class counts the objects and images of each."
     )
     anchors = data.get("anchors")
     more = ""
     if anchors:
         rows = [(f"{k / 10:.1f} to {(k + 1) / 10:.1f}", v, _number(v)) for k, v in enumerate(anchors["histogram"])]
         classes = [[_cell(c["name"]), _cell(c["count"])] for c in anchors["unmatched_by_class"]]
+        by_side = [
+            [_cell(name), _cell(count), _cell(lost["count"])]
+            for (name, count, _), lost in zip(sides, anchors["unmatched_by_side"]) if count
+        ]  # fmt: skip
         more = (
             f"<h3>Anchors</h3><p>{_number(anchors['unmatched'])} of {_number(anchors['objects'])} objects overlap no "
             f"anchor by an IoU of {anchors['negative_iou']}; {_number(anchors['fit'])} overlap one by "
             f"{anchors['positive_iou']} or more.</p>{_bars(rows, 'Objects by the IoU of their best anchor')}"
-            + (_table(["class", "objects without an anchor"], classes, "Without an anchor") if classes else "")
+            + _table(["size in pixels", "objects", "without an anchor"], by_side, "Without an anchor, by size", False)
+            + (
+                _table(["class", "objects without an anchor"], classes, "Without an anchor, by class")
+                if classes
+                else ""
+            )
         )
     return f"<section id=data><h2>Data</h2><p>{text}</p>{bars}{more}</section>"
 

@@ -66,6 +66,10 @@ def test_a_run_is_resumed_from_its_newest_checkpoint_a_step_or_a_path(tmp_path):
         ("--predict /no.jpg --load x --logdir y", "without effect with --predict: --logdir"),
         ("--evaluate o.json --load /no --no-window", "without effect with --evaluate: --no-window"),
         (
+            "--evaluate o.json --load /no --draw boxes --colors instance",
+            "without effect with --evaluate: --draw, --colors",
+        ),
+        (
             "--resume --logdir /no --trim-heads --output o",
             "without effect when a run is resumed: --output, --trim-heads",
         ),

@@ -275,6 +275,7 @@ def test_anchors_fit_as_by_trying_every_anchor():
             best += mask_utils.iou(boxes, np.array(anchors), [0] * len(anchors)).max(1).tolist()
     best = np.array(best)
     assert found["mean_best_iou"] == pytest.approx(best.mean(), abs=0.01)
+    assert found["unmatched"] == sum(s["count"] for s in found["unmatched_by_side"]) > 0
     assert found["unmatched"] == (best < 0.3).sum() and found["fit"] == pytest.approx((best >= 0.7).sum(), abs=2)
 
 
