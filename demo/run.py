@@ -23,7 +23,7 @@ from common import UserError, atomic_write, logger, read_json, write_json
 from demo.make_shapes import make_dataset
 from viz import contact_sheet
 
-__all__ = ["MODEL", "TRAINING", "free_logdir", "main"]
+__all__ = ["MODEL", "TRAINING", "free_logdir", "main", "train_py", "write_sheet"]
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = [
@@ -72,7 +72,7 @@ def free_logdir(logdir: Path) -> Path | None:
     return aside
 
 
-def _train_py(*arguments: str) -> None:
+def train_py(*arguments: str) -> None:
     """Runs ./train.py with `arguments` after printing the command; a failure ends the demo with its exit code."""
     print(f"\n$ {shlex.join(['./train.py', *arguments])}", flush=True)
     process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *arguments], cwd=ROOT)
@@ -86,7 +86,7 @@ def _train_py(*arguments: str) -> None:
         raise SystemExit(code if code > 0 else 128 - code)
 
 
-def _write_sheet(path: Path, predictions: Path) -> None:
+def write_sheet(path: Path, predictions: Path) -> None:
     """One picture of the first twelve in the folder `predictions`."""
     pictures = [cv2.imread(str(p)) for p in sorted(predictions.glob("*.jpg"))[:12]]
     good, encoded = cv2.imencode(path.suffix, contact_sheet(pictures))
@@ -119,12 +119,12 @@ def main() -> int:
         "DATA.TRAIN=shapes_train",
         "DATA.VAL=shapes_val",
     ]
-    _train_py("--logdir", str(logdir), "--config", *where, *MODEL, *TRAINING, *args.config)
+    train_py("--logdir", str(logdir), "--config", *where, *MODEL, *TRAINING, *args.config)
     trained, peak_kib = time.time(), resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    _train_py("--evaluate", str(logdir / "results.json"), "--load", str(logdir))
+    train_py("--evaluate", str(logdir / "results.json"), "--load", str(logdir))
     output = str(logdir / "predictions")
-    _train_py("--predict", str(data / "val"), "--load", str(logdir), "--output", output, "--no-window")
-    _write_sheet(logdir / "predictions.jpg", logdir / "predictions")
+    train_py("--predict", str(data / "val"), "--load", str(logdir), "--output", output, "--no-window")
+    write_sheet(logdir / "predictions.jpg", logdir / "predictions")
 
     metrics = read_json(logdir / "results.metrics.json", "scores")
     metrics["seconds"] = round(time.time() - started, 1)
