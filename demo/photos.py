@@ -2,7 +2,7 @@
 
 `make photos` runs this file on the photographs of demo/photos. For your own, in COCO's format:
 
-    python -m demo.photos --train labels.json photos/ --val others.json others/
+    python demo/photos.py --train labels.json photos/ --val others.json others/
 
 Without --val, a fifth of the photographs is held out. Without outlines, add --config MODE_MASK=False. Everything goes
 through train.py's command line, as printed.
