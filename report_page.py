@@ -549,16 +549,15 @@ def _data(data: dict[str, Any]) -> str:
             for (name, count, _), lost in zip(sides, anchors["unmatched_by_side"]) if count
         ]  # fmt: skip
         more = (
-            f"<h3>Anchors</h3><p>{_number(anchors['unmatched'])} of {_number(anchors['objects'])} objects overlap no "
-            f"anchor by an IoU of {anchors['negative_iou']}; {_number(anchors['fit'])} overlap one by "
-            f"{anchors['positive_iou']} or more.</p>{_bars(rows, 'Objects by the IoU of their best anchor')}"
-            + _table(["size in pixels", "objects", "without an anchor"], by_side, "Without an anchor, by size", False)
-            + (
-                _table(["class", "objects without an anchor"], classes, "Without an anchor, by class")
-                if classes
-                else ""
-            )
+            f"<h3>Anchors</h3><p>Of {_number(anchors['objects'])} objects {_number(anchors['fit'])} have an anchor "
+            f"that overlaps them by an IoU of {anchors['positive_iou']} or more; {_number(anchors['unmatched'])} have "
+            f"none that reaches {anchors['negative_iou']}: training matches these with their best anchor alone.</p>"
+            + _bars(rows, "Objects by the IoU of their best anchor")
         )
+        if anchors["unmatched"]:
+            head = ["size in pixels", "objects", "without an anchor"]
+            more += _table(head, by_side, "Without an anchor, by size", False)
+            more += _table(["class", "objects without an anchor"], classes, "Without an anchor, by class")
     return f"<section id=data><h2>Data</h2><p>{text}</p>{bars}{more}</section>"
 
 
