@@ -8,7 +8,7 @@ The system is recognised by the names inside the file, whatever the file is call
 (detection and ImageNet .pth), EfficientNet-Lite (ImageNet .pth of efficientnet_lite_pytorch or timm), Keras
 applications (.h5). Every tensor of the file must be used and every tensor of the model must be found; otherwise nothing
 is written and the exit code is 3. The settings that the model needs are derived from the tensors, printed, and stored
-in the .npz, so that --load applies them.
+in the .npz, so that --load applies them. --to is the way back.
 """
 
 import import_path
@@ -20,6 +20,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from tabulate import tabulate
 from common import UserError, check_output_file, errors_in_one_line, logger, path_argument, read_json, read_text
 from config import default_config
 from config_files import settings_words
+from tools.convert_back import ENDINGS, write_back
 from utils.checkpoint import (
     is_tf_checkpoint,
     is_training_state,
@@ -326,10 +328,7 @@ def _to_native_layout(value: np.ndarray) -> np.ndarray:
     return value.T if value.ndim == 2 else value
 
 
-def _from_detectron2(tensors: dict, facts: dict, report: Report) -> tuple[dict, dict]:
-    fpn = any(".fpn_lateral" in name for name in tensors)
-    conv_head = any(re.match(r"roi_heads\.box_head(\.\d)?\.conv1\.", name) for name in tensors)
-
+def _detectron2_rules(fpn: bool, conv_head: bool) -> Rules:
     def head(match: re.Match) -> str:
         return f"cascade_rcnn_stage{int(match[1]) + 1}/head/" if match[1] else "fastrcnn/"
 
@@ -339,7 +338,7 @@ def _from_detectron2(tensors: dict, facts: dict, report: Report) -> tuple[dict, 
         return f"fastrcnn/{'outputs/' if fpn else ''}{_OUTPUT_MODULE[match[2]]}"
 
     bottom = r"(?:backbone\.bottom_up\.|backbone\.|roi_heads\.)?"
-    rules: Rules = [
+    return [
         (bottom + r"stem\.conv1(\.norm)?", lambda m: "conv0" + _norm(m, 1)),
         (bottom + r"res([2-5])\.(\d+)\.(conv[123]|shortcut)(\.norm)?",
          lambda m: f"group{int(m[1]) - 2}/block{m[2]}/{m[3].replace('shortcut', 'convshortcut')}{_norm(m, 4)}"),
@@ -357,6 +356,12 @@ def _from_detectron2(tensors: dict, facts: dict, report: Report) -> tuple[dict, 
         (r"roi_heads\.keypoint_head\.conv_fcn(\d)", lambda m: f"keypointrcnn/conv{int(m[1]) - 1}"),
         (r"roi_heads\.keypoint_head\.score_lowres", lambda m: "keypointrcnn/deconv"),
     ]  # fmt: skip
+
+
+def _from_detectron2(tensors: dict, facts: dict, report: Report) -> tuple[dict, dict]:
+    fpn = any(".fpn_lateral" in name for name in tensors)
+    conv_head = any(re.match(r"roi_heads\.box_head(\.\d)?\.conv1\.", name) for name in tensors)
+    rules = _detectron2_rules(fpn, conv_head)
     ignore = {
         r"proposal_generator\.anchor_generator\.cell_anchors\.\d+": "anchors, computed here",
         r"pixel_(mean|std)": "normalisation, stored as settings",
@@ -464,11 +469,11 @@ def _from_maskrcnn_benchmark(tensors: dict, facts: dict, report: Report) -> tupl
     return variables, settings
 
 
-def _from_torchvision_detection(tensors: dict, facts: dict, report: Report) -> tuple[dict, dict]:
+def _torchvision_rules() -> Rules:
     def second(match: re.Match, group: int) -> str:  # a convolution is followed by its norm
         return "/norm" if match.group(group) == "1" else ""
 
-    rules: Rules = [
+    return [
         *_torch_resnet_rules(r"backbone\.body\.", r"backbone\.body\."),
         (r"backbone\.fpn\.(inner|layer)_blocks\.([0-3])(?:\.([01]))?",
          lambda m: f"fpn/{'lateral_1x1_c' if m[1] == 'inner' else 'posthoc_3x3_p'}{int(m[2]) + 2}" + second(m, 3)),
@@ -487,7 +492,10 @@ def _from_torchvision_detection(tensors: dict, facts: dict, report: Report) -> t
         (r"roi_heads\.keypoint_head\.(\d*[02468])", lambda m: f"keypointrcnn/conv{int(m[1]) // 2}"),
         (r"roi_heads\.keypoint_predictor\.kps_score_lowres", lambda m: "keypointrcnn/deconv"),
     ]  # fmt: skip
-    variables = _translate(tensors, rules, {r".*\.num_batches_tracked": "step counters"}, report)
+
+
+def _from_torchvision_detection(tensors: dict, facts: dict, report: Report) -> tuple[dict, dict]:
+    variables = _translate(tensors, _torchvision_rules(), {r".*\.num_batches_tracked": "step counters"}, report)
     settings = _rgb_settings(variables, report)
     _without_mask_background(variables, report)
     classes = variables["fastrcnn/outputs/class/b"].size if "fastrcnn/outputs/class/b" in variables else 0
@@ -595,9 +603,14 @@ def _mmdetection_images(tensors: dict, text: str, variables: dict, report: Repor
     }  # fmt: skip
 
 
+def _torchvision_imagenet_rules() -> Rules:
+    return [*_torch_resnet_rules("", ""), (r"fc", lambda m: "linear")]
+
+
 def _from_torchvision_imagenet(tensors: dict, facts: dict, report: Report) -> tuple[dict, dict]:
-    rules = [*_torch_resnet_rules("", ""), (r"fc", lambda m: "linear")]
-    variables = _translate(tensors, rules, {r".*\.num_batches_tracked": "step counters"}, report)
+    variables = _translate(
+        tensors, _torchvision_imagenet_rules(), {r".*\.num_batches_tracked": "step counters"}, report
+    )
     return variables, _rgb_settings(variables, report)
 
 
@@ -1130,6 +1143,14 @@ def expected_names(settings: Mapping[str, Any]) -> tuple[set[str], set[str]]:
     return expected, set()
 
 
+def _rules_of(system: str, variables: Mapping[str, Any]) -> Rules:
+    """The rules by which a file of `system` with these variables would be read."""
+    if system == "detectron2":
+        conv_head = any(re.match(r"(fastrcnn|cascade_rcnn_stage1/head)/conv0/", name) for name in variables)
+        return _detectron2_rules("fpn/lateral_1x1_c2/W" in variables, conv_head)
+    return _torchvision_rules() if "rpn/conv0/W" in variables else _torchvision_imagenet_rules()
+
+
 def _known_settings(settings: dict[str, Any], overrides: Iterable[str], report: Report) -> dict[str, Any]:
     """The settings as values of this configuration, with the user's `overrides`; settings without a key here become
     notes."""
@@ -1199,7 +1220,19 @@ def main(argv: list[str] | None = None) -> int:
         help="write although tensors of the model are missing (it then loads with --partial-load only)",
     )
     parser.add_argument("--verbose", action="store_true", help="list every tensor's new name")
+    parser.add_argument(
+        "--to", choices=sorted(ENDINGS), help="the way back: write this project's weights for that system"
+    )
     args = parser.parse_args(argv)
+    if args.to:
+        if not args.output:
+            raise UserError(f"--to {args.to} needs the name of the file to write")
+        options = write_back(
+            args.input, args.output, args.to, settings_words(args.config), partial(_rules_of, args.to), _NORM_LEAVES,
+            convert,
+        )  # fmt: skip
+        print(f"options in {args.to}: " + " ".join(options))
+        return 0
     if args.output and not args.output.endswith(".npz"):
         raise UserError(f"{args.output}: the output is an .npz file; give it that ending")
     if args.output:

@@ -30,7 +30,7 @@ __all__ = [
     "read_meta", "read_checkpoint_meta", "read_description", "make_meta", "write_checkpoint_meta", "save_npz",
     "without_averages", "start_averages", "AVERAGE_PREFIX",
     "save_tf_checkpoint", "assign_weights", "match_weights", "fit_weights", "LoadReport",
-    "is_model_tensor", "is_training_state",
+    "TENSORPACK_NORMS", "is_model_tensor", "is_training_state",
 ]  # fmt: skip
 
 META_KEY = "__meta__"
@@ -53,7 +53,7 @@ _BACKBONE = re.compile(r"^(conv0|group\d+|backbone)/")
 
 # tensorpack's group-norm heads and pyramid name a norm beside its convolution; here it is inside the convolution's
 # scope.
-_RENAMES = [
+TENSORPACK_NORMS = [
     (re.compile(r"^fpn/gn_c(\d)/"), r"fpn/lateral_1x1_c\1/gn/"),
     (re.compile(r"^fpn/gn_p(\d)/"), r"fpn/posthoc_3x3_p\1/gn/"),
     (re.compile(r"^(fastrcnn|cascade_rcnn_stage\d+/head)/gn(\d)/"), r"\1/conv\2/gn/"),
@@ -209,7 +209,7 @@ def load_npz(
 def native_name(name: str) -> str:
     """This project's name of a tensorpack variable: without ":0", group norms inside their convolution's scope."""
     name = name.removesuffix(":0")
-    for pattern, replacement in _RENAMES:
+    for pattern, replacement in TENSORPACK_NORMS:
         name = pattern.sub(replacement, name)
     return name
 
