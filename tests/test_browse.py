@@ -1,6 +1,7 @@
 """Pages of data: which images are chosen, what a training batch's picture shows, the page in a browser, bad input."""
 
 import csv
+import itertools
 import re
 from pathlib import Path
 from urllib.parse import unquote
@@ -17,7 +18,9 @@ import browse
 import browse_rois
 from common import UserError
 from config import default_config, finalize_config
-from dataset import load_split
+from data import training_keys
+from data_workers import training_dataflow
+from dataset import load_split, load_training_split
 from tools import browse as tool
 from utils import np_box_ops
 
@@ -73,12 +76,21 @@ def test_a_page_shows_the_chosen_images_with_their_objects(split, tmp_path):
         assert (np.abs(picture - photo).max(2) > 60).mean() > 0.01  # something is drawn
 
 
-def test_the_tool_writes_the_batches_that_training_reads(tmp_path, split):
-    arguments = ["MODE_FPN=True", "PREPROC.SHORT_EDGE_SIZE=[96,128]", "PREPROC.MAX_SIZE=192", "TRAIN.SEED=3"]
-    code = tool.main(["--config", *SETTINGS, *arguments, "--batches", "2", "--out", str(tmp_path)])
-    assert code == 0
+def test_the_tool_shows_the_batches_that_training_reads_with_all_its_changes(tmp_path, split, monkeypatch):
+    shown, original = [], browse.draw_batch
+    monkeypatch.setattr(browse, "draw_batch", lambda batch, n, names: shown.append(batch) or original(batch, n, names))
+    arguments = ["MODE_FPN=True", "MODE_MASK=True", "PREPROC.SHORT_EDGE_SIZE=[96,128]", "PREPROC.MAX_SIZE=192",
+                 "TRAIN.SEED=3", "PREPROC.RANDOM_CROP=[0.6,1.0]", "PREPROC.COPY_PASTE=1.0",
+                 "PREPROC.PHOTOMETRIC=1.0"]  # fmt: skip
+    words = ["--batches", "2", "--start", "1", "--out", str(tmp_path)]
+    assert tool.main(["--config", *SETTINGS, *arguments, *words]) == 0
     texts = re.findall(r"<figcaption>(.*?)</figcaption>", (tmp_path / "index.html").read_text())
-    assert [t.split(":")[0] for t in texts] == ["batch 0, image 0", "batch 1, image 0"]
+    assert [t.split(":")[0] for t in texts] == ["batch 1, image 0", "batch 2, image 0"]
+    cfg = configured(*arguments, "DATA.NUM_WORKERS=2")
+    flow = training_dataflow(load_training_split(cfg), cfg)
+    for batch, values in zip(shown, itertools.islice(iter(flow), 1, 3)):
+        for key, value in zip(training_keys(cfg), values):
+            np.testing.assert_array_equal(batch[key], value)
 
 
 @pytest.fixture(scope="module")
