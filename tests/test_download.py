@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import tarfile
 import threading
 import zipfile
@@ -340,6 +341,9 @@ def test_backbones_and_balloons(server, tmp_path, capsys):
     assert f"tools/convert.py {tmp_path}/model_final_f10217.pkl" in capsys.readouterr().err
     (tmp_path / "model_final_f10217.pkl").unlink()
     assert run(server, tmp_path, "detector", "--name", "R50-AlignPadding") == 2  # a backbone's
+    assert run(server, tmp_path / "packed", "balloon", "--no-unpack") == 0
+    assert os.listdir(tmp_path / "packed") == ["balloon_dataset.zip"]
+    shutil.rmtree(tmp_path / "packed")
     assert run(server, tmp_path, "balloon") == 0
     assert sorted(os.listdir(tmp_path)) == ["ImageNet-R50-AlignPadding.npz", "balloon"]
     assert "DATA.TRAIN=balloon_train" in capsys.readouterr().err

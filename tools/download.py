@@ -211,9 +211,10 @@ def _get_balloon(args: argparse.Namespace) -> str:
     folder = Path(args.output)
     if not (folder / "balloon").is_dir():
         path = download(_mirrored(BALLOON, args.mirror), folder)
-        unpack(path, folder)
-        if not args.keep:
-            path.unlink()
+        if not args.no_unpack:
+            unpack(path, folder)
+            if not args.keep:
+                path.unlink()
     return (
         f"./train.py --config DATA.BASEDIR={_quoted(folder)} DATA.TRAIN=balloon_train DATA.VAL=balloon_val "
         "MODE_FPN=True TRAIN.EPOCHS=50 --load …"
@@ -318,7 +319,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=path_argument, default="data", metavar="DIR", help="folder (default: data)")
     parser.add_argument("--parts", nargs="+", help="COCO: some of annotations, minival, train, val")
     parser.add_argument(
-        "--no-unpack", action="store_true", help="COCO: leave the images in their zips and read them there"
+        "--no-unpack", action="store_true", help="COCO, balloon: leave the images in their zips and read them there"
     )
     parser.add_argument("--keep", action="store_true", help="keep archives that were unpacked")
     parser.add_argument("--split", choices=["train", "validation", "test"], default="validation", help="Open Images")
