@@ -304,7 +304,7 @@ def test_given_layers_are_used():
         (["BACKBONE.NAME=keras:MobileNetV2", "BACKBONE.NORM=SyncBN", "TRAIN.PRECISION=float64"], "float32 or less"),
         (["BACKBONE.NAME=keras:MobileNetV2", "BACKBONE.BLOCK=basic"], "BACKBONE.BLOCK='basic' applies to ResNets"),
         (["BACKBONE.NAME=keras:MobileNetV2", "PREPROC.PIXEL_MEAN=[1,2,3]"], "PIXEL_MEAN=.*applies to ResNets only"),
-        (["BACKBONE.NAME=resnet50"], "must be resnet, keras:NETWORK or module:function"),
+        (["BACKBONE.NAME=resnet50"], "must be resnet, efficientnet_lite0 to 4, keras:NETWORK or module:function"),
         (["BACKBONE.NAME=demo.own_backbone:stages", "BACKBONE.FREEZE_AT=2"], "BACKBONE.FREEZE_AT=2 must be 0"),
         (["BACKBONE.NAME=demo.own_backbone:nothing"], "own_backbone:nothing: .*no attribute 'nothing'"),
         (["BACKBONE.NAME=demo.absent:stages"], "demo.absent:stages: No module named"),
