@@ -19,7 +19,7 @@ from torch_files import Tensor, save_pickled_tensors, save_stream, save_zip, ten
 
 from common import UserError
 from config import default_config, finalize_config
-from tools.convert import convert, expected_names, legacy_cell_anchors, main
+from tools.convert import convert, expected_shapes, legacy_cell_anchors, main
 from utils.checkpoint import load_weights
 
 GOLDEN = Path(os.environ.get("GOLDEN", Path(__file__).resolve().parent.parent / "../shared/golden"))
@@ -359,9 +359,24 @@ def affine(variables):
 
 # ------------------------------------------------------------------------------------------------------------ systems
 @pytest.mark.parametrize("kind", list(MODELS))
-def test_expected_names_are_the_variables_of_the_graph(kind):
-    expected, optional = expected_names(settings_of(kind).to_dict())
-    assert expected == set(model(kind, 6)) and not optional
+def test_expected_shapes_are_those_of_the_graphs_variables(kind):
+    expected, optional = expected_shapes(settings_of(kind).to_dict())
+    assert expected == graph_shapes((*NARROW, *MODELS[kind], "DATA.NUM_CATEGORY=6")) and not optional
+
+
+@pytest.mark.parametrize("kind", ["fpn", "c4"])
+def test_other_anchors_than_the_settings_describe_are_refused_until_they_are_given(tmp_path, kind):
+    """Else the result would be a file that no graph takes."""
+    variables = dict(model(kind, 6))
+    for name in ("class", "box"):
+        for leaf in ("W", "b"):
+            value = variables[f"rpn/{name}/{leaf}"]
+            variables[f"rpn/{name}/{leaf}"] = np.concatenate([value, value[..., : value.shape[-1] // 3]], -1)
+    save_zip(tmp_path / "a.pth", {"model": tensors(to_detectron2(variables, 6))})
+    with pytest.raises(UserError, match=r"rpn/class/W .* RPN.ANCHOR_RATIOS.*not supported"):
+        convert(tmp_path / "a.pth")
+    got, settings, _ = convert(tmp_path / "a.pth", ["RPN.ANCHOR_RATIOS=[0.5,1.0,2.0,3.0]"])
+    assert settings["RPN.ANCHOR_RATIOS"] == [0.5, 1.0, 2.0, 3.0] and got["rpn/class/b"].size in (4, 20)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in MODELS if kind != "tensorpack_gn"])
@@ -371,7 +386,8 @@ def test_detectron2_comes_back_unchanged(tmp_path, kind, classes):
         pytest.skip("with one class both kinds of box and mask look alike and are taken for the class-specific ones")
     want = model(kind, classes)
     state = to_detectron2(want, classes)
-    state["proposal_generator.anchor_generator.cell_anchors.0"] = np.array([[-8, -8, 8, 8]] * 3, np.float32)
+    cells = [[-8, -8, 8, 8]] * (15 if kind.endswith("c4") else 3)
+    state["proposal_generator.anchor_generator.cell_anchors.0"] = np.array(cells, np.float32)
     save_zip(tmp_path / "a.pth", {"model": tensors(state), "iteration": 9})
     settings, report = check(tmp_path / "a.pth", kind, classes, len(state))
     caffe_like = kind not in ("gn", "resnext")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from test_convert import GOLDEN, MODELS, settings_of, to_detectron2, to_torchvision
 
-from tools.convert import convert, expected_names, main
+from tools.convert import convert, expected_shapes, main
 from tools.convert_back import modules_by_scope, write_torch
 from utils.checkpoint import load_weights, save_npz
 from utils.safe_pickle import read_pickle
@@ -16,42 +16,11 @@ from utils.safe_pickle import read_pickle
 @cache
 def model(kind, classes):
     """Random variables of a model of MODELS, without building its graph; the box of the background is zero."""
-    cfg = settings_of(kind, classes)
-    basic, classes = cfg.BACKBONE.BLOCK == "basic", max(classes, 1)
-    stem, width = cfg.BACKBONE.STEM_CHANNELS, cfg.BACKBONE.WIDTH_PER_GROUP * cfg.BACKBONE.NUM_GROUPS
-    boxes = 4 if cfg.FRCNN.CLASS_AGNOSTIC or cfg.FPN.CASCADE else 4 * (classes + 1)
-    anchors = 3 if cfg.MODE_FPN else 15
-    last = {  # the last part of a scope -> its channels
-        "conv0": stem, "rpn/class": anchors,
-        "rpn/box": 4 * anchors, "fc6": cfg.FPN.FRCNN_FC_HEAD_DIM, "fc7": cfg.FPN.FRCNN_FC_HEAD_DIM,
-        "fc": cfg.FPN.FRCNN_FC_HEAD_DIM, "class": classes + 1, "box": boxes, "maskrcnn/deconv": cfg.MRCNN.HEAD_DIM,
-        "maskrcnn/conv": 1 if cfg.MRCNN.CLASS_AGNOSTIC else classes, "keypointrcnn/deconv": cfg.KRCNN.NUM_KEYPOINT,
-    }  # fmt: skip
-    families = {
-        r"fpn/.*": cfg.FPN.NUM_CHANNEL, r"rpn/conv\d": cfg.FPN.NUM_CHANNEL if cfg.MODE_FPN else cfg.RPN.HEAD_DIM,
-        r"(fastrcnn|cascade.*/head)/conv\d": cfg.FPN.FRCNN_CONV_HEAD_DIM, r"maskrcnn/fcn\d": cfg.MRCNN.HEAD_DIM,
-        r"keypointrcnn/conv\d": cfg.KRCNN.HEAD_DIM,
-    }  # fmt: skip
     rng = np.random.default_rng(len(kind) + classes)
     variables = {}
-    for name in sorted(expected_names(cfg.to_dict())[0]):
-        scope = re.sub(r"(/(bn|gn))?/(W|b|gamma|beta|mean/EMA|variance/EMA)$", "", name)
-        block = re.match(r"group(\d)/block\d+/conv(\w+)", scope)
-        if block:
-            base = stem if basic else width if block[2] in "12" else 4 * stem
-            channels = base * 2 ** int(block[1])
-        else:
-            channels = last.get(scope) or next((c for p, c in families.items() if re.fullmatch(p, scope)), 0)
-            channels = channels or last[scope.rpartition("/")[2]]
-        shape = (channels,)
-        if name.endswith("/W"):
-            grouped = channels // cfg.BACKBONE.NUM_GROUPS if block and block[2] == "2" else 2
-            fully_connected = re.match(r"(fastrcnn|cascade)", scope) and not re.search(r"conv\d$", scope)
-            shape = (5, channels) if fully_connected else (2, 3, channels, 4) if "deconv" in scope else (
-                3, 2, 3 if scope == "conv0" else grouped, channels)  # fmt: skip
-            shape = (2, 3, channels, cfg.KRCNN.HEAD_DIM) if scope == "keypointrcnn/deconv" else shape
+    for name, shape in sorted(expected_shapes(settings_of(kind, classes).to_dict())[0].items()):
         value = rng.standard_normal(shape).astype(np.float32)
-        if re.fullmatch(r"fastrcnn/(outputs/)?box/[Wb]", name) and channels > 4:
+        if re.fullmatch(r"fastrcnn/(outputs/)?box/[Wb]", name) and shape[-1] > 4:
             value[..., :4] = 0
         variables[name] = np.abs(value) + 0.1 if name.endswith("variance/EMA") else value
     return variables

@@ -44,7 +44,7 @@ from utils.efficientnet_lite import NETWORKS, from_torch, is_torch, variable_sha
 from utils.safe_pickle import read_pickle
 from utils.weight_files import check_tensor_name, file_kind, is_number_type, one_line, read_hdf5, refuse_url
 
-__all__ = ["convert", "Report", "expected_names", "legacy_cell_anchors"]
+__all__ = ["convert", "Report", "expected_shapes", "legacy_cell_anchors"]
 
 _BN_EPSILON = 1e-5  # of this project's batch norms unless BACKBONE.BN_EPSILON is set
 _GAPS_IN_COCO_IDS = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)  # numbers among 1..90 that are not COCO category ids
@@ -130,17 +130,20 @@ def convert(
             f"{path} has {settings.get('DATA.NUM_CATEGORY', 0)} classes, --class-names gives {len(names)}; correct it"
         )
     report.class_names = list(names)
+    known = _known_settings(settings, overrides, report)
     # Files may store only the settings that differ from the defaults.
-    complete = {**default_config().to_dict(), **settings} if "MODE_FPN" in settings else settings
-    expected, optional = expected_names(complete)
-    report.missing = sorted(expected - set(variables))
-    homeless = set(variables) - expected - optional
+    complete = {**default_config().to_dict(), **known} if "MODE_FPN" in settings else settings
+    expected, optional = expected_shapes(complete)
+    report.missing = sorted(set(expected) - set(variables))
+    homeless = set(variables) - set(expected) - optional
     report.unused += [old for old, new in report.mapped.items() if new in homeless]
     report.mapped = {old: new for old, new in report.mapped.items() if new not in homeless}
     variables = {
         name: np.ascontiguousarray(value, np.float32) for name, value in variables.items() if name not in homeless
     }
-    return variables, _known_settings(settings, overrides, report), report
+    if not report.unused and not report.missing:  # else these say more
+        _check_shapes(variables, expected, path)
+    return variables, known, report
 
 
 # ---------------------------------------------------------------------------------------------------------- reading
@@ -1074,73 +1077,109 @@ def _derive_settings(variables: Mapping[str, np.ndarray]) -> dict[str, Any]:
     return settings
 
 
-def expected_names(settings: Mapping[str, Any]) -> tuple[set[str], set[str]]:
-    """(variables that a model with these settings must have, further variables that it may have)."""
+def expected_shapes(settings: Mapping[str, Any]) -> tuple[dict[str, tuple[int, ...]], set[str]]:
+    """(shapes of the variables that a model with these settings must have, names of those that it may also have)."""
     if settings.get("BACKBONE.NAME") in NETWORKS and "MODE_FPN" not in settings:
-        return set(variable_shapes(settings["BACKBONE.NAME"])), set()
-    expected: set[str] = set()
+        return dict(variable_shapes(settings["BACKBONE.NAME"])), set()
+    shapes: dict[str, tuple[int, ...]] = {}
 
-    def layer(scope: str, norm: str | None = None, bias: bool = False) -> None:
+    def layer(scope: str, kernel: Iterable[int], norm: str | None = None, bias: bool = False, size: int = 0) -> int:
+        """A layer with this kernel; norms and biases are of `size`, by default the kernel's last. Returns the size."""
+        shapes[f"{scope}/W"] = tuple(kernel)
+        size = size or shapes[f"{scope}/W"][-1]
         leaves = {"bn": ["gamma", "beta", "mean/EMA", "variance/EMA"], "gn": ["gamma", "beta"], None: []}
-        expected.add(f"{scope}/W")
-        expected.update(f"{scope}/{norm}/{leaf}" for leaf in leaves[norm])
+        shapes.update({f"{scope}/{norm}/{leaf}": (size,) for leaf in leaves[norm]})
         if norm is None or bias:
-            expected.add(f"{scope}/b")
+            shapes[f"{scope}/b"] = (size,)
+        return size
 
     norm = {"GN": "gn", None: None}.get(settings["BACKBONE.NORM"], "bn")
-    layer("conv0", norm)
-    parts = ["conv1", "conv2"] + ["conv3"] * (settings["BACKBONE.BLOCK"] == "bottleneck")
+    stem, groups = settings["BACKBONE.STEM_CHANNELS"], settings["BACKBONE.NUM_GROUPS"]
+    bottleneck = settings["BACKBONE.BLOCK"] == "bottleneck"
+    per_group = settings["BACKBONE.WIDTH_PER_GROUP"]
+    width = stem if not bottleneck or (groups, per_group) == (1, 64) else groups * per_group
+    x = layer("conv0", (7, 7, 3, stem), norm)
     alone = settings.get("MODE_RPN_ONLY", False)
-    groups = settings["BACKBONE.RESNET_NUM_BLOCK"]
-    for group, count in enumerate(groups[:3] if alone and not settings["MODE_FPN"] else groups):
+    blocks = settings["BACKBONE.RESNET_NUM_BLOCK"]
+    stages = []  # channels of C2, C3, …
+    for group, count in enumerate(blocks[:3] if alone and not settings["MODE_FPN"] else blocks):
+        out, inner = stem * 2**group * (4 if bottleneck else 1), width * 2**group
         for block in range(count):
+            scope = f"group{group}/block{block}"
             # A basic block of the first stage has the channels of its input.
-            shortcut = ["convshortcut"] if block == 0 and (group > 0 or "conv3" in parts) else []
-            for part in [*parts, *shortcut]:
-                layer(f"group{group}/block{block}/{part}", norm)
+            if block == 0 and (group > 0 or bottleneck):
+                layer(f"{scope}/convshortcut", (1, 1, x, out), norm)
+            if bottleneck:
+                layer(f"{scope}/conv1", (1, 1, x, inner), norm)
+                layer(f"{scope}/conv2", (3, 3, inner // groups, inner), norm)
+                x = layer(f"{scope}/conv3", (1, 1, inner, out), norm)
+            else:
+                layer(f"{scope}/conv1", (3, 3, x, out), norm)
+                x = layer(f"{scope}/conv2", (3, 3, out, out), norm)
+        stages.append(x)
     if "MODE_FPN" not in settings:
-        return expected, {"linear/W", "linear/b"}
+        return shapes, {"linear/W", "linear/b"}
 
     fpn = settings["MODE_FPN"]
-    biased = settings.get("FPN.GN_AFTER_RELU", False)
-    for part in (*(f"conv{k}" for k in range(settings.get("RPN.NUM_CONVS", 1))), "class", "box"):
-        layer(f"rpn/{part}")
+    biased = settings["FPN.GN_AFTER_RELU"]
+    x = hidden = settings["FPN.NUM_CHANNEL"]
+    anchors = len(settings["RPN.ANCHOR_RATIOS"])
     if fpn:
         norm = "gn" if settings["FPN.NORM"] == "GN" else None
-        for level in range(2, 6):
-            layer(f"fpn/lateral_1x1_c{level}", norm, biased)
-            layer(f"fpn/posthoc_3x3_p{level}", norm, biased)
-    if alone:
-        return expected, set()
-    if fpn:
-        heads = ["fastrcnn/"]
-        outputs = ["fastrcnn/outputs/"]
-        if settings["FPN.CASCADE"]:
-            heads = [f"cascade_rcnn_stage{k}/head/" for k in (1, 2, 3)]
-            outputs = [f"cascade_rcnn_stage{k}/outputs/" for k in (1, 2, 3)]
-        for head in heads:
-            if settings["FPN.FRCNN_HEAD_FUNC"] == "fastrcnn_2fc_head":
-                layer(f"{head}fc6")
-                layer(f"{head}fc7")
-            else:
-                for k in range(4):
-                    layer(f"{head}conv{k}", "gn" if "_gn_" in settings["FPN.FRCNN_HEAD_FUNC"] else None, biased)
-                layer(f"{head}fc")
+        for level, channels in enumerate(stages, 2):
+            layer(f"fpn/lateral_1x1_c{level}", (1, 1, channels, x), norm, biased)
+            layer(f"fpn/posthoc_3x3_p{level}", (3, 3, x, x), norm, biased)
     else:
-        outputs = ["fastrcnn/"]
-    for scope in outputs:
-        layer(f"{scope}class")
-        layer(f"{scope}box")
+        x, hidden, anchors = stages[2], settings["RPN.HEAD_DIM"], anchors * len(settings["RPN.ANCHOR_SIZES"])
+    if settings["RPN.CELL_ANCHORS"]:
+        anchors = len(settings["RPN.CELL_ANCHORS"][0])
+    for k in range(settings["RPN.NUM_CONVS"]):
+        layer(f"rpn/conv{k}", (3, 3, hidden if k else x, hidden))
+    layer("rpn/class", (1, 1, hidden, anchors))
+    layer("rpn/box", (1, 1, hidden, anchors * 4))
+    if alone:
+        return shapes, set()
+    classes = settings["DATA.NUM_CATEGORY"]
+    boxes = 1 if settings["FRCNN.CLASS_AGNOSTIC"] or settings["FPN.CASCADE"] else classes + 1
+    heads = [(f"cascade_rcnn_stage{k}/head/", f"cascade_rcnn_stage{k}/outputs/") for k in (1, 2, 3)]
+    for head, output in heads if settings["FPN.CASCADE"] else [("fastrcnn/", f"fastrcnn/{'outputs/' * fpn}")]:
+        feature, dim = stages[-1], settings["FPN.FRCNN_FC_HEAD_DIM"]
+        area = settings["FRCNN.ROI_SIZE"] ** 2
+        if fpn and settings["FPN.FRCNN_HEAD_FUNC"] == "fastrcnn_2fc_head":
+            layer(f"{head}fc6", (x * area, dim))
+            feature = layer(f"{head}fc7", (dim, dim))
+        elif fpn:
+            norm = "gn" if "_gn_" in settings["FPN.FRCNN_HEAD_FUNC"] else None
+            feature = x
+            for k in range(4):
+                kernel = (3, 3, feature, settings["FPN.FRCNN_CONV_HEAD_DIM"])
+                feature = layer(f"{head}conv{k}", kernel, norm, biased)
+            feature = layer(f"{head}fc", (feature * area, dim))
+        layer(f"{output}class", (feature, classes + 1))
+        layer(f"{output}box", (feature, boxes * 4))
     if settings["MODE_MASK"]:
+        feature, dim = x if fpn else stages[-1], settings["MRCNN.HEAD_DIM"]
+        norm = "gn" if "_gn_" in settings["FPN.MRCNN_HEAD_FUNC"] else None
         for k in range(4 if fpn else 0):
-            layer(f"maskrcnn/fcn{k}", "gn" if "_gn_" in settings["FPN.MRCNN_HEAD_FUNC"] else None, biased)
-        layer("maskrcnn/deconv")
-        layer("maskrcnn/conv")
+            feature = layer(f"maskrcnn/fcn{k}", (3, 3, feature, dim), norm, biased)
+        layer("maskrcnn/deconv", (2, 2, dim, feature), size=dim)
+        layer("maskrcnn/conv", (1, 1, dim, 1 if settings["MRCNN.CLASS_AGNOSTIC"] else classes))
     if settings["MODE_KEYPOINT"]:
+        feature, points = x, settings["KRCNN.NUM_KEYPOINT"]
         for k in range(8):
-            layer(f"keypointrcnn/conv{k}")
-        layer("keypointrcnn/deconv")
-    return expected, set()
+            feature = layer(f"keypointrcnn/conv{k}", (3, 3, feature, settings["KRCNN.HEAD_DIM"]))
+        layer("keypointrcnn/deconv", (4, 4, points, feature), size=points)
+    return shapes, set()
+
+
+def _check_shapes(variables: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]], path: Any) -> None:
+    """Refuses what no graph of these settings takes, e.g. other numbers of anchors or channels."""
+    for name, shape in shapes.items():
+        if name in variables and variables[name].shape != tuple(shape):
+            raise UserError(
+                f"{path}: {name} is {list(variables[name].shape)} where a model with its settings has {list(shape)}; "
+                "if a setting describes it (e.g. RPN.ANCHOR_RATIOS), give it with --config, else it is not supported"
+            )
 
 
 def _rules_of(system: str, variables: Mapping[str, Any]) -> Rules:
