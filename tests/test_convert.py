@@ -733,6 +733,7 @@ def test_unused_and_missing_tensors_stop_the_command_unless_allowed(tmp_path, ca
         ("backbone.net.blocks.0.attn.qkv.weight", "transformer"),
         ("roi_heads.mask_head.point_head.fc1.weight", "PointRend"),
         ("neck.pafpn_convs.0.conv.weight", "PAFPN"),
+        ("roi_head.shared_head.layer4.0.conv1.weight", "C4 model"),
         ("roi_head.mask_head.0.convs.0.conv.weight", "mask head for each stage"),
         ("bbox_head.fc_cls.weight", "mmdetection 1"),
     ],
@@ -741,6 +742,13 @@ def test_models_that_are_not_supported_are_named(tmp_path, name, what):
     state = {"backbone.body.conv1.weight": np.ones((64, 3, 7, 7), np.float32), name: np.ones((1, 1), np.float32)}
     save_zip(tmp_path / "a.pth", tensors(state))
     with pytest.raises(UserError, match=f"{what}.*not supported"):
+        convert(tmp_path / "a.pth")
+
+
+def test_detectron2_models_of_a_dilated_last_stage_are_named(tmp_path):
+    state = {n: v for n, v in to_detectron2(model("faster", 6), 6).items() if "fpn_" not in n}
+    save_zip(tmp_path / "a.pth", tensors(state))
+    with pytest.raises(UserError, match="DC5"):
         convert(tmp_path / "a.pth")
 
 

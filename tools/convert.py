@@ -208,6 +208,7 @@ _NOT_SUPPORTED = {
     r".*\.(point_head|coarse_head)\..*": "PointRend's mask head",
     r".*\.(mask_iou_head|maskiou)\..*": "Mask Scoring R-CNN",
     r".*semantic_head\..*": "Hybrid Task Cascade",
+    r"roi_head\.shared_head\..*": "mmdetection's C4 model",
     r"roi_head\.mask_head\.\d\..*": "a mask head for each stage of the cascade",
     r"bbox_head\.(\d\.)?(shared_fcs|fc_cls)\..*":
         "the names of mmdetection 1, which its tools/upgrade_model_version.py brings up to date",
@@ -253,6 +254,8 @@ def _recognise(tensors: Mapping[str, Any], facts: Mapping[str, Any], path: Path)
         return "torchvision ImageNet", _from_torchvision_imagenet
     stems = ("backbone.bottom_up.stem.conv1.weight", "backbone.stem.conv1.weight", "stem.conv1.weight")
     if any(s in names for s in stems):
+        if "roi_heads.box_head.fc1.weight" in names and not any("fpn_lateral" in name for name in names):
+            raise UserError(f"{path} has a dilated last stage (DC5), which is not supported; choose other weights")
         return "detectron2", _from_detectron2
     raise UserError(
         f"{path}: names like {_some(sorted(names), 2)} belong to no known system; known are tensorpack, detectron2, "
