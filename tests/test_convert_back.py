@@ -126,6 +126,7 @@ def test_families_that_a_system_does_not_have_are_refused_by_their_setting(
         ("detectron2", "FRCNN.ROI_TO_LAST_PIXEL=True"),
         ("detectron2", "FRCNN.ROI_OP=crop_and_resize"),
         ("detectron2", "FPN.PROPOSAL_MODE=Joint"),
+        ("detectron2", "RPN.MIN_SIZE=0.001"),
         ("detectron2", "BACKBONE.NAME=keras:ResNet50"),
         ("torchvision", "FRCNN.ROI_ALIGNED=True"),
         ("torchvision", "RPN.CELL_ANCHORS=[]"),

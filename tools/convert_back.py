@@ -62,6 +62,7 @@ _CANNOT: dict[str, dict[str, Callable[[Config], bool]]] = {
         "BACKBONE.BLOCK": lambda c: c.BACKBONE.BLOCK == "basic" and not c.MODE_FPN,
         "FPN.GN_AFTER_RELU": lambda c: c.FPN.GN_AFTER_RELU and _has_group_norm_of_detector(c),
         "FRCNN.ROI_OP": lambda c: c.FRCNN.ROI_OP == "crop_and_resize",
+        "RPN.MIN_SIZE": lambda c: c.RPN.MIN_SIZE % 1 > 0,
         "MODE_KEYPOINT": lambda c: c.MODE_KEYPOINT and not c.MODE_FPN,
     },
     "torchvision": _EVERYWHERE
@@ -118,7 +119,7 @@ def _detectron2_options(cfg: Config, classes: int) -> dict[str, tuple[str, Any]]
         "RPN.ANCHOR_SIZES": ("ANCHOR_GENERATOR.SIZES", sizes),
         "RPN.ANCHOR_RATIOS": ("ANCHOR_GENERATOR.ASPECT_RATIOS", [list(rpn.ANCHOR_RATIOS)]),
         "RPN.NUM_CONVS": ("RPN.CONV_DIMS", [-1] * rpn.NUM_CONVS),
-        "RPN.MIN_SIZE": ("PROPOSAL_GENERATOR.MIN_SIZE", rpn.MIN_SIZE),
+        "RPN.MIN_SIZE": ("PROPOSAL_GENERATOR.MIN_SIZE", int(rpn.MIN_SIZE)),
         "RPN.PROPOSAL_NMS_THRESH": ("RPN.NMS_THRESH", rpn.PROPOSAL_NMS_THRESH),
         "RPN.TEST_PER_LEVEL_NMS_TOPK" if fpn else "RPN.TEST_PRE_NMS_TOPK": (
             "RPN.PRE_NMS_TOPK_TEST", rpn.TEST_PER_LEVEL_NMS_TOPK if fpn else rpn.TEST_PRE_NMS_TOPK),
