@@ -134,35 +134,34 @@ def test_images_of_a_list_are_predicted_together_with_the_results_of_each_alone(
 
 
 def test_large_images_are_seen_in_tiles_where_the_settings_say_so(file):
-    with load(file, order="bgr", settings={"TEST.TILE": 128}) as model:
+    """The tiles of each image are dealt to all devices."""
+    calls = []
+    with load(file, order="bgr", device="all", settings={"TEST.TILE": 128, "TRAIN.CPU_REPLICAS": 2}) as model:
+        held = model._predictor.predictors
+        model._predictor.predictors = [counted(predict, calls, n) for n, predict in enumerate(held)]
         ours = model([PHOTOS[0], cv2.imread(PHOTOS[0])])
+        model._predictor.predictors = held
+    assert len(calls) > 4 and abs(calls.count(0) - calls.count(1)) <= 2
     theirs = load_predictor(file, ["TEST.TILE=128"])(PHOTOS[0])
     for found in ours:
         assert found.size == cv2.imread(PHOTOS[0]).shape[:2] and found.rles == theirs.masks
         np.testing.assert_array_equal(found.boxes, theirs.boxes)
 
 
-def test_all_devices_give_the_results_of_one_whole_and_in_tiles(file):
-    """Images of a list, and the tiles of an image, are dealt to them."""
-    calls = []
+def counted(predict, calls, number):
+    return lambda *batch: calls.append(number) or predict(*batch)
 
-    def counted(number, predict):
-        return lambda *batch: calls.append(number) or predict(*batch)
 
-    for settings in ({}, {"TEST.TILE": 96}):
-        with load(file, device="all", settings={"TRAIN.CPU_REPLICAS": 2, **settings}) as two, (
-            load(file, device="cpu", settings=settings)
-        ) as one:  # fmt: skip
-            assert len(two._predictor.predictors) == 2 and len(one._predictor.predictors) == 1
-            held = two._predictor.predictors
-            two._predictor.predictors = [counted(n, predict) for n, predict in enumerate(held)]
-            photos = PHOTOS[:1] if settings else (2 * PHOTOS)[:4]
-            found = two(photos)
-            two._predictor.predictors = held
-            for photo, result in zip(photos, found, strict=True):
-                assert same(result, one(photo))
-        assert abs(calls.count(0) - calls.count(1)) <= 1 and len(calls) >= 4
-        calls.clear()
+def test_images_of_a_list_are_dealt_to_all_devices(file, model):
+    calls, photos = [], (2 * PHOTOS)[:4]
+    with load(file, device="all", settings={"TRAIN.CPU_REPLICAS": 2}) as two:
+        held = two._predictor.predictors
+        two._predictor.predictors = [counted(predict, calls, n) for n, predict in enumerate(held)]
+        found = two(photos)
+        two._predictor.predictors = held
+    assert sorted(calls) == [0, 0, 1, 1]
+    for photo, result in zip(photos, found, strict=True):
+        assert same(result, model(photo))
 
 
 def test_results_of_each_come_while_later_images_are_not_read_yet(model):
