@@ -11,7 +11,7 @@ from config import Config
 from model_rcnn import build_inference
 from utils.checkpoint import AVERAGE_PREFIX
 from utils.ranks import use_own_gpu
-from utils.tf_v1 import gpu_problem, tf
+from utils.tf_v1 import fast_graph_optimizer, gpu_problem, tf
 
 __all__ = ["Predictor", "inference_callable", "shared_variables", "start_session"]
 
@@ -66,7 +66,7 @@ def start_session(graph: Any, load: Callable[[Any], None], device: str | None = 
     use_own_gpu(config)
     if device and device.startswith("/cpu:"):
         config.device_count["CPU"] = int(device.removeprefix("/cpu:")) + 1
-    session = tf.Session(graph=graph, config=config)
+    session = tf.Session(graph=graph, config=fast_graph_optimizer(config))
     try:
         load(session)
     except BaseException:

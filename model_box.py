@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 
-from utils.tf_v1 import tf
+from utils.tf_v1 import detached, tf
 
 __all__ = [
     "BOX_SCALE_CLAMP", "anchors_of_level", "area", "batched_nms", "cell_anchors", "clip_boxes", "covered_share",
@@ -195,7 +195,7 @@ def roi_align(padded, boxes, image_index, spatial_scale, resolution, samples=2, 
     """
     # The scope and the names in it say to export_onnx.py what is computed here.
     with tf.name_scope(f"roi_align_{resolution}x{samples}"):
-        boxes = tf.stop_gradient(boxes) * spatial_scale
+        boxes = detached(boxes) * spatial_scale
         sides = boxes[:, 2:] - boxes[:, :2]
         if not aligned:
             sides = tf.maximum(sides, 1.0)

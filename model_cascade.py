@@ -4,7 +4,7 @@ before."""
 from config import Config
 from model_box import clip_boxes, decode_boxes
 from model_frcnn import SampledRois, covered_by_crowd, fastrcnn_head, fastrcnn_losses, fastrcnn_outputs, label_rois
-from utils.tf_v1 import tf
+from utils.tf_v1 import detached, tf
 
 __all__ = ["cascade_inference", "cascade_losses"]
 
@@ -30,7 +30,7 @@ def _run_stage(stage, pool, boxes, cfg: Config, training):
 def _refine(boxes, deltas, image_shape, reg_weights):
     """boxes [N,R,4], deltas [N·R,1,4] -> clipped boxes [N,R,4] without gradient."""
     deltas = tf.reshape(deltas, tf.shape(boxes))
-    return tf.stop_gradient(clip_boxes(decode_boxes(deltas, boxes, reg_weights), image_shape))
+    return detached(clip_boxes(decode_boxes(deltas, boxes, reg_weights), image_shape))
 
 
 def cascade_losses(pool, rois, batch, cfg: Config):

@@ -16,7 +16,7 @@ from model_box import (
     match_boxes,
 )  # fmt: skip
 from model_losses import box_losses, sample_per_image, usable_gt
-from utils.tf_v1 import tf
+from utils.tf_v1 import detached, tf
 
 __all__ = ["best_of_batch", "match_anchors", "rpn_anchors", "rpn_head", "rpn_losses", "rpn_proposals"]
 
@@ -78,7 +78,7 @@ def rpn_proposals(logits, deltas, anchors, image_shape, cfg: Config, training):
     absent = float("-inf")
     all_boxes, all_scores = [], []
     for level_logits, level_deltas, level_anchors in zip(logits, deltas, anchors):
-        level_logits, level_deltas = tf.stop_gradient(level_logits), tf.stop_gradient(level_deltas)
+        level_logits, level_deltas = detached(level_logits), detached(level_deltas)
         k = tf.minimum(before, tf.shape(level_logits)[1])
         scores, order = tf.nn.top_k(level_logits, k)  # [N, k]
         boxes = decode_boxes(tf.gather(level_deltas, order, batch_dims=1), tf.gather(level_anchors, order))  # [N, k, 4]

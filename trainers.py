@@ -17,7 +17,7 @@ from model_rcnn import INPUT_TYPES, build_training
 from model_syncbn import batch_statistics, collective_sum
 from training_guard import StepGuard
 from training_plan import TrainingPlan
-from utils.tf_v1 import gpu_count, gpu_problem, tf
+from utils.tf_v1 import fast_graph_optimizer, gpu_count, gpu_problem, tf
 
 # isort: split
 from tensorpack import HorovodTrainer, ModelDesc, SimpleTrainer, SyncMultiGPUTrainerReplicated
@@ -136,19 +136,26 @@ class DetectionOptimizer(tf.train.MomentumOptimizer):
         ):  # averages exist once, made from the first replica's weights
             averages = self._averages = moving_averages(variables)
         self._create_slots(variables)  # variables must not be created inside a conditional
+        momenta = [self.get_slot(v, "momentum") for v in variables]
         if self.guard.verdict is None:  # replicas have the same gradients: those of the first one are judged
-            momenta = [self.get_slot(v, "momentum") for v in variables]
             pairs = list(zip(gradients, variables))
-            self.guard.judge(pairs, momenta, self._momentum_factor, self._rate, self._clipped, self._scale_before)
+            self.guard.judge(pairs, momenta, self._momentum_factor, self._rate, self._clip_norm, self._scale_before)
 
-        def update(name=None):
-            pairs = list(zip(self._clipped(gradients, self.guard.norm), variables))
-            done = super(DetectionOptimizer, self).apply_gradients(pairs, global_step, name)
-            with tf.control_dependencies([done]):
+        def update():
+            changed = [  # one operation for each variable, as MomentumOptimizer makes among others
+                tf.raw_ops.ResourceApplyMomentum(
+                    var=v.handle, accum=m.handle, lr=rates[g.dtype], grad=g, momentum=factors[g.dtype]
+                )
+                for g, m, v in zip(self.guard.clipped(gradients), momenta, variables)
+            ]
+            with tf.control_dependencies(changed):
                 shares = [tf.cast(1 - self._average_decay, a.dtype) for a, _ in averages]
                 changes = [a.assign_sub(s * (a - v.read_value())) for s, (a, v) in zip(shares, averages)]
-            return tf.group(*changes) if changes else done
+            return tf.group(*changes, *changed)
 
+        types = {g.dtype for g in gradients}
+        rates = {t: tf.cast(self._rate, t) for t in types}
+        factors = {t: tf.constant(self._momentum_factor, t) for t in types}
         ops = [tf.cond(self.guard.good, update, tf.no_op)]
         if self._dynamic_scale and not self._scale_updated:  # the scale is shared by the replicas
             self._scale_updated = True
@@ -165,10 +172,6 @@ class DetectionOptimizer(tf.train.MomentumOptimizer):
     def _decayed(self, gradient, variable):
         decay = self._decays.get(variable.op.name.rpartition("/")[2], 0.0)
         return gradient + decay * variable if decay else gradient
-
-    def _clipped(self, gradients, norm):
-        """The gradients, scaled down if their common norm is above TRAIN.GRADIENT_CLIP."""
-        return tf.clip_by_global_norm(gradients, self._clip_norm, norm)[0] if self._clip_norm else gradients
 
 
 # --------------------------------------------------------------------------------------------------- model description
@@ -449,4 +452,4 @@ def session_config(cpu_devices: int = 1) -> Any:
     config = tf.ConfigProto(allow_soft_placement=True)
     config.gpu_options.allow_growth = True
     config.device_count["CPU"] = cpu_devices
-    return config
+    return fast_graph_optimizer(config)

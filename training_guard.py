@@ -8,6 +8,8 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+
 from model_syncbn import STATISTICS
 from utils.tf_v1 import tf
 
@@ -15,7 +17,7 @@ __all__ = ["BAD_GRADIENT", "BAD_LOSS", "BAD_WEIGHT", "GOOD", "LARGE_GRADIENT", "
 
 # Verdicts. OVERFLOW: gradients of float16 that are not finite, for which the loss scale is lowered.
 GOOD, BAD_LOSS, BAD_GRADIENT, LARGE_GRADIENT, BAD_WEIGHT, OVERFLOW = range(6)
-_CERTAIN = 1e37  # float32 ends at 3.4e38
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclasses.dataclass
@@ -34,9 +36,12 @@ class StepGuard:
 
     Tensors, after `judge`: verdict (int32), good (bool: apply the update), norm (of the step's mean gradients with
     weight decay, before clipping), norms (of each of these gradients, in the order of `names`). Fed with every step:
-    limit (the largest norm that is allowed) and bounds (upper bounds of the absolute values of weights and momentum).
+    limit (the largest norm that is allowed; without it any) and bounds (upper bounds of the norms of weights and
+    momentum; without them 0).
     Operations: settle (part of a step), remember and restore (statistics of batch norms). try_out() -> bool [names]:
     whether each weight would be finite after the update.
+
+    One operation for each variable costs a second of a run's start, so there are few of them.
     """
 
     def __init__(self) -> None:
@@ -49,44 +54,43 @@ class StepGuard:
 
     def judge(
         self, gradients: Sequence[tuple[Any, Any]], momenta: Sequence[Any], momentum: float, rate: Any,
-        clip: Callable[[Sequence[Any], Any], Sequence[Any]], scale: dict[str, Any],
+        clip_norm: float, scale: dict[str, Any],
     ) -> None:  # fmt: skip
         """gradients: [(mean gradient with weight decay, variable)] of the first replica; momenta: their slots; rate:
-        the learning rate; clip(gradients, norm) -> what the update takes; scale: {loss_scale, loss_scale_good} of
-        float16 before the update, else {}."""
+        the learning rate; clip_norm: the largest norm of an update's gradients, 0 for any; scale: {loss_scale,
+        loss_scale_good} of float16 before the update, else {}."""
         self.scale = scale
         self.names = [v.op.name for _, v in gradients]
+        self.momentum_names = [m.op.name for m in momenta]
         tensors = [tf.convert_to_tensor(g) for g, _ in gradients]
-        self.norm = tf.linalg.global_norm(tensors)
-        self.norms = _norms(tensors)
+        halves = _half_squares(tensors)
+        self.norm = tf.sqrt(2.0 * tf.reduce_sum(halves))
+        self.norms = tf.sqrt(2.0 * halves)
         for replica in self.replicas:
-            replica.norms = _norms([g for g, _ in replica.gradients])
-        self.weight_norm = tf.linalg.global_norm([v.read_value() for _, v in gradients])
-        self.momentum_norm = tf.linalg.global_norm([m.read_value() for m in momenta])
+            replica.norms = tf.sqrt(2.0 * _half_squares([g for g, _ in replica.gradients]))
+        self.factor = clip_norm / tf.maximum(self.norm, clip_norm) if clip_norm else None
         statistics = self._watch_statistics()
         with tf.name_scope("step_guard"), tf.device("/cpu:0"):
             self.limit = tf.placeholder_with_default(tf.constant(float("inf"), tf.float64), [], "limit")
-            self.bounds = tf.placeholder_with_default(tf.constant([float("inf")] * 2, tf.float64), [2], "bounds")
+            self.bounds = tf.placeholder_with_default(tf.constant([0.0] * 2, tf.float64), [2], "bounds")
             bad = [tf.cast(tf.logical_not(tf.math.is_finite(r.loss_of_step)), tf.float32) for r in self.replicas]
             bad_loss = self.any_rank(tf.add_n(bad or [tf.constant(0.0)])) > 0
             norm = tf.cast(self.norm, tf.float64)
             self.finite_gradient = tf.math.is_finite(norm)
 
-            # No weight can exceed these bounds by this update; only if they are near float32's end it is tried out.
-            grown = momentum * self.bounds[1] + norm
+            # No weight can exceed these bounds by this update.
+            grown = momentum * self.bounds[1] + (tf.minimum(norm, clip_norm) if clip_norm else norm)
             weight = self.bounds[0] + tf.abs(tf.cast(rate, tf.float64)) * grown
-            certain = tf.logical_and(grown < _CERTAIN, weight < _CERTAIN)
+            finite_weights = tf.logical_and(tf.logical_and(grown < _LARGEST, weight < _LARGEST), statistics)
 
         def try_out():
             finite = [
                 tf.reduce_all(tf.math.is_finite(v.read_value() - tf.cast(rate, g.dtype) * (momentum * m + g)))
-                for g, m, (_, v) in zip(clip(tensors, self.norm), momenta, gradients)
+                for g, m, (_, v) in zip(self.clipped(tensors), momenta, gradients)
             ]
             return tf.stack(finite)
 
         self.try_out = try_out
-        tried = tf.cond(certain, lambda: tf.constant(True), lambda: tf.reduce_all(try_out()))
-        finite_weights = tf.logical_and(tried, statistics)
         with tf.name_scope("step_guard"), tf.device("/cpu:0"):
             scaled = scale["loss_scale"] > 1.0 if scale else tf.constant(False)
             cases = [
@@ -103,6 +107,10 @@ class StepGuard:
             self.good = tf.equal(verdict, GOOD)
             overflow = tf.logical_and(tf.equal(verdict, OVERFLOW), statistics)
             self.settle = self._settle(tf.logical_or(self.good, overflow))
+
+    def clipped(self, gradients: Sequence[Any]) -> Sequence[Any]:
+        """The gradients, scaled down if their common norm is above TRAIN.GRADIENT_CLIP."""
+        return gradients if self.factor is None else [g * tf.cast(self.factor, g.dtype) for g in gradients]
 
     def _watch_statistics(self):
         """bool: the statistics of batch norms are finite. A step updates them before its verdict is known, so there is
@@ -141,6 +149,6 @@ class StepGuard:
         return tf.cond(keep, accept, take_back)
 
 
-def _norms(tensors):
-    """[len(tensors)], Euclidean."""
-    return tf.sqrt(2.0 * tf.stack([tf.nn.l2_loss(t) for t in tensors]))
+def _half_squares(tensors):
+    """[len(tensors)]: half the squared Euclidean norm of each."""
+    return tf.stack([tf.nn.l2_loss(t) for t in tensors])

@@ -18,7 +18,7 @@ from training_guard import BAD_LOSS, BAD_WEIGHT, GOOD, LARGE_GRADIENT, OVERFLOW,
 from training_plan import TrainingPlan
 from utils import ranks
 from utils.checkpoint import AVERAGE_PREFIX, assign_weights
-from utils.tf_v1 import tf
+from utils.tf_v1 import snapshot, tf
 
 # isort: split
 from tensorpack.callbacks import Callback
@@ -88,7 +88,7 @@ class IncidentRecorder(Callback):
         before = before or {}
         self.skipped: list[dict[str, Any]] = list(before.get("skipped", []))  # {step, what}
         self._norms = deque(before.get("norms", []), _MEDIAN_OF)
-        self._bounds = [math.inf, math.inf]  # of the absolute values of weights and momentum
+        self._bounds = [math.inf, math.inf]  # of the norms of weights and momentum
         self._update_meta()
 
     def _update_meta(self) -> None:
@@ -106,9 +106,8 @@ class IncidentRecorder(Callback):
         guard = self._guard
         self._state = [v for v in tf.global_variables() if not v.op.name.startswith(AVERAGE_PREFIX)]
         self._before_step = [v for v in self._state if v.op.name in _STEP_VARIABLES]
-        self._finite = {
-            v.op.name: tf.reduce_all(tf.math.is_finite(v.read_value())) for v in self._state if v.dtype.is_floating
-        }
+        floating = [v for v in self._state if v.dtype.is_floating]
+        self._sizes = {v.op.name: tf.nn.l2_loss(snapshot(v)) for v in floating}  # half the squared norms
         self._fetches = {
             "verdict": guard.verdict, "norm": guard.norm, "norms": guard.norms, "rate": self._rate,
             "losses": [replica.losses for replica in guard.replicas], "scale": self._scale,
@@ -116,12 +115,17 @@ class IncidentRecorder(Callback):
 
     def _before_train(self):
         sess = self.trainer.sess
-        bad = [name for name, finite in sess.run(self._finite).items() if not finite]
+        sizes = {name: float(size) for name, size in sess.run(self._sizes).items()}
+        bad = [name for name, size in sizes.items() if not math.isfinite(size)]
         if bad:
             more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
-            raise UserError(f"the weights to start from are not finite: {bad[0]}{more}; start from other weights")
+            raise UserError(
+                f"the weights to start from are not finite, or of a norm above 1e19: {bad[0]}{more}; start from other "
+                "weights"
+            )
         sess.run(self._guard.remember)
-        self._bounds = [float(x) for x in sess.run([self._guard.weight_norm, self._guard.momentum_norm])]
+        both = self._guard.names, self._guard.momentum_names
+        self._bounds = [math.sqrt(2 * sum(sizes[name] for name in names)) * 1.001 for names in both]
 
     def _before_run(self, _):
         fed = {self._guard.limit: self.limit, self._guard.bounds: self._bounds}
@@ -136,7 +140,8 @@ class IncidentRecorder(Callback):
             for _ in range(self._plan.accumulation * len(self._guard.replicas)):
                 self._held.popleft()
         if verdict == GOOD:
-            grown = self._cfg.TRAIN.MOMENTUM * self._bounds[1] + norm
+            clip = self._cfg.TRAIN.GRADIENT_CLIP
+            grown = self._cfg.TRAIN.MOMENTUM * self._bounds[1] + (min(norm, clip) if clip else norm)
             self._bounds = [self._bounds[0] + abs(float(self._values["rate"])) * grown * 1.001, grown * 1.001]
             if self._factor:
                 self._norms.append(norm)

@@ -43,7 +43,7 @@ class Step:
         self.sess.run([tf.global_variables_initializer(), tf.local_variables_initializer()])
         self.sess.run(self.guard.remember)
 
-    def run(self, gradient, loss=1.0, limit=INF, bounds=(INF, INF), rate=0.5, batch_mean=1.0):
+    def run(self, gradient, loss=1.0, limit=INF, bounds=(4.0, 5.0), rate=0.5, batch_mean=1.0):
         fed = {
             self.gradient: gradient, self.loss: loss, self.guard.limit: limit, self.guard.bounds: bounds,
             self.rate: rate, self.batch_mean: batch_mean,
@@ -67,7 +67,7 @@ class Step:
         ({"limit": 5.0}, None, GOOD),
         ({"rate": INF}, None, BAD_WEIGHT),
         ({"rate": 3e38}, None, BAD_WEIGHT),
-        ({"rate": 4e37}, None, GOOD),  # momentum 7.6, a weight of -3.04e38, which float32 knows
+        ({"rate": 3e37}, None, GOOD),  # momentum 7.6, a weight of -2.28e38, which float32 knows
         ({"bounds": (1.0, 0.0)}, None, GOOD),
         ({"bounds": (1.0, 0.0), "rate": 3e38}, None, BAD_WEIGHT),
         ({"batch_mean": INF}, None, BAD_WEIGHT),
@@ -86,9 +86,11 @@ def test_the_verdict_and_what_a_refused_update_leaves(changed, scale, verdict):
         assert step.run([3.0, 4.0])[0] == GOOD
 
 
-def test_what_the_bounds_leave_open_is_decided_by_the_update_itself():
-    """Bounds that are too large to be certain change no verdict, clipped or not."""
+def test_the_bounds_decide_clipped_or_not():
+    """An update that can take no weight beyond float32 is applied, any other one refused, wherever the weights are."""
     with tf.Graph().as_default():
         step = Step(clip=1.0)
-        assert step.run([3e18, 4e18], bounds=(3e38, 3e38), rate=1e38)[0] == GOOD  # clipped to 0.6, 0.8
-        assert step.run([3.0, 4.0], bounds=(3e38, 3e38), rate=3.4e38)[0] == BAD_WEIGHT
+        assert step.run([3e18, 4e18], bounds=(2e38, 1.0), rate=7e37)[0] == GOOD  # clipped to 0.6, 0.8: at most 3.33e38
+        assert step.run([3e18, 4e18], bounds=(2e38, 1.0), rate=8e37)[0] == BAD_WEIGHT
+        assert step.run([3.0, 4.0], bounds=(1.0, 3.5e38), rate=1.0)[0] == GOOD  # 0.9 of it is left
+        assert step.run([3.0, 4.0], bounds=(1.0, INF), rate=1.0)[0] == BAD_WEIGHT

@@ -18,8 +18,8 @@ from common import visible_gpus
 from utils.guest import is_guest
 
 __all__ = [
-    "do_not_fold_initial_values", "function_to_graph", "gpu_count", "gpu_problem", "onednn_enabled", "take_over",
-    "tensor_bundle_pb2", "tf",
+    "detached", "do_not_fold_initial_values", "fast_graph_optimizer", "function_to_graph", "gpu_count", "gpu_problem",
+    "onednn_enabled", "snapshot", "take_over", "tensor_bundle_pb2", "tf",
 ]  # fmt: skip
 
 _VERBOSE = bool(os.environ.get("PACKRCNN_VERBOSE_TF"))
@@ -67,7 +67,7 @@ def _quiet_import() -> Iterator[None]:
 with _quiet_import() if _QUIET else contextlib.nullcontext():
     import tensorflow
     import tensorflow.compat.v1 as tf
-    from tensorflow.core.protobuf import tensor_bundle_pb2  # of a checkpoint's index
+    from tensorflow.core.protobuf import rewriter_config_pb2, tensor_bundle_pb2
     from tensorflow.python.framework.function_def_to_graph import function_def_to_graph as function_to_graph
 
     if not _GUEST:
@@ -120,6 +120,32 @@ def onednn_enabled() -> bool:
     except ImportError:
         return False
     return bool(_pywrap_util_port.IsMklEnabled())
+
+
+def fast_graph_optimizer(config: Any) -> Any:
+    """The tf.ConfigProto, with a graph optimiser that does what it does once.
+
+    Its second round and its search for memory to save find next to nothing in these graphs, and take more than half of
+    its time (docs/SPEED.md).
+    """
+    options = config.graph_options.rewrite_options
+    options.meta_optimizer_iterations = rewriter_config_pb2.RewriterConfig.ONE
+    options.memory_optimization = rewriter_config_pb2.RewriterConfig.NO_MEM_OPT
+    return config
+
+
+def detached(x: Any) -> Any:
+    """x, for which and before which no gradient is computed.
+
+    tf.stop_gradient does the same, but what comes after it still gets operations for gradients, a fifth of all, which
+    take time when a run starts and are then not used. None are made for what depends on integers.
+    """
+    return tf.bitcast(tf.bitcast(x, {2: tf.int16, 4: tf.int32, 8: tf.int64}[x.dtype.size]), x.dtype)
+
+
+def snapshot(variable: Any) -> Any:
+    """The variable's value when a run of the graph begins, from the operation that each variable has for it."""
+    return variable.graph.get_tensor_by_name(variable.to_proto().snapshot_name)
 
 
 def do_not_fold_initial_values(variables: Sequence[Any]) -> None:
