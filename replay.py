@@ -32,7 +32,7 @@ def replay(folder: Path, arguments: Sequence[str] = (), trusted: Sequence[str] =
         check_own_parts(incident.cfg)
 
     from replay_graph import repeat_step
-    from training_guard import GOOD, LARGE_GRADIENT
+    from training_guard import BAD_WEIGHT, GOOD, LARGE_GRADIENT
 
     logger.info("building the graph")
     again = repeat_step(incident)
@@ -58,6 +58,11 @@ def replay(folder: Path, arguments: Sequence[str] = (), trusted: Sequence[str] =
         print(
             f"the update would make {again.weights[0]}{more} infinite or NaN: learning rate {rate:.6g}, gradient norm "
             f"{norm:.6g}, its own {incident.values['gradient_norms'].get(again.weights[0], math.nan):.6g}"
+        )
+    elif incident.verdict == BAD_WEIGHT:
+        print(
+            "no weight becomes infinite or NaN, but bounds from norms do not exclude it. The update is far too large: "
+            f"learning rate {incident.rate:.6g}, gradient norm {incident.values['gradient_norm']:.6g}"
         )
     elif incident.verdict == LARGE_GRADIENT:
         _print_shares(again.values["gradient_norms"] if again.values else {}, again.parts)

@@ -221,7 +221,7 @@ class IncidentRecorder(Callback):
                 f"median {self.limit / self._factor:.6g}"
             )
         if verdict == BAD_WEIGHT:
-            return "weights would become infinite or NaN by the update"
+            return "weights could become infinite or NaN by the update"
         losses = [(k, v) for p in parts for k, v in p.losses.items() if not math.isfinite(v)]
         if losses:
             return f"{losses[0][0]} is {losses[0][1]}"

@@ -26,7 +26,7 @@ from tensorpack.tfutils.tower import TowerContext
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# What makes a recipe small: depth, widths, pictures and counts, and one schedule for all, of which two steps see nothing.
+# What makes a recipe small: depth, widths, pictures, counts; and one schedule, of which two steps see nothing.
 # Kinds of blocks, norms, heads, losses and samplers stay the recipe's.
 SMALL = [
     f"DATA.BASEDIR={COCO_MINI}",

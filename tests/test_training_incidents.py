@@ -39,7 +39,7 @@ def test_weights_that_overflow_in_the_last_update_are_not_saved_and_end_the_run(
     """Its loss was finite, and there is no other step whose loss would not be."""
     monkeypatch.setattr(trainers, "learning_rate_tensor", lambda plan, step: tf.constant(np.inf, tf.float32))
     assert train_tiny(tmp_path / "run", steps=1) == 3
-    assert "weights would become infinite or NaN by the update at step 1" in last_error(capsys)
+    assert "weights could become infinite or NaN by the update at step 1" in last_error(capsys)
     assert newest_checkpoint(tmp_path / "run") is None
     found = described(tmp_path / "run/incident-1")
     assert found["learning_rate"] == "inf" and 0 < found["values"]["gradient_norm"] < np.inf
