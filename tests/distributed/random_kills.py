@@ -39,7 +39,7 @@ def command(folder: Path, steps: int) -> list[str]:
         str(Path(sys.executable).parent / "horovodrun"), "--gloo", "-np", "2", "-H", "localhost:2",
         sys.executable, str(TESTS / "distributed/rank.py"), str(folder), "--logdir", f"{folder}/run-RANK",
         "--config", *TINY_TRAINING, "TRAINER=horovod", f"TRAIN.STEPS_PER_EPOCH={INTERVAL}", f"TRAIN.MAX_STEPS={steps}",
-        "DATA.NUM_WORKERS=1", "TRAIN.KEEP_CHECKPOINTS=2",
+        "DATA.NUM_WORKERS=1", "TRAIN.KEEP_CHECKPOINTS=2", "MODE_MASK=False", "MODE_RPN_ONLY=True",
     ]  # fmt: skip
 
 
