@@ -13,7 +13,7 @@ from data import training_keys
 from incident_files import Incident, Part
 from model_rcnn import INPUT_TYPES
 from replay_search import Operation, first_bad_operation, guilty_annotations
-from trainers import make_trainer
+from trainers import make_trainer, training_graph
 from training import build_graph, session_creator
 from training_guard import BAD_WEIGHT
 from training_incidents import examine, feeds
@@ -65,7 +65,7 @@ def repeat_step(incident: Incident, search: bool = True) -> Repeated:
     cfg.TRAINER = "replicated"
     cfg.freeze()
     _check(kept, cfg, plan)
-    with tf.Graph().as_default():
+    with training_graph():
         return _repeat_in_graph(incident, cfg, plan, kept, complete, search)
 
 

@@ -4,11 +4,12 @@ In the graph, everything that determines an update (rate, sampling seeds, loss s
 and the batch, so a resumed run gives exactly the same result as an uninterrupted one.
 """
 
+import contextlib
 import math
 import os
 import platform
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from common import UserError, logger, visible_gpus
@@ -28,6 +29,8 @@ from tensorpack.graph_builder.utils import (
     override_to_local_variable,
     split_grad_list,
 )
+from tensorpack.tfutils import common as graph_functions
+from tensorpack.tfutils import scope_utils, summary
 
 from utils import ranks
 from utils.checkpoint import AVERAGE_PREFIX
@@ -35,6 +38,7 @@ from utils.checkpoint import AVERAGE_PREFIX
 __all__ = [
     "DetectionModel", "DetectionOptimizer", "average_decay_tensor", "describe_devices",
     "learning_rate_tensor", "local_devices", "make_trainer", "mean_over_devices", "session_config",
+    "training_graph",
 ]  # fmt: skip
 
 
@@ -446,6 +450,20 @@ def describe_devices(devices: list[str]) -> str:
         return f"{count} of {platform.node()} ({len(os.sched_getaffinity(0))} cores)"
     chosen = f"CUDA_VISIBLE_DEVICES={visible}" if named else ", ".join(d.lstrip("/") for d in devices)
     return f"{len(devices)} GPU{'s' * (len(devices) > 1)} of {platform.node()} ({chosen})"
+
+
+@contextlib.contextmanager
+def training_graph() -> Iterator[Any]:
+    """A new default graph, of which tensorpack remembers nothing afterwards: its functions would keep every graph that
+    they have seen, at 50 MB and more each."""
+    try:
+        with tf.Graph().as_default() as graph:
+            yield graph
+    finally:
+        for function in (f for module in (graph_functions, scope_utils, summary) for f in vars(module).values()):
+            for cell in getattr(function, "__closure__", None) or ():
+                if hasattr(cell.cell_contents, "cache_clear"):
+                    cell.cell_contents.cache_clear()
 
 
 def session_config(cpu_devices: int = 1) -> Any:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from common import UserError, describe_error, logger, without_nan
 from config import Config
 from model_rcnn import INPUT_TYPES
-from trainers import DetectionModel, session_config
+from trainers import DetectionModel, session_config, training_graph
 from training_best import Scores
 from training_incidents import IncidentRecorder
 from training_monitor import InputClock, Meter, smoothed
@@ -481,7 +481,7 @@ def run_training(
     the description of the checkpoint that is continued. Raises Interrupted after a signal, or the error that ended
     training before the plan's end.
     """
-    with tracking(cfg, logdir, trainer.is_chief) as trackers, tf.Graph().as_default():
+    with tracking(cfg, logdir, trainer.is_chief) as trackers, training_graph():
         return _run_in_graph(
             cfg, plan, dataflow, keys, devices, trainer, logdir, meta, load, describe_batches, shard, build_evaluation,
             scores, trackers, before or {},

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from config import Config
-from trainers import DetectionModel
+from trainers import DetectionModel, training_graph
 from training import LoadWeights, WatchedDataflow, build_graph, session_creator
 from training_monitor import InputClock
 from training_plan import TrainingPlan
@@ -32,7 +32,7 @@ def run_steps(
 
     after_step(step, loss of the step) -> whether this was the last one; load(sess) assigns weights.
     """
-    with tf.Graph().as_default():
+    with training_graph():
         source = WatchedDataflow(dataflow, InputClock(len(devices)), 0)
         model, _ = build_graph(cfg, plan, source, keys, devices, trainer)
 

@@ -1,6 +1,8 @@
 """trainers.py: the rate that the graph takes at each step is the plan's; devices in words."""
 
+import gc
 import platform
+import weakref
 
 import numpy as np
 import pytest
@@ -8,8 +10,11 @@ from test_training_plan import COSINE, plan_of
 
 from common import UserError
 from config import default_config
-from trainers import DetectionModel, describe_devices, freeze_variables, learning_rate_tensor
+from trainers import DetectionModel, describe_devices, freeze_variables, learning_rate_tensor, training_graph
 from utils.tf_v1 import tf
+
+# isort: split
+from tensorpack.tfutils.common import get_global_step_var
 
 pytestmark = pytest.mark.quick
 
@@ -93,3 +98,13 @@ def test_the_plan_names_the_devices_and_gpus_that_are_not_there_are_warned_of(vi
     ) == warned
     assert describe_devices(["/cpu:0", "/cpu:1"]).startswith("2 replicas on the CPU of")
     assert describe_devices(["/gpu:0", "/gpu:1"]).startswith(f"2 GPUs of {platform.node()} (")
+
+
+def test_a_graph_of_training_is_freed():
+    """Functions of tensorpack that remember what they made for a graph would keep it."""
+    with training_graph() as graph:
+        get_global_step_var()
+        freed = weakref.ref(graph)
+    del graph
+    gc.collect()
+    assert freed() is None
