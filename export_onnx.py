@@ -425,6 +425,15 @@ def _same(b: Builder, op: Any, x: list[str]) -> str:
     return x[0]
 
 
+def _bitcast(b: Builder, op: Any, x: list[str]) -> str:
+    """There and back again, as `utils.tf_v1.detached` does."""
+    made = op.inputs[0].op
+    back = made.type == "Bitcast" and made.inputs[0].dtype == op.outputs[0].dtype
+    if not back and any(c.type != "Bitcast" for c in op.outputs[0].consumers()):
+        raise UserError(f"--format onnx: the operation Bitcast ({op.name}) is known only where it changes no value")
+    return x[0]
+
+
 def _number(b: Builder, value: float, op: Any) -> str:
     return b.constant(np.array(value, op.inputs[0].dtype.as_numpy_dtype))
 
@@ -820,6 +829,7 @@ def _clip(b: Builder, op: Any, x: list[str]) -> str:
 
 OPERATIONS: dict[str, Callable[[Builder, Any, list[str]], Any]] = {
     **dict.fromkeys(("Identity", "StopGradient", "PreventGradient", "CheckNumerics", "EnsureShape", "Snapshot"), _same),
+    "Bitcast": _bitcast,
     **{
         kind: _simple(other)
         for kind, other in {

@@ -111,7 +111,7 @@ class DetectionOptimizer(tf.train.MomentumOptimizer):
         self._average_decay = average_decay
         self._averages = None
         self._scale_variables = None
-        self._scale_before: dict[str, Any] = {}  # the update
+        self._scale_before = {}  # {name: value before the update}
         self._scale_updated = False
 
     def _scale(self):

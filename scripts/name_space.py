@@ -21,7 +21,7 @@ NAME = "packrcnn"
 FOLDERS = ("utils", "tools", "demo")  # beside the files of the root
 DATA = (".txt", ".json", ".html", ".css", ".js", ".svg", ".ipynb")
 # They write into the checkout.
-LEFT_OUT = {"setup.py", "tools/recipes.py", "tools/settings_doc.py", "demo/run.py"}
+LEFT_OUT = {"setup.py", "tools/recipes.py", "tools/settings_doc.py", "demo/run.py", "demo/photos.py"}
 
 # What messages and docstrings call, as the package has it.
 _WORDS = (
@@ -45,8 +45,8 @@ def own_names(root: Path) -> set[str]:
 @functools.cache
 def package_files(root: Path) -> dict[str, Path]:
     """{path inside the package: file of the checkout}: every module of the root, FOLDERS, and the data beside them."""
-    made = root / "demo" / "data"  # what the demo has drawn
-    inside = [path for folder in FOLDERS for path in sorted((root / folder).rglob("*")) if made not in path.parents]
+    images = {root / "demo" / "data", root / "demo" / "photos"}  # those that the demo has drawn, and photographs
+    inside = [p for folder in FOLDERS for p in sorted((root / folder).rglob("*")) if images.isdisjoint(p.parents)]
     files = [*sorted(root.glob("*.py")), *sorted((root / "scripts").glob("*.txt"))]
     files += [path for path in inside if path.suffix in (".py", *DATA) and not path.is_symlink()]
     found = {path.relative_to(root).as_posix(): path for path in files}
