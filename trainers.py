@@ -131,7 +131,7 @@ class DetectionOptimizer(tf.train.MomentumOptimizer):
         pairs = super().compute_gradients(loss * scale, **kwargs)
         return [(None if g is None else g / scale, v) for g, v in pairs]
 
-    def apply_gradients(self, grads_and_vars, global_step=None, name=None):
+    def apply_gradients(self, grads_and_vars, name=None):
         variables = [v for _, v in grads_and_vars]
         gradients = [self._decayed(tf.convert_to_tensor(g), v) for g, v in grads_and_vars]
         averages = []

@@ -126,7 +126,7 @@ def fast_graph_optimizer(config: Any) -> Any:
     """The tf.ConfigProto, with a graph optimiser that does what it does once.
 
     Its second round and its search for memory to save find next to nothing in these graphs, and take more than half of
-    its time (docs/SPEED.md).
+    its time (benchmarks/RESULTS.md, "Start of a run").
     """
     options = config.graph_options.rewrite_options
     options.meta_optimizer_iterations = rewriter_config_pb2.RewriterConfig.ONE
@@ -135,7 +135,7 @@ def fast_graph_optimizer(config: Any) -> Any:
 
 
 def detached(x: Any) -> Any:
-    """x, for which and before which no gradient is computed.
+    """x, a floating-point tensor of any shape, as it is; no gradient is computed for it or for what it is made from.
 
     tf.stop_gradient does the same, but what comes after it still gets operations for gradients, a fifth of all, which
     take time when a run starts and are then not used. None are made for what depends on integers.
