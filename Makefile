@@ -23,6 +23,9 @@ PY := $(VENV)/bin/python
 # The stamp's name changes with what is to be installed, so an up-to-date environment costs nothing.
 STAMP := $(VENV)/.installed-$(shell cat $(REQUIREMENTS) requirements.txt requirements-dev.txt constraints.txt | cksum | cut -d' ' -f1)
 
+# Otherwise each of hundreds of test processes would translate the project's files anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DELETE_ON_ERROR:
 
 help:
@@ -84,6 +87,7 @@ $(STAMP):
 	  echo "make: $(PYTHON) -m venv does not work; on Debian and Ubuntu: sudo apt-get install python3-venv" >&2; exit 2; }
 	@echo "installing $(REQUIREMENTS) into $(VENV) (once; about 3 GB with TensorFlow)"
 	@$(PY) -m pip install --quiet --no-compile --disable-pip-version-check -r $(REQUIREMENTS) -r requirements-dev.txt
+	@$(PY) -m compileall -q -j 0 $(VENV)/lib >/dev/null 2>&1 || true # pip would do it on one core
 	@rm -f $(VENV)/.installed-*
 	@touch $@
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.env import cpu_facts, main, report
+from tools.env import cpu_facts, main, report, translated
 
 pytestmark = pytest.mark.quick
 
@@ -42,6 +42,16 @@ def test_a_package_that_is_missing_is_named_as_such(monkeypatch):
 
     monkeypatch.setattr(metadata, "version", missing)
     assert dict(report(quick=True))["horovod"] == "not installed"
+
+
+def test_a_package_that_python_translates_at_every_start_is_told(tmp_path, monkeypatch):
+    (tmp_path / "fresh").mkdir()
+    (tmp_path / "fresh/__init__.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    said = translated("fresh")
+    assert said.startswith("no, ") and said.endswith(f"python -m compileall -q -j 0 {tmp_path}")
+    subprocess.run([sys.executable, *said.split("python ")[1].split()], check=True)
+    assert translated("fresh") == "yes" and translated("no_such_package") == "not installed"
 
 
 @pytest.mark.parametrize("command", [["-m", "tools.env"], ["tools/env.py"]])

@@ -8,6 +8,7 @@ python -m tools.env --quick     # without importing TensorFlow; packages and GPU
 import import_path
 
 import argparse
+import importlib.util
 import os
 import platform
 import re
@@ -73,6 +74,17 @@ def _gpus() -> str:
     return "; ".join(filter(None, [seen, gpu_problem()]))
 
 
+def translated(package: str) -> str:
+    """Whether Python finds the package translated to byte code, or translates it anew at every start."""
+    spec = importlib.util.find_spec(package)
+    if spec is None:
+        return "not installed"
+    if spec.cached and Path(spec.cached).exists():
+        return "yes"
+    folder = Path(spec.origin or "").parent.parent
+    return f"no, so every start takes seconds longer; once: python -m compileall -q -j 0 {folder}"
+
+
 def report(quick: bool = False) -> Iterator[tuple[str, str]]:
     """(what, fact) of each line."""
     variables = {k: v for k, v in os.environ.items() if VARIABLES.match(k)}  # before importing TensorFlow sets more
@@ -91,6 +103,7 @@ def report(quick: bool = False) -> Iterator[tuple[str, str]]:
     yield "gpus", f"{visible_gpus()} visible to this process" if quick else _gpus()
     for package in PACKAGES:
         yield package, _version(package)
+    yield "tensorflow as byte code", translated("tensorflow")
     yield from sorted(variables.items())
 
 
