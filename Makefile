@@ -7,6 +7,7 @@
 #   make lint          style, common mistakes, types
 #   make test-pythons  the quick tests under every supported Python that is installed
 #   make parity        compare with recordings of detectron2, at ../shared/golden or GOLDEN=DIR (docs/FIDELITY.md)
+#   make gpu-check     check training and prediction on this machine's GPU; a report in gpu-check/ (docs/GPU.md)
 #   make docs          the documents as a web site, in build/site
 #   make horovod       build and install Horovod; make test-horovod = its tests alone
 #   make venv REQUIREMENTS=requirements-gpu.txt   the environment for NVIDIA GPUs
@@ -31,7 +32,7 @@ unexport PYTHONDONTWRITEBYTECODE
 help:
 	@sed -n '/^#   make/s/^#   //p' Makefile
 
-.PHONY: help demo photos test quick slowest fuzz kills lint test-pythons parity docs horovod test-horovod venv clean
+.PHONY: help demo photos test quick slowest fuzz kills lint test-pythons parity gpu-check docs horovod test-horovod venv clean
 
 demo: $(STAMP)
 	@$(PY) -m demo.run
@@ -67,6 +68,9 @@ test-pythons:
 
 parity: $(STAMP)
 	@$(PY) tools/parity.py $(GOLDEN)
+
+gpu-check: $(STAMP)
+	@$(PY) -m tools.gpu_check
 
 docs: $(STAMP)
 	@$(PY) -m mkdocs build --strict --quiet --clean && echo "the site is build/site/index.html"

@@ -272,6 +272,15 @@ SETTINGS: dict[str, Setting] = {
         "float32", one_of("float32", "bfloat16", "float16", "float64"),
         "Type in which convolutions and products are computed. float64 is for comparisons and stores variables too.",
     ),
+    "TRAIN.TF32": Setting(
+        True, flag,
+        "GPUs from Ampere on round the factors of float32 convolutions and products to 10 bits, which is several times "
+        "faster. False: all of float32's 23 bits.",
+    ),
+    "TRAIN.DETERMINISTIC": Setting(
+        False, flag,
+        "Two runs on GPUs of the same kind and number give equal weights, bit for bit; slower. CPUs do so in any case.",
+    ),
     "TRAIN.SEED": Setting(
         42, optional(whole(0, 2**31 - 1)), "Seed of initial weights, order and augmentation. None: a new one each run."
     ),

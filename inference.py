@@ -11,7 +11,7 @@ from config import Config
 from model_rcnn import build_inference
 from utils.checkpoint import AVERAGE_PREFIX
 from utils.ranks import use_own_gpu
-from utils.tf_v1 import fast_graph_optimizer, gpu_problem, tf
+from utils.tf_v1 import allow_tf32, fast_graph_optimizer, gpu_problem, tf
 
 __all__ = ["Predictor", "inference_callable", "shared_variables", "start_session"]
 
@@ -43,6 +43,7 @@ def inference_callable(cfg: Config, device: str | None = None, scope: str = "", 
 
     image uint8 [N,H,W,3], image_shape int32 [N,2]; the outputs are those of `build_inference` as arrays.
     """
+    allow_tf32(cfg.TRAIN.TF32)
     with tf.name_scope("inference"):
         image = tf.placeholder(tf.uint8, [None, None, None, 3], "image")
         image_shape = tf.placeholder(tf.int32, [None, 2], "image_shape")

@@ -184,13 +184,14 @@ def pad_for_roi_align(features):
     return tf.pad(features, [[0, 0], [1, 1], [1, 1], [0, 0]], "SYMMETRIC")
 
 
-def roi_align(padded, boxes, image_index, spatial_scale, resolution, samples=2, aligned=True):
+def roi_align(padded, boxes, image_index, spatial_scale, resolution, samples=2, aligned=True, deterministic=False):
     """RoIAlign (He et al. 2017, with the half-pixel shift of later systems).
 
     padded: features [N,H+2,W+2,C] of `pad_for_roi_align`; boxes [R,4] in image coordinates; image_index int32 [R].
     Each of resolution^2 bins is the mean of samples^2 bilinear samples; samples=0: the number along each axis is the
     bin's size in feature cells, rounded up. No gradient to the boxes.
     aligned=False is the original operation: pixel i's centre at coordinate i, sides of at least one feature cell.
+    deterministic=True: the same, with a gradient that is computed in a fixed order on GPUs too (`_spread_samples`).
     -> [R,resolution,resolution,C] in the features' type.
     """
     # The scope and the names in it say to export_onnx.py what is computed here.
@@ -205,18 +206,18 @@ def roi_align(padded, boxes, image_index, spatial_scale, resolution, samples=2, 
         start = tf.identity(boxes[:, :2] + (shift - 0.5), "start")  # where pixel i covers [i, i + 1)
         sides, image_index = tf.identity(sides, "sides"), tf.identity(image_index, "image_index")
         if samples == 0:
-            crops = _adaptive_samples(padded32, start, sides, image_index, resolution)
+            crops = _adaptive_samples(padded32, start, sides, image_index, resolution, deterministic)
             crops.set_shape([None, resolution, resolution, padded.shape[3]])
         else:
             n = resolution * samples
-            crops = _sample_grid(padded32, start, sides, image_index, [n, n])
+            crops = _sample_grid(padded32, start, sides, image_index, [n, n], deterministic)
             if samples > 1:
                 crops = tf.nn.avg_pool2d(crops, samples, samples, "VALID")
             crops.set_shape([None, resolution, resolution, None])
         return tf.cast(tf.identity(crops, "crops"), padded.dtype)
 
 
-def _sample_grid(padded, start, sides, image_index, counts):
+def _sample_grid(padded, start, sides, image_index, counts, deterministic=False):
     """Bilinear samples in the middle of counts = (y, x) equal cells of each RoI, ints or int32 [2]: start, sides [R,2]
     as x, y in cells of the map without padding -> [R,counts[0],counts[1],C]."""
     size = tf.cast(tf.shape(padded)[1:3], tf.float32)  # [2]
@@ -226,13 +227,61 @@ def _sample_grid(padded, start, sides, image_index, counts):
     last = first + spacing * (number - 1.0)
     # crop_and_resize takes y1 x1 y2 x2, where 0 and 1 are the centres of the first and the last pixel.
     corners = tf.concat([first[:, ::-1], last[:, ::-1]], 1) / (tf.concat([size, size], 0) - 1.0)
-    return tf.image.crop_and_resize(padded, corners, image_index, counts)
+    return _crop_and_resize(padded, corners, image_index, counts, deterministic)
+
+
+def _crop_and_resize(features, corners, image_index, counts, deterministic):
+    """TensorFlow's crop_and_resize of features [N,H,W,C]: corners [R,4] = y1 x1 y2 x2, where 0 and 1 are the centres of
+    the first and the last cell; counts = (y, x) samples -> [R,counts[0],counts[1],C]. deterministic=True replaces its
+    gradient, whose GPU kernel adds in any order; then counts are ints."""
+    if not deterministic:
+        return tf.image.crop_and_resize(features, corners, image_index, counts)
+
+    @tf.custom_gradient
+    def crop(features):
+        def gradient(upstream):
+            axes = []
+            for axis in (0, 1):  # y, x; the operation's own arithmetic
+                count, last = counts[axis], tf.cast(tf.shape(features)[1 + axis] - 1, tf.float32)
+                first, beyond = corners[:, axis, None], corners[:, axis + 2, None]
+                if count > 1:
+                    spacing = (beyond - first) * last / (count - 1.0)
+                    axes.append(first * last + tf.range(count, dtype=tf.float32) * spacing)  # [R, count]
+                else:
+                    axes.append(0.5 * (first + beyond) * last)
+            points = tf.stack([tf.repeat(axes[0], counts[1], 1), tf.tile(axes[1], [1, counts[0]])], 2)  # [R, S, 2]
+            return _spread_samples(
+                tf.reshape(upstream, [-1, int(features.shape[3])]), tf.reshape(points, [-1, 2]),
+                tf.repeat(image_index, counts[0] * counts[1]), tf.shape(features),
+            )  # fmt: skip
+
+        return tf.image.crop_and_resize(features, corners, image_index, counts), gradient
+
+    return crop(features)
+
+
+def _spread_samples(shares, points, image_index, map_shape):
+    """The gradient of bilinear samples to the map that they were taken from: shares [S,C] of samples at points [S,2],
+    y and x as indices of the map, in images int32 [S] -> [N,H,W,C] of map_shape int32 [4]. Samples outside the map add
+    nothing. Each cell adds in a fixed order where TensorFlow's operations are deterministic."""
+    low = tf.floor(points)
+    inside = tf.reduce_all((points >= 0) & (points <= tf.cast(map_shape[1:3] - 1, tf.float32)), 1)  # [S]
+    fraction = points - low
+    low = tf.cast(tf.where_v2(inside[:, None], low, 0.0), tf.int32)
+    high = low + tf.cast(fraction > 0, tf.int32)  # else the lower cell, with weight 0
+    total = 0.0
+    for y, by_y in ((low[:, 0], 1.0 - fraction[:, 0]), (high[:, 0], fraction[:, 0])):
+        for x, by_x in ((low[:, 1], 1.0 - fraction[:, 1]), (high[:, 1], fraction[:, 1])):
+            row = (image_index * map_shape[1] + y) * map_shape[2] + x
+            row = tf.where_v2(inside, row, -1)  # the sums leave negative numbers out
+            total += tf.math.unsorted_segment_sum(shares * (by_y * by_x)[:, None], row, tf.reduce_prod(map_shape[:3]))
+    return tf.reshape(total, map_shape)
 
 
 _ADAPTIVE_BUDGET = 1 << 16  # samples of one step of the loop: 64 MB at 256 channels
 
 
-def _adaptive_samples(padded, start, sides, image_index, resolution):
+def _adaptive_samples(padded, start, sides, image_index, resolution, deterministic=False):
     """Means [R,M,M,C] over ceil(bin size) samples per axis and bin; RoIs with equal counts are pooled together.
     The gradient goes to the map alone."""
     counts = tf.cast(tf.math.ceil(sides / float(resolution)), tf.int32)  # [R, 2] x, y
@@ -244,7 +293,7 @@ def _adaptive_samples(padded, start, sides, image_index, resolution):
     def pooled(padded):
         def gradient(upstream):
             upstream = tf.where_v2(empty[:, None, None, None], 0.0, upstream)
-            return _adaptive_gradient(upstream, tf.shape(padded), start, sides, image_index, counts)
+            return _adaptive_gradient(upstream, tf.shape(padded), start, sides, image_index, counts, deterministic)
 
         return _adaptive_means(padded, start, sides, image_index, counts, empty, resolution), gradient
 
@@ -282,7 +331,7 @@ def _adaptive_means(padded, start, sides, image_index, counts, empty, m):
     return tf.gather(pooled, tf.math.invert_permutation(order))
 
 
-def _adaptive_gradient(upstream, map_shape, start, sides, image_index, counts):
+def _adaptive_gradient(upstream, map_shape, start, sides, image_index, counts, deterministic=False):
     """The gradient [N,H+2,W+2,C] of `_adaptive_means` for the upstream one [R,M,M,C].
 
     Each sample's share is spread over the four cells around it. Bins are taken some at a time, as many as the budget
@@ -309,9 +358,11 @@ def _adaptive_gradient(upstream, map_shape, start, sides, image_index, counts):
         cell = tf.stack([x * count[:, 0] + inside % count[:, 0], y * count[:, 1] + inside // count[:, 0]], 1)
         spacing = tf.gather(sides, roi) / tf.cast(count * m, tf.float32)
         point = tf.gather(start, roi) + (tf.cast(cell, tf.float32) + 0.5) * spacing + 0.5  # indices of the padded map
-        point = point[:, ::-1] / (size - 1.0)
         share = tf.gather_nd(upstream, tf.stack([roi, y, x], 1))  # [S, C]
         share /= tf.cast(count[:, :1] * count[:, 1:], tf.float32)
+        if deterministic:
+            return end, total + _spread_samples(share, point[:, ::-1], tf.gather(image_index, roi), map_shape)
+        point = point[:, ::-1] / (size - 1.0)
         spread = tf.raw_ops.CropAndResizeGradImage(
             grads=share[:, None, None], boxes=tf.concat([point, point], 1), box_ind=tf.gather(image_index, roi),
             image_size=map_shape, T=tf.float32,
@@ -327,13 +378,13 @@ def _adaptive_gradient(upstream, map_shape, start, sides, image_index, counts):
 
 
 # ------------------------------------------------------------------------------------------------ older RoI features
-def roi_crop_and_resize(features, boxes, image_index, spatial_scale, resolution, samples=2):
+def roi_crop_and_resize(features, boxes, image_index, spatial_scale, resolution, samples=2, deterministic=False):
     """TensorFlow's crop_and_resize and max pooling, as in detectors written in TensorFlow before RoIAlign.
 
     features [N,H,W,C]; boxes [R,4] in image coordinates; image_index int32 [R]. (resolution · samples)^2 bilinear
     samples lie on a grid that includes the box's edges; coordinate i·stride is the centre of the map's cell i. Samples
-    outside the map are 0. The maximum of each samples^2 is taken. No gradient to the boxes.
-    -> [R,resolution,resolution,C] in the features' type.
+    outside the map are 0. The maximum of each samples^2 is taken. No gradient to the boxes. deterministic: as in
+    `roi_align`. -> [R,resolution,resolution,C] in the features' type.
     """
     count = tf.shape(boxes)[0]
     # oneDNN's max_pool2d aborts the process when there are no RoIs (TensorFlow 2.21).
@@ -342,7 +393,8 @@ def roi_crop_and_resize(features, boxes, image_index, spatial_scale, resolution,
     image_index = tf.pad(image_index, [[0, missing]])
     last = tf.maximum(tf.cast(tf.shape(features)[1:3], tf.float32) - 1.0, 1.0)  # [2]
     corners = tf.concat([corners[:, 2:] / last, corners[:, :2] / last], 1)
-    crops = tf.image.crop_and_resize(tf.cast(features, tf.float32), corners, image_index, [resolution * samples] * 2)
+    counts = [resolution * samples] * 2
+    crops = _crop_and_resize(tf.cast(features, tf.float32), corners, image_index, counts, deterministic)
     if samples > 1:
         crops = tf.nn.max_pool2d(crops, samples, samples, "VALID")
     return tf.cast(crops[:count], features.dtype)

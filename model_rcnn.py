@@ -61,7 +61,7 @@ def make_roi_pooler(features, cfg: Config):
     """-> pool(boxes [R,4], image_index [R], resolution) -> [R,resolution,resolution,C] by FRCNN.ROI_OP.
     RoIAlign pads each level only once. A box that is not finite, as diverged weights give, is pooled as one at the
     image's corner."""
-    frcnn = cfg.FRCNN
+    frcnn, deterministic = cfg.FRCNN, cfg.TRAIN.DETERMINISTIC
     if cfg.MODE_FPN:
         levels, strides = features[:4], cfg.FPN.ANCHOR_STRIDES[:4]
     else:
@@ -73,8 +73,10 @@ def make_roi_pooler(features, cfg: Config):
         if frcnn.ROI_OP == "pool":
             return roi_pool(level, boxes, image_index, scale, resolution)
         if frcnn.ROI_OP == "crop_and_resize":
-            return roi_crop_and_resize(level, boxes, image_index, scale, resolution, frcnn.ROI_SAMPLES)
-        return roi_align(level, boxes, image_index, scale, resolution, frcnn.ROI_SAMPLES, frcnn.ROI_ALIGNED)
+            return roi_crop_and_resize(level, boxes, image_index, scale, resolution, frcnn.ROI_SAMPLES, deterministic)
+        return roi_align(
+            level, boxes, image_index, scale, resolution, frcnn.ROI_SAMPLES, frcnn.ROI_ALIGNED, deterministic
+        )
 
     def pool(boxes, image_index, resolution):
         boxes = tf.where_v2(tf.math.is_finite(boxes), boxes, tf.zeros_like(boxes))

@@ -433,6 +433,7 @@ def local_devices(cfg: Config) -> list[str]:
             raise UserError(problem)
         logger.warning(f"{problem}: computing on the CPU")
     if cfg.TRAINER == "horovod":
+        ranks.own_gpu()  # refuses ranks without one
         return ["/gpu:0" if gpus else "/cpu:0"]
     if gpus:
         return [f"/gpu:{i}" for i in range(gpus)]

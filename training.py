@@ -28,7 +28,7 @@ from training_pace import TellPace
 from training_pictures import show_batches
 from training_plan import TrainingPlan
 from training_trackers import Trackers, tracking
-from utils.tf_v1 import do_not_fold_initial_values, tf
+from utils.tf_v1 import allow_tf32, do_not_fold_initial_values, make_deterministic, tf, without_fixed_order
 
 # isort: split
 from tensorpack import QueueInput
@@ -492,12 +492,19 @@ def build_graph(
     cfg: Config, plan: TrainingPlan, dataflow: Any, keys: list[str], devices: list[str], trainer: Any
 ) -> tuple[DetectionModel, QueueInput]:
     """Builds the training graph in the default graph: the model, and the queue through which batches come."""
+    allow_tf32(cfg.TRAIN.TF32)
+    make_deterministic(cfg.TRAIN.DETERMINISTIC)
     tf.set_random_seed(cfg.TRAIN.SEED)
     model = DetectionModel(cfg, plan, keys)
     capacity = max(2, 2 * len(devices))
     types = [INPUT_TYPES[k][0] for k in keys]
     source = OrderedInput(dataflow, tf.FIFOQueue(capacity, types, name="input_queue"))
     trainer.setup_graph(model.get_input_signature(), source, model.build_graph, model.get_optimizer)
+    if cfg.TRAIN.DETERMINISTIC and (op := without_fixed_order(trainer.train_op)) is not None:
+        raise UserError(
+            f"setting TRAIN.DETERMINISTIC=True: GPUs have no deterministic kernel for {op.type} ({op.name}); use "
+            "another backbone or head, or set it to False, with which CPUs are deterministic too"
+        )
     do_not_fold_initial_values([*tf.global_variables(), *tf.local_variables()])
     model.stats["gradient_norm"] = model.guard.norm
     return model, source

@@ -4,7 +4,9 @@
 #   scripts/install_horovod.sh [--python PYTHON] [--nccl] [--force] [--check]
 #
 #   --python PYTHON  interpreter (and so the environment) to install into; default $PYTHON, .venv/bin/python, python3
-#   --nccl           reduce on GPUs with NCCL; the same as HOROVOD_GPU_OPERATIONS=NCCL. Needs nvcc and NCCL's headers
+#   --nccl           reduce on GPUs with NCCL; the same as HOROVOD_GPU_OPERATIONS=NCCL. Needs nvcc and NCCL's headers,
+#                    which are taken from the package nvidia-nccl-cu12 of requirements-gpu.txt if HOROVOD_NCCL_HOME,
+#                    or HOROVOD_NCCL_INCLUDE and HOROVOD_NCCL_LIB, name no other place
 #   --force          build again even when this Horovod is installed or cached
 #   --check          only check the Horovod that is installed
 #
@@ -48,6 +50,7 @@ python=${PYTHON:-}
 gpu=${HOROVOD_GPU_OPERATIONS:-}
 force=0
 only_check=0
+only_nccl=0
 while [ $# -gt 0 ]; do
     case $1 in
         --python)
@@ -58,6 +61,7 @@ while [ $# -gt 0 ]; do
         --nccl) gpu=NCCL ;;
         --force) force=1 ;;
         --check) only_check=1 ;;
+        --show-nccl) only_nccl=1 ;; # prints what find_nccl has found; for the tests
         -h | --help) usage; exit 0 ;;
         *) die "unknown option $1; --help lists them" ;;
     esac
@@ -93,6 +97,27 @@ tensorflow=$(installed tensorflow tensorflow-cpu)
 # r5: the version of the recipe in `build`; raise it when a change must replace what is cached and installed.
 local_version=tf$tensorflow${gpu:+.nccl}.r5
 wanted=$VERSION+$local_version
+
+# The package's folders are not where cmake looks, and its library has no name without a version, as linkers want it:
+# a folder with links to both becomes HOROVOD_NCCL_HOME. TensorFlow loads the same library, at run time from the place
+# that is written into Horovod's module, relative to it, so that the wheel serves other environments too.
+find_nccl() {
+    local home=$1 package library
+    [ -z "${HOROVOD_NCCL_HOME:-}${HOROVOD_NCCL_INCLUDE:-}" ] || return 0
+    package=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/nvidia/nccl
+    library=$(find "$package/lib" -name 'libnccl.so.*' -print -quit 2>/dev/null || true)
+    if [ ! -f "$package/include/nccl.h" ] || [ -z "$library" ]; then
+        # cmake looks into the system's and CUDA's folders itself.
+        [ -f /usr/include/nccl.h ] || [ -f "${HOROVOD_CUDA_HOME:-/usr/local/cuda}/include/nccl.h" ] || die \
+            "NCCL's headers are missing: pip install -r requirements-gpu.txt (nvidia-nccl-cu12), or set HOROVOD_NCCL_HOME"
+        return 0
+    fi
+    mkdir -p "$home/lib"
+    ln -s "$package/include" "$home/include"
+    ln -s "$library" "$home/lib/libnccl.so"
+    export HOROVOD_NCCL_HOME=$home HOROVOD_NCCL_LINK=SHARED
+    export LDFLAGS="${LDFLAGS:+$LDFLAGS }'-Wl,-rpath,\$ORIGIN/../../nvidia/nccl/lib'"
+}
 
 # Checks what `$python` imports as horovod (PYTHONPATH may point it elsewhere); prints why it fails.
 check() {
@@ -139,6 +164,13 @@ fail() {
     die "$*"
 }
 
+if [ $only_nccl = 1 ]; then
+    find_nccl "$work/nccl"
+    echo "${HOROVOD_NCCL_HOME:-}"
+    [ ! -d "$work/nccl" ] || readlink -e "$work/nccl/include/nccl.h" "$work/nccl/lib/libnccl.so"
+    echo "${LDFLAGS:-}"
+    exit 0
+fi
 have=$(installed horovod)
 if [ $only_check = 1 ]; then
     [ "$have" = "$wanted" ] || die "horovod is '${have:-missing}' where $wanted is needed: run scripts/install_horovod.sh"
@@ -155,6 +187,7 @@ platform=$("$python" -c "
 import platform, sys, sysconfig
 print(f'{sys.implementation.cache_tag}-{sysconfig.get_platform()}-{\"\".join(platform.libc_ver())}')")
 if [ -n "$gpu" ]; then
+    find_nccl "$work/nccl"
     nvcc=${HOROVOD_CUDA_HOME:+$HOROVOD_CUDA_HOME/bin/}nvcc
     command -v "$nvcc" >/dev/null || die "nvcc is missing: install the CUDA toolkit, put its bin on PATH or set HOROVOD_CUDA_HOME"
     platform=$platform-cuda$("$nvcc" --version | sed -n 's/.*release \([0-9.]*\).*/\1/p')

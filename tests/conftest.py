@@ -9,6 +9,9 @@ import os
 import pytest
 from hypothesis import settings
 
+# Comparisons want all 23 bits of float32 products; the CUDA libraries read this, also in the programs that tests start.
+os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
+
 settings.register_profile("same", derandomize=True, deadline=None)
 settings.register_profile("explore", deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))

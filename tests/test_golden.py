@@ -1,8 +1,6 @@
 """One recorded detectron2 model, weights, inputs and results, against the whole graph: what `make parity` checks for
 all of them, in small."""
 
-import io
-import lzma
 from pathlib import Path
 
 import numpy as np
@@ -14,27 +12,10 @@ DATA = Path(__file__).parent / "data" / "golden_mask_r50_fpn.npz.xz"
 ONE = {"b0": [0]}
 
 
-def unpack(path: Path, folder: Path) -> None:
-    """Writes the three files of a golden directory. Weights of few bits are stored as the upper half of float32."""
-    with lzma.open(path) as packed, np.load(io.BytesIO(packed.read()), allow_pickle=False) as content:
-        weights, golden = {}, {}
-        for key in content.files:
-            kind, _, name = key.partition("/")
-            if kind == "weights":
-                weights[name] = content[key]
-            elif kind == "upper16":
-                weights[name] = (content[key].astype(np.uint32) << 16).view(np.float32)
-            elif kind == "golden":
-                golden[name] = content[key]
-        np.savez(folder / "mask_r50_fpn.weights.npz", **weights)
-        np.savez(folder / "mask_r50_fpn.golden.npz", **golden)
-        (folder / "mask_r50_fpn.json").write_bytes(content["json"].tobytes())
-
-
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
     folder = tmp_path_factory.mktemp("golden")
-    unpack(DATA, folder)
+    parity.unpack_recording(DATA, folder)
     return folder
 
 

@@ -73,11 +73,12 @@ def reference_roi_align(features, rois, index, scale, resolution, samples, align
     return out, backward
 
 
-def roi_align_with_gradient(features, rois, index, scale, resolution, samples, weight, aligned=True):
+def roi_align_with_gradient(features, rois, index, scale, resolution, samples, weight, aligned=True, fixed=False):
     def make():
         x = tf.constant(features)
         boxes, images = tf.constant(rois, tf.float32), tf.constant(index, tf.int32)
-        out = model_box.roi_align(model_box.pad_for_roi_align(x), boxes, images, scale, resolution, samples, aligned)
+        padded = model_box.pad_for_roi_align(x)
+        out = model_box.roi_align(padded, boxes, images, scale, resolution, samples, aligned, fixed)
         return out, tf.gradients(tf.reduce_sum(out * weight), x)[0]
 
     return evaluate(make)
@@ -143,6 +144,40 @@ def test_adaptive_roi_align_and_its_gradient_equal_the_float64_reference(golden,
     out, gradient = roi_align_with_gradient(features, rois[:, 1:], index, 0.25, 5, 0, weight, aligned)
     np.testing.assert_allclose(out, expected, atol=1e-4)
     np.testing.assert_allclose(gradient, backward(weight), atol=1e-4)
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+@pytest.mark.parametrize("samples", [0, 1, 2])
+def test_the_deterministic_gradient_of_roi_align_equals_the_ordinary_one_and_the_float64_reference(
+    golden, samples, aligned
+):
+    features = nhwc(golden["roialign/input"])
+    rois = golden["roialign/rois_bxyxy"]
+    rois = rois[np.abs(rois[:, 1:]).max(1) < 300] + [0, 0.013, 0.017, 0.013, 0.017]
+    index = rois[:, 0].astype(int)
+    expected, backward = reference_roi_align(features, rois[:, 1:], index, 0.25, 5, samples, aligned)
+    weight = np.random.RandomState(1).randn(*expected.shape).astype(np.float32)
+    arguments = features, rois[:, 1:], index, 0.25, 5, samples, weight, aligned
+    (out, gradient), (fixed_out, fixed) = (roi_align_with_gradient(*arguments, fixed) for fixed in (False, True))
+    np.testing.assert_array_equal(out, fixed_out)
+    scale = np.abs(gradient).max()
+    np.testing.assert_allclose(fixed, gradient, atol=1e-6 * scale)
+    np.testing.assert_allclose(fixed, backward(weight), atol=1e-4)
+
+
+def test_the_deterministic_gradient_of_crop_and_resize_equals_tensorflows(golden):
+    features, rois = nhwc(golden["roialign/input"]), golden["roialign/rois_bxyxy"].astype(np.float32)
+    weight = np.random.RandomState(2).randn(len(rois), 7, 7, features.shape[3]).astype(np.float32)
+
+    def gradient(fixed):
+        x = tf.constant(features)
+        index = tf.constant(rois[:, 0], tf.int32)
+        out = model_box.roi_crop_and_resize(x, tf.constant(rois[:, 1:]), index, 0.25, 7, 2, fixed)
+        return tf.gradients(tf.reduce_sum(out * weight), x)[0]
+
+    ordinary, fixed = evaluate(lambda: [gradient(False), gradient(True)])
+    assert np.abs(ordinary).max() > 1
+    np.testing.assert_allclose(fixed, ordinary, atol=1e-6 * np.abs(ordinary).max())
 
 
 def test_no_rois_give_no_adaptive_gradient(golden):

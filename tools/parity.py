@@ -12,7 +12,9 @@ import import_path
 
 import argparse
 import functools
+import io
 import json
+import lzma
 import os
 import sys
 import tempfile
@@ -31,7 +33,15 @@ from tools.convert import convert
 from utils.polygons import decode_mask, orient_outer, rings_to_edges
 from utils.weight_files import read_npz
 
-__all__ = ["Golden", "compare_inference", "compare_training", "load_golden", "settings_from_golden"]
+__all__ = [
+    "Golden",
+    "compare_inference",
+    "compare_training",
+    "load_golden",
+    "run",
+    "settings_from_golden",
+    "unpack_recording",
+]
 
 DEFAULT_DIRECTORY = "../shared/golden"
 BATCHES = {"b0": [0], "b1": [1], "b01": [0, 1]}
@@ -122,6 +132,25 @@ def load_golden(directory: str | os.PathLike, name: str) -> Golden:
         arrays = {key: content[key] for key in content.files}
     weights = directory / f"{name}.weights.npz"
     return Golden(name, read_json(directory / f"{name}.json", "settings of the recording"), arrays, weights)
+
+
+def unpack_recording(path: Path, folder: Path) -> None:
+    """Writes the three files of a golden directory from one packed file (tests/data), in which weights of few bits are
+    stored as the upper half of float32."""
+    name = path.name.removeprefix("golden_").partition(".")[0]
+    with lzma.open(path) as packed, np.load(io.BytesIO(packed.read()), allow_pickle=False) as content:
+        weights, golden = {}, {}
+        for key in content.files:
+            kind, _, rest = key.partition("/")
+            if kind == "weights":
+                weights[rest] = content[key]
+            elif kind == "upper16":
+                weights[rest] = (content[key].astype(np.uint32) << 16).view(np.float32)
+            elif kind == "golden":
+                golden[rest] = content[key]
+        np.savez(folder / f"{name}.weights.npz", **weights)
+        np.savez(folder / f"{name}.golden.npz", **golden)
+        (folder / f"{name}.json").write_bytes(content["json"].tobytes())
 
 
 def settings_from_golden(meta: dict[str, Any]) -> list[str]:
@@ -395,8 +424,9 @@ def compare_inference(
     golden: Golden, variables: dict[str, np.ndarray], batches=BATCHES, precision: str = "float32"
 ) -> Iterator[Row]:
     """Yields the differences of the model's features, proposals and detections from the recorded ones."""
-    from utils.tf_v1 import tf
+    from utils.tf_v1 import allow_tf32, tf
 
+    allow_tf32(False)
     cfg = golden_config(golden, precision)
     with tf.Graph().as_default(), tf.Session() as session:
         inputs, fetches = inference_graph(cfg)
@@ -563,8 +593,9 @@ def compare_training(
     golden: Golden, variables: dict[str, np.ndarray], batches=BATCHES, precision: str = "float32"
 ) -> Iterator[Row]:
     """Yields the differences of losses, gradients and intermediate results."""
-    from utils.tf_v1 import tf
+    from utils.tf_v1 import allow_tf32, tf
 
+    allow_tf32(False)
     cfg = golden_config(golden, precision)
     for size in sorted({len(images) for images in batches.values()}):
         with tf.Graph().as_default(), tf.Session() as session:

@@ -6,6 +6,7 @@ Sums inside the training graph are in trainers.py and model_syncbn.py; here Pyth
 import contextlib
 import logging
 import os
+import platform
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -13,7 +14,8 @@ from typing import Any
 from common import UserError, logger
 
 __all__ = [
-    "LostRank", "from_first", "gather", "horovod", "lost_rank_in_one_line", "start", "use_own_gpu",
+    "LostRank", "from_first", "gather", "horovod", "lost_rank_in_one_line", "own_gpu", "start",
+    "use_own_gpu",
 ]  # fmt: skip
 
 
@@ -54,10 +56,25 @@ def horovod() -> Any:
 
 def use_own_gpu(config: Any) -> None:
     """Assigns this rank's GPU to the sessions of a tf.ConfigProto."""
-    from utils.tf_v1 import gpu_count  # TensorFlow is already imported if there is a ConfigProto
+    if (number := own_gpu()) is not None:
+        config.gpu_options.visible_device_list = str(number)
 
-    if gpu_count() and "HOROVOD_LOCAL_RANK" in os.environ:
-        config.gpu_options.visible_device_list = os.environ["HOROVOD_LOCAL_RANK"]
+
+def own_gpu() -> int | None:
+    """The number of this rank's GPU among those of its machine, None without GPUs or launcher. UserError if the machine
+    has more ranks than GPUs."""
+    from utils.tf_v1 import gpu_count
+
+    gpus = gpu_count()
+    if not gpus or "HOROVOD_LOCAL_RANK" not in os.environ:
+        return None
+    number = int(os.environ["HOROVOD_LOCAL_RANK"])
+    if number >= gpus:
+        raise UserError(
+            f"this is rank {number + 1} of {platform.node()}, where TensorFlow sees {gpus} GPU{'s' * (gpus > 1)}: "
+            "start one rank for each GPU, and let each see all of them (CUDA_VISIBLE_DEVICES)"
+        )
+    return number
 
 
 def from_first(value: Any) -> Any:

@@ -1,7 +1,9 @@
 """The one place that imports TensorFlow: `from utils.tf_v1 import tf` gives tensorflow.compat.v1 in graph mode.
 
 The environment must be set before TensorFlow is first imported, so nothing else in the project imports it directly.
-PACKRCNN_VERBOSE_TF=1 in the environment (train.py --verbose-tf) brings TensorFlow's own start-up messages back.
+TensorFlow's own messages are left out, but for warnings and errors on machines with GPUs, where they say why kernels
+are compiled for minutes or a library is not found. PACKRCNN_VERBOSE_TF=1 in the environment (train.py --verbose-tf)
+brings them all back.
 As a guest of another program (utils/guest.py) nothing is set: tf.Graph and tf.Session compute in graphs all the same.
 """
 
@@ -18,8 +20,9 @@ from common import visible_gpus
 from utils.guest import is_guest
 
 __all__ = [
-    "detached", "do_not_fold_initial_values", "fast_graph_optimizer", "function_to_graph", "gpu_count", "gpu_problem",
-    "onednn_enabled", "snapshot", "take_over", "tensor_bundle_pb2", "tf",
+    "allow_tf32", "detached", "do_not_fold_initial_values", "fast_graph_optimizer", "function_to_graph", "gpu_count",
+    "gpu_problem", "make_deterministic", "onednn_enabled", "snapshot", "take_over", "tensor_bundle_pb2", "tf",
+    "without_fixed_order",
 ]  # fmt: skip
 
 _VERBOSE = bool(os.environ.get("PACKRCNN_VERBOSE_TF"))
@@ -27,11 +30,13 @@ _GUEST = is_guest()
 # A program that has imported TensorFlow before has decided about its messages.
 _QUIET = not (_VERBOSE or _GUEST and "tensorflow" in sys.modules)
 
+_LEVEL = "1" if visible_gpus() else "3"  # from warnings on, or from fatal errors on
+
 if not _GUEST:
     # tensorpack's layers need Keras 2, which TensorFlow takes from the tf_keras package.
     os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")
     if not _VERBOSE:
-        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", _LEVEL)
         os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
         warnings.filterwarnings("ignore", module=r"(tensorflow|tensorpack|tf_keras|keras)(\.|$)")
 
@@ -55,7 +60,7 @@ def _stderr_to_nowhere() -> Iterator[None]:
 def _quiet_import() -> Iterator[None]:
     """TensorFlow reads the level of its C++ messages once; a guest leaves the variable as it was."""
     unset = "TF_CPP_MIN_LOG_LEVEL" not in os.environ
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", _LEVEL)
     try:
         with _stderr_to_nowhere():
             yield
@@ -68,10 +73,13 @@ with _quiet_import() if _QUIET else contextlib.nullcontext():
     import tensorflow
     import tensorflow.compat.v1 as tf
     from tensorflow.core.protobuf import rewriter_config_pb2, tensor_bundle_pb2
+    from tensorflow.python.framework.config import disable_op_determinism, enable_op_determinism
     from tensorflow.python.framework.function_def_to_graph import function_def_to_graph as function_to_graph
 
-    if not _GUEST:
+    if not _GUEST and not visible_gpus():
         tf.config.list_physical_devices()
+if not _GUEST and visible_gpus():
+    tf.config.list_physical_devices()  # its warnings name the libraries that are missing
 
 
 def take_over() -> None:
@@ -79,9 +87,9 @@ def take_over() -> None:
     os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")  # also where this process was a guest until now
     if "TF_DETERMINISTIC_OPS" not in os.environ and not gpu_count():
         # The multi-threaded CPU gradient of crop_and_resize accumulates without synchronisation and is wrong (errors up
-        # to 10 % of the largest gradient) unless deterministic kernels are asked for. GPU kernels refuse to run under
-        # it.
-        tensorflow.config.experimental.enable_op_determinism()
+        # to 10 % of the largest gradient) unless deterministic kernels are asked for. Some GPU kernels refuse to
+        # run under it: see `make_deterministic`.
+        enable_op_determinism()
     if not _VERBOSE:
         tf.logging.set_verbosity(tf.logging.ERROR)
         logging.getLogger("tensorflow").setLevel(logging.ERROR)
@@ -89,6 +97,42 @@ def take_over() -> None:
     # A reference variable may be updated while other operations of the same step still read it; reads of a resource
     # variable are snapshots. Without this, two runs of the same step differ by up to 1 % in some gradients.
     tf.enable_resource_variables()
+
+
+def allow_tf32(allowed: bool) -> None:
+    """Whether GPUs may round the factors of this process's float32 products to TF32's 10 bits (TRAIN.TF32)."""
+    tensorflow.config.experimental.enable_tensor_float_32_execution(allowed)
+
+
+def make_deterministic(wanted: bool) -> None:
+    """Whether this process's GPU kernels must add in a fixed order (TRAIN.DETERMINISTIC). CPU kernels always do, see
+    `take_over`."""
+    if gpu_count() and "TF_DETERMINISTIC_OPS" not in os.environ:
+        (enable_op_determinism if wanted else disable_op_determinism)()
+
+
+# Operations whose GPU kernels have no fixed order, by the list in the documentation of TensorFlow's
+# enable_op_determinism: they fail when it is on.
+_NO_FIXED_ORDER = frozenset((
+    "AdjustContrast", "AdjustContrastv2", "CropAndResizeGradBoxes", "CropAndResizeGradImage",
+    "DepthwiseConv2dNativeBackpropFilter", "FakeQuantWithMinMaxVarsGradient",
+    "FakeQuantWithMinMaxVarsPerChannelGradient", "ResizeNearestNeighborGrad", "SparseTensorDenseMatMul",
+))  # fmt: skip
+
+
+def without_fixed_order(target: Any) -> Any | None:
+    """The first operation among those that `target`, an operation, needs which has no GPU kernel of a fixed order."""
+    seen, todo = set(), [target]
+    while todo:
+        op = todo.pop()
+        if op in seen:
+            continue
+        seen.add(op)
+        frozen_norm = op.type.startswith("FusedBatchNormGrad") and not op.get_attr("is_training")
+        if op.type in _NO_FIXED_ORDER or frozen_norm:
+            return op
+        todo += [*(tensor.op for tensor in op.inputs), *op.control_inputs]
+    return None
 
 
 @functools.cache
