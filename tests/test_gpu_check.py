@@ -68,6 +68,7 @@ def test_an_error_beyond_its_limit_or_not_a_number_fails_a_comparison():
     assert not compared("x", [("a", 1e-2, 1e-3)]).passed
     assert not compared("x", [("a", float("nan"), 1e-3)]).passed
     assert "TOO LARGE" in compared("x", [("a", 1.0, 0.0)]).table
+    assert compared("x", [("a", 0.1, 1), ("a", 0.3, 1), ("a", 0.2, 1)]).numbers == {"a": [0.3, 1]}
 
 
 @pytest.mark.quick

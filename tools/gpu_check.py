@@ -209,7 +209,12 @@ def check_recording(settings: Settings) -> Result:
         return Result(name, None, "left out" + (" (--quick)" if settings.quick else ": no tests/data here"))
     with tempfile.TemporaryDirectory() as folder:
         parity.unpack_recording(RECORDING, Path(folder))
-        rows = parity.run(folder, precision="float32")
+        golden = parity.load_golden(folder, "mask_r50_fpn")
+        variables, first = parity.convert_weights(golden.weights), {"b0": [0]}
+        rows = [
+            *parity.compare_inference(golden, variables, first),
+            *parity.compare_training(golden, variables, first),
+        ]
     # Rounding to float32 turns decisions of half-open masks; what counts is told by the rest.
     rows = [row for row in rows if "mask" not in row.quantity]
     return _compared(name, [(f"{r.quantity}, {r.batch}", r.error, r.tolerance) for r in rows])
@@ -322,13 +327,17 @@ def busy_share(spans: list[tuple[int, int]]) -> float:
 
 
 def _compared(name: str, rows: list[tuple[str, float, float]]) -> Result:
-    """rows: (quantity, error, the largest error that is allowed)."""
+    """rows: (quantity, error, the largest error that is allowed); of a quantity's several errors the worst counts."""
+    worst_of: dict[str, tuple[float, float]] = {}
+    for what, error, limit in rows:
+        if what not in worst_of or not error <= worst_of[what][0]:
+            worst_of[what] = float(error), limit
+    rows = [(what, *pair) for what, pair in worst_of.items()]
     missed = [row for row in rows if not row[1] <= row[2]]
     worst = max(rows, key=lambda r: r[1] / r[2] if r[2] else float(r[1] > 0))
     summary = (
         f"{len(rows)} differences, {len(missed)} too large; the worst: {worst[0]} {worst[1]:.1e} of {worst[2]:.1e}"
     )
-    rows = [(what, float(error), limit) for what, error, limit in rows]
     shown = [
         [what, f"{error:.1e}", f"{limit:.1e}", "" if error <= limit else "TOO LARGE"] for what, error, limit in rows
     ]

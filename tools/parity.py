@@ -34,14 +34,9 @@ from utils.polygons import decode_mask, orient_outer, rings_to_edges
 from utils.weight_files import read_npz
 
 __all__ = [
-    "Golden",
-    "compare_inference",
-    "compare_training",
-    "load_golden",
-    "run",
-    "settings_from_golden",
+    "Golden", "compare_inference", "compare_training", "convert_weights", "load_golden", "settings_from_golden",
     "unpack_recording",
-]
+]  # fmt: skip
 
 DEFAULT_DIRECTORY = "../shared/golden"
 BATCHES = {"b0": [0], "b1": [1], "b01": [0, 1]}
