@@ -535,6 +535,10 @@ SETTINGS: dict[str, Setting] = {
         "As FRCNN.BBOX_REG_WEIGHTS, for each stage.",
     ),
     # -------------------------------------------------------------------------------------------------------- testing
+    "TEST.PRECISION": Setting(
+        None, optional(one_of("float32", "bfloat16", "float16")),
+        "Type in which evaluation and prediction compute convolutions and products. None: TRAIN.PRECISION.",
+    ),
     "TEST.BATCH_SIZE": Setting(1, whole(1, 1024), "Images per batch in evaluation and prediction."),
     "TEST.USE_EMA": Setting(
         True, flag, "Uses the averaged weights (TRAIN.EMA_DECAY) if the model has them, also to train from --load."
@@ -805,6 +809,11 @@ TRAINING_RELATIONS: list[Relation] = [
         for key in ("TRAIN.PATIENCE", "TRAIN.TARGET", "TRAIN.VAL_LOSS", "TEST.ASYNC")
     ),
     (
+        "TEST.PRECISION",
+        lambda c: c.TEST.PRECISION is None or c.TRAIN.PRECISION != "float64" or not _evaluates(c),
+        "must be None with TRAIN.PRECISION=float64, whose variables the evaluations share",
+    ),
+    (
         "TRAIN.BEST_METRIC",
         lambda c: c.TRAIN.BEST_METRIC in (None, "auto") or _evaluates(c),
         "needs TRAIN.EVAL_PERIOD above 0 and DATA.VAL",
@@ -983,6 +992,16 @@ def finalize_config(cfg: Config, training: bool = True) -> Config:
         cfg.MODE_MASK = cfg.MODE_KEYPOINT = cfg.FPN.CASCADE = False
     for sentence in _broken([*RELATIONS, *(TRAINING_RELATIONS if training else PREDICTION_RELATIONS)], cfg):
         raise UserError(sentence)
+    return cfg.freeze()
+
+
+def inference_precision(cfg: Config) -> Config:
+    """The settings for a graph that predicts: TRAIN.PRECISION, which graphs are computed in, is what TEST.PRECISION
+    says."""
+    if cfg.TEST.PRECISION in (None, cfg.TRAIN.PRECISION):
+        return cfg
+    cfg = cfg.copy()
+    cfg.TRAIN.PRECISION = cfg.TEST.PRECISION
     return cfg.freeze()
 
 

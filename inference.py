@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from common import logger
-from config import Config
+from config import Config, inference_precision
 from model_rcnn import build_inference
 from utils.checkpoint import AVERAGE_PREFIX
 from utils.ranks import use_own_gpu
@@ -41,9 +41,11 @@ def inference_callable(cfg: Config, device: str | None = None, scope: str = "", 
 
     In a training graph (reuse) it shares the variables of a replica's scope, with TEST.USE_EMA their moving averages.
 
-    image uint8 [N,H,W,3], image_shape int32 [N,2]; the outputs are those of `build_inference` as arrays.
+    image uint8 [N,H,W,3], image_shape int32 [N,2]; the outputs are those of `build_inference` as arrays, computed in
+    TEST.PRECISION.
     """
     allow_tf32(cfg.TRAIN.TF32)
+    cfg = inference_precision(cfg)
     with tf.name_scope("inference"):
         image = tf.placeholder(tf.uint8, [None, None, None, 3], "image")
         image_shape = tf.placeholder(tf.int32, [None, 2], "image_shape")

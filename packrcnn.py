@@ -59,7 +59,7 @@ def load(
     Args:
         path: as for --load.
         score_threshold: objects with a lower score are not found (default: the stored TEST.RESULT_SCORE_THRESH, 0.05).
-        precision: "float32", "bfloat16" or "float16": what convolutions are computed in.
+        precision: "float32", "bfloat16" or "float16": what convolutions are computed in (default: as trained).
         device: "cpu", "gpu", "gpu:1", or "all" for all GPUs, to which images of a list and tiles are dealt; by default
             the first GPU if TensorFlow has one.
         class_names: other names for its classes, in their order.
@@ -74,7 +74,7 @@ def load(
     be_guest()
     arguments = _arguments(settings)
     for key, value in (
-        ("TEST.RESULT_SCORE_THRESH", score_threshold), ("TRAIN.PRECISION", precision),
+        ("TEST.RESULT_SCORE_THRESH", score_threshold), ("TEST.PRECISION", precision),
         ("TEST.BATCH_SIZE", batch_size), ("DATA.CLASS_NAMES", None if class_names is None else list(class_names)),
     ):  # fmt: skip
         if value is not None:

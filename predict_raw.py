@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 
 from common import UserError, atomic_write, logger, write_json
+from config import inference_precision
 from data import read_image, resize_for_test, stack_images
 from detections import Detections
 from inference import start_session
@@ -33,15 +34,16 @@ class RawReader:
         if self.cfg.MODE_RPN_ONLY:
             raise UserError("--raw needs a model with a box head; --predict alone draws the proposals of MODE_RPN_ONLY")
         self.class_names: list[str] = self.cfg.DATA.CLASS_NAMES
+        cfg = inference_precision(self.cfg)
         with tf.Graph().as_default() as graph:
             image = tf.placeholder(tf.uint8, [1, None, None, 3])
             shape = tf.placeholder(tf.int32, [1, 2])
-            features = backbone_features(image, shape, self.cfg)
-            pool = make_roi_pooler(features, self.cfg)
-            boxes, scores, valid = detect_boxes(features, pool, shape, self.cfg)
-            found = decode_detections(boxes, scores, valid, shape, self.cfg)
+            features = backbone_features(image, shape, cfg)
+            pool = make_roi_pooler(features, cfg)
+            boxes, scores, valid = detect_boxes(features, pool, shape, cfg)
+            found = decode_detections(boxes, scores, valid, shape, cfg)
             with tf.variable_scope(tf.get_variable_scope(), reuse=True):
-                proposals, logits, there = propose(features, shape, self.cfg)
+                proposals, logits, there = propose(features, shape, cfg)
             outputs = {
                 "proposals": proposals, "objectness": tf.sigmoid(logits), "there": there, "candidates": boxes,
                 "candidate_scores": scores, "boxes": found[0], "scores": found[1], "labels": found[2],

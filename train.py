@@ -66,6 +66,7 @@ try:
     from trust import trust_options
     from utils import ranks
     from utils.checkpoint import best_score, make_meta, newest_step, read_meta
+    from utils.processor import computes_bfloat16
     from utils.stopping import Stopped, stop_by_exception
     from video_options import VideoOptions, idle_options, video_options
     from video_source import find_sources, open_source
@@ -330,7 +331,7 @@ def _train(start: Start, fitting: Fitting, rank: int, size: int, started: float)
         if chief:
             logger.info(f"{logdir} has ended at step {start.step}: {reason}; change these settings to train longer")
         return 0
-    if not start.step and plan.total_steps >= LONG_ENOUGH and devices[0].startswith("/cpu"):
+    if not start.step and plan.total_steps >= LONG_ENOUGH:
         _tell_estimate(cfg, plan, split, devices, chief)
     if start.step >= plan.total_steps and not unscored:
         # Not an error: a job that was killed after its last step may be started again automatically.
@@ -414,14 +415,25 @@ def _find_lr(start: Start, fitting: Fitting, steps: int, rank: int, size: int) -
 
 
 def _tell_estimate(cfg: Config, plan: Any, split: DatasetSplit, devices: list[str], chief: bool) -> None:
-    """Says what the run will take on this CPU; all ranks measure at once, as they will train."""
-    from training_estimate import estimate_step
+    """Says what the run will take on this CPU, and what another precision would do; all ranks measure at once, as they
+    will train."""
+    from training_estimate import estimate_step, gpu_advice, precision_advice, precisions_to_measure
     from training_plan import told_time
+    from utils.tf_v1 import compute_capability
 
-    seconds = estimate_step(cfg, plan, split.image_sizes(), devices)
+    if not devices[0].startswith("/cpu"):
+        if chief and (advice := gpu_advice(cfg.TRAIN.PRECISION, compute_capability())):
+            logger.info(advice)
+        return
+    has_bfloat16 = computes_bfloat16()
+    precisions = precisions_to_measure(cfg.TRAIN.PRECISION, has_bfloat16)
+    every = estimate_step(cfg, plan, split.image_sizes(), devices, precisions)
     if chief:
+        seconds = every[cfg.TRAIN.PRECISION]
         whole = seconds * plan.total_steps
         logger.info(f"estimate for this CPU: {seconds:.2g} s/step, {told_time(whole)} in all without evaluations")
+        if advice := precision_advice(every, has_bfloat16):
+            logger.info(advice)
         if warning := plan.long_run(cfg, whole):
             logger.warning(warning)
 

@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 
 from augment import resized_shape
-from config import Config
+from config import Config, inference_precision
 from data import stack_images
 from inference import start_session
 from model_frcnn import list_candidates, select_detections
@@ -73,6 +73,7 @@ class AugmentedPredictor:
         self.cfg = cfg
         self._keypoint_flip = np.asarray(keypoint_flip, np.int64)
         flips = [False, True] if cfg.TEST.AUG_FLIP else [False]
+        cfg = inference_precision(cfg)
         self._views = [(edge, flip) for edge in cfg.TEST.AUG_SHORT_EDGES for flip in flips]
         with tf.Graph().as_default() as graph, tf.device(device):
             image = tf.placeholder(tf.uint8, [None, None, None, 3])

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tools.env import cpu_facts, main, report, translated
+from tools.env import main, report, translated
+from utils.processor import cpu_facts
 
 pytestmark = pytest.mark.quick
 

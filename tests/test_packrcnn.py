@@ -261,7 +261,7 @@ def test_arguments_become_settings(file):
     ) as model:  # fmt: skip
         test = model.cfg.TEST
         assert (test.RESULT_SCORE_THRESH, test.BATCH_SIZE, test.RESULTS_PER_IM, test.NMS) == (0.25, 2, 3, "soft_linear")
-        assert model.cfg.TRAIN.PRECISION == "bfloat16" and model.class_names == names
+        assert model.cfg.TEST.PRECISION == "bfloat16" and model.class_names == names
         found = model(cv2.imread(PHOTOS[0]))  # its order was said before
         assert (found.scores > 0.25).all() and set(found.names) <= set(names) and found.order == "bgr"
     assert repr(model).endswith("model.npz: 3 classes, closed>")
@@ -274,7 +274,7 @@ def test_arguments_become_settings(file):
         ({"class_names": ["a"]}, "has 3 classes, here are 1 names"),
         ({"device": "gpu:7"}, "device='gpu:7': "),
         ({"device": "tpu"}, "device='tpu': must be"),
-        ({"precision": "int8"}, "TRAIN.PRECISION"),
+        ({"precision": "int8"}, "TEST.PRECISION"),
         ({"score_threshold": 7}, "TEST.RESULT_SCORE_THRESH"),
         ({"order": "bgra"}, "order='bgra'"),
         ({"settings": {"TEST.RESULTS": 1}}, "unknown setting TEST.RESULTS"),

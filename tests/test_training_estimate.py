@@ -17,15 +17,46 @@ def settings(*args):
 
 
 def test_a_step_is_its_products_at_the_measured_speed(monkeypatch):
-    monkeypatch.setattr(training_estimate, "product_speed", lambda precision, devices: {False: 1e9, True: 2e9})
+    speeds = {"float32": {False: 1e9, True: 2e9}, "bfloat16": {False: 1e9, True: 8e9}}
+    monkeypatch.setattr(training_estimate, "product_speed", lambda precision, devices: speeds[precision])
     products = Training({False: 1000.0, True: 3000.0}, {False: 1e8, True: 5e8})
     monkeypatch.setattr(training_estimate, "count_training", lambda cfg: products)
     cfg = settings("TRAIN.BATCH_SIZE_PER_GPU=2", "TRAIN.ACCUMULATION=3", "MODE_FPN=True", "PREPROC.SHORT_EDGE_SIZE=320")
     sizes = np.array([[320, 640]] * 9)
-    seconds = estimate_step(cfg, make_plan(cfg, 4, 9), sizes, ["/cpu:0", "/cpu:1"])  # two of four replicas are here
+    # Two of four replicas are here.
+    seconds = estimate_step(cfg, make_plan(cfg, 4, 9), sizes, ["/cpu:0", "/cpu:1"], ["float32", "bfloat16"])
     pixels = 320 * 640
     image = (1000 * pixels + 1e8) / 1e9 + (3000 * pixels + 5e8) / 2e9
-    assert seconds == pytest.approx(2 * 3 * 2 * image * 1.1 + 3 * 0.05)
+    half = (1000 * pixels + 1e8) / 1e9 + (3000 * pixels + 5e8) / 8e9
+    expected = {"float32": 2 * 3 * 2 * image * 1.1 + 3 * 0.05, "bfloat16": 2 * 3 * 2 * half * 1.1 + 3 * 0.05}
+    assert seconds == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("precision", "has_bfloat16", "measured", "says"),
+    [
+        ("float32", True, {"float32": 3.0, "bfloat16": 1.2}, "TRAIN.PRECISION=bfloat16 would be about 2.5 times"),
+        ("float32", True, {"float32": 3.0, "bfloat16": 2.9}, None),
+        ("float32", False, {"float32": 3.0}, "TRAIN.PRECISION=bfloat16 would be slower: this CPU has neither"),
+        ("bfloat16", True, {"bfloat16": 1.2}, None),
+        ("bfloat16", False, {"bfloat16": 9.0, "float32": 3.0}, "TRAIN.PRECISION=float32 would be about 3.0 times"),
+        ("float16", False, {"float16": 9.0, "float32": 3.0}, "TRAIN.PRECISION=float32 would be about 3.0 times"),
+        ("float64", True, {"float64": 9.0}, None),
+    ],
+)  # fmt: skip
+def test_the_plan_tells_of_a_faster_precision(precision, has_bfloat16, measured, says):
+    asked = training_estimate.precisions_to_measure(precision, has_bfloat16)
+    assert asked[0] == precision and set(measured) <= set(asked)
+    assert has_bfloat16 or "bfloat16" not in asked[1:]  # it may take a minute without the instructions
+    advice = training_estimate.precision_advice(measured, has_bfloat16)
+    assert advice is None if says is None else says in advice
+
+
+def test_gpus_with_tensor_cores_are_named():
+    advice = training_estimate.gpu_advice
+    assert "PRECISION=bfloat16 is probably faster" in advice("float32", (8, 0))
+    assert "PRECISION=float16 is probably faster" in advice("float32", (7, 5))
+    assert advice("float32", (6, 1)) is advice("float32", ()) is advice("bfloat16", (9, 0)) is None
 
 
 @pytest.mark.parametrize(

@@ -18,28 +18,19 @@ from importlib import metadata
 from pathlib import Path
 
 from common import git_revision, project_version, visible_gpus
+from utils.processor import cpu_facts
 
-__all__ = ["cpu_facts", "report"]
+__all__ = ["report"]
 
 PACKAGES = [
     "tensorflow", "tf_keras", "tensorpack", "numpy", "opencv-python-headless", "pycocotools", "pyarrow", "h5py",
     "horovod", "protobuf",
 ]  # fmt: skip
-# CPU features (names of /proc/cpuinfo) that determine the speed of convolutions; the last two speed up bfloat16.
-CPU_FEATURES = ["avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16"]
 # Variables that change what TensorFlow, Horovod or this program does. Their values are printed.
 VARIABLES = re.compile(
     r"^(?!.*(KEY|SECRET|TOKEN|PASSWORD))"
     r"(TF_(?!CLI_)\w+|CUDA_VISIBLE_DEVICES|OMP_NUM_THREADS|HOROVOD_\w+|NCCL_\w+|PACKRCNN_\w+|XLA_FLAGS)$"
 )
-
-
-def cpu_facts(cpuinfo: str) -> tuple[str, dict[str, bool]]:
-    """(model name, {feature: present}) from the text of /proc/cpuinfo; ARM names its lines differently."""
-    name = re.search(r"^(?:model name|Model)\s*:\s*(.+)$", cpuinfo, re.M)
-    flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", cpuinfo, re.M)
-    present = set(flags[1].split()) if flags else set()
-    return name[1].strip() if name else platform.machine(), {f: f in present for f in CPU_FEATURES}
 
 
 def _read(path: str) -> str:

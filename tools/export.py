@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from common import UserError, check_output_folder, errors_in_one_line, logger, path_argument, write_json
-from config import Config
+from config import Config, inference_precision
 from config_files import settings_words
 from data import list_images
 from export_proof import LIMITS, Proof, pick_images, prove, table, verdict
@@ -51,8 +51,10 @@ def with_export_settings(model: Model, precision: str | None) -> tuple[Model, Co
         logger.warning("test-time augmentation (TEST.AUG_SHORT_EDGES) is left out: an exported model looks once")
         cfg.TEST.AUG_SHORT_EDGES = []
     model = model._replace(cfg=cfg.copy().freeze())
+    cfg = inference_precision(cfg).copy()
     if precision and precision != "int8":
         cfg.TRAIN.PRECISION = precision
+    cfg.TEST.PRECISION = None  # the files are in one precision
     return model, cfg.freeze()
 
 
@@ -68,12 +70,15 @@ def export(args: argparse.Namespace) -> int:
         raise UserError(_NO_TFLITE)
     if args.precision == "int8" and "savedmodel" in args.format:
         raise UserError("--precision int8 is for --format onnx alone: TensorFlow has no int8 kernels for a SavedModel")
-    if args.precision == "bfloat16" and "onnx" in args.format:
-        raise UserError("--precision bfloat16: ONNX Runtime has no bfloat16 convolutions on the CPU; use float16")
     paths = targets(out, list(dict.fromkeys(args.format)), args.version)
     given = list_images(args.images) if args.images else []
     model = load_model(args.load, settings_words(args.config, args.trust_code), args.trust_code, uses_data=not given)
     model, cfg = with_export_settings(model, args.precision)
+    if cfg.TRAIN.PRECISION == "bfloat16" and "onnx" in args.format:
+        what = "--precision bfloat16" if args.precision == "bfloat16" else "the model predicts in bfloat16"
+        raise UserError(
+            f"{what}: ONNX Runtime has no bfloat16 convolutions on the CPU; use --precision float32 or float16"
+        )
     sample = pick_images(model.cfg, given, args.verify)
 
     from export_model import CLASSES_FILE, SETTINGS_FILE, freeze, saved_model_runner, write_assets, write_saved_model
@@ -107,7 +112,7 @@ def export(args: argparse.Namespace) -> int:
 
     threshold = 0.0 if cfg.MODE_RPN_ONLY else cfg.TEST.RESULT_SCORE_THRESH
     limit = cfg.TEST.RESULTS_PER_IM
-    same = args.precision is None or args.precision == model.cfg.TRAIN.PRECISION
+    same = args.precision != "int8" and cfg.TRAIN.PRECISION == inference_precision(model.cfg).TRAIN.PRECISION
     rows = []
     for name, run in runners.items():
         proof = prove(reference, run, sample, threshold, limit, cfg.MODE_RPN_ONLY)

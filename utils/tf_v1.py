@@ -20,9 +20,9 @@ from common import visible_gpus
 from utils.guest import is_guest
 
 __all__ = [
-    "allow_tf32", "detached", "do_not_fold_initial_values", "fast_graph_optimizer", "function_to_graph", "gpu_count",
-    "gpu_problem", "make_deterministic", "onednn_enabled", "snapshot", "take_over", "tensor_bundle_pb2", "tf",
-    "without_fixed_order",
+    "allow_tf32", "compute_capability", "detached", "do_not_fold_initial_values", "fast_graph_optimizer",
+    "function_to_graph", "gpu_count", "gpu_problem", "make_deterministic", "onednn_enabled", "snapshot", "take_over",
+    "tensor_bundle_pb2", "tf", "without_fixed_order",
 ]  # fmt: skip
 
 _VERBOSE = bool(os.environ.get("PACKRCNN_VERBOSE_TF"))
@@ -139,6 +139,12 @@ def without_fixed_order(target: Any) -> Any | None:
 def gpu_count() -> int:
     """The number of GPUs that TensorFlow can use in this process."""
     return len(tf.config.list_physical_devices("GPU"))
+
+
+def compute_capability() -> tuple[int, ...]:
+    """The compute capability of the first GPU, e.g. (8, 0); () if it is unknown."""
+    gpus = tf.config.list_physical_devices("GPU")
+    return tuple(tf.config.experimental.get_device_details(gpus[0]).get("compute_capability") or ()) if gpus else ()
 
 
 def gpu_problem() -> str | None:
