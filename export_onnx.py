@@ -829,6 +829,7 @@ def _clip(b: Builder, op: Any, x: list[str]) -> str:
 
 OPERATIONS: dict[str, Callable[[Builder, Any, list[str]], Any]] = {
     **dict.fromkeys(("Identity", "StopGradient", "PreventGradient", "CheckNumerics", "EnsureShape", "Snapshot"), _same),
+    "IdentityN": lambda b, op, x: list(x),  # tf.custom_gradient makes it
     "Bitcast": _bitcast,
     **{
         kind: _simple(other)

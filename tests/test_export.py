@@ -17,6 +17,7 @@ from export_model import found_in, freeze
 from export_onnx import convert, onnx_runner, write_onnx, write_paste_masks
 from export_proof import Differences, Proof, Sample, compare, draw_images, prove, table, verdict
 from inference import inference_callable
+from model_fpn import upsample_nearest_2x
 from model_rcnn import mask_resolution
 from predict import LoadedPredictor, load_predictor
 from run_start import STRICT, Model, weight_loader
@@ -282,6 +283,7 @@ def test_operations_that_the_families_use_little_or_not_at_all_are_converted_exa
             "gathered": tf.gather(given, tf.constant([[0, 4], [3, 3]]), axis=1, batch_dims=1),
             "stacked": tf.stack(tf.unstack(given, axis=3), 1), "parts": tf.split(given, [1, 3], 3)[1],
             "mirrored": tf.pad(given, [[0, 0], [2, 1], [0, 0], [0, 0]], "REFLECT"), "six": tf.nn.relu6(given),
+            "upsampled": upsample_nearest_2x(given, deterministic=True),
         }  # fmt: skip
         outputs = {key: tf.identity(value, f"result_{key}").name for key, value in results.items()}
         wanted = session.run(outputs, {given: x})
