@@ -12,7 +12,7 @@ import numpy as np
 
 from config import Config
 from model_syncbn import batch_norm, wide_type
-from utils.tf_v1 import gpu_count, onednn_enabled, tf
+from utils.tf_v1 import for_gpu, onednn_enabled, tf
 
 __all__ = [
     "DEPTHWISE_GRADIENT",
@@ -168,7 +168,7 @@ def grouped_conv(x, weight, stride, padding, groups):
         kernel = tf.transpose(weight, [0, 1, 3, 2])  # [k, k, C, 1]
         with tf.get_default_graph().gradient_override_map({"DepthwiseConv2dNative": DEPTHWISE_GRADIENT}):
             return tf.nn.depthwise_conv2d(x, kernel, [1, stride, stride, 1], padding)
-    if groups == 1 or gpu_count() > 0 or (onednn_enabled() and x.dtype in (tf.float32, tf.bfloat16)):
+    if groups == 1 or for_gpu() or (onednn_enabled() and x.dtype in (tf.float32, tf.bfloat16)):
         return tf.nn.conv2d(x, weight, strides=stride, padding=padding)  # the group count follows from the shapes
     # TensorFlow's CPU kernels have no gradient for grouped convolutions, so groups are computed one by one. Narrow
     # groups are first joined into parts of 32 channels with block-diagonal kernels: fewer, larger convolutions.
@@ -191,7 +191,7 @@ def _depthwise_gradient(op, dy):
     3, and in bfloat16 those of the input at stride 2 (benchmarks/depthwise.py)."""
     x, kernel = op.inputs  # [N, H, W, C], [k, k, C, 1]
     rule = {"strides": op.get_attr("strides"), "padding": op.get_attr("padding").decode()}
-    slow = onednn_enabled() and gpu_count() == 0 and op.get_attr("data_format") == b"NHWC"
+    slow = onednn_enabled() and not for_gpu() and op.get_attr("data_format") == b"NHWC"
     wide = slow and rule["strides"][1] > 1 and x.dtype == tf.bfloat16
     dtype = tf.float32 if wide else x.dtype
     dx = tf.raw_ops.DepthwiseConv2dNativeBackpropInput(

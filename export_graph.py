@@ -10,7 +10,7 @@ import numpy as np
 
 from config import Config
 from model_rcnn import build_inference
-from utils.tf_v1 import tf
+from utils.tf_v1 import graphs_for_gpu, tf
 
 __all__ = ["decode_files", "detect", "paste_masks", "paste_rows", "place_images", "resize_bilinear", "resized_size"]
 
@@ -115,7 +115,8 @@ def detect(batch: Any, sizes: Any, original: Any, cfg: Config) -> dict[str, Any]
     boxes float32 [N,D,4] (x1 y1 x2 y2), scores float32 [N,D], classes int32 [N,D] (1 to C), count int32 [N]; with masks
     box_masks float32 [N,D,M,M], probabilities over the box; with keypoints float32 [N,D,K,3] (x y score). Rows from
     count on are 0. Boxes without area in the file's frame are dropped, as `detections.to_original_frame` does."""
-    outputs = build_inference(batch, sizes, cfg)
+    with graphs_for_gpu(False):  # the file is for any machine
+        outputs = build_inference(batch, sizes, cfg)
     limit = tf.cast(original, tf.float32)[:, None, ::-1]  # [N, 1, 2] width, height
     scale = limit / tf.cast(sizes, tf.float32)[:, None, ::-1]
     boxes = tf.clip_by_value(outputs["boxes"] * tf.concat([scale] * 2, 2), 0.0, tf.concat([limit] * 2, 2))

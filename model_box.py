@@ -7,12 +7,13 @@ import math
 
 import numpy as np
 
-from utils.tf_v1 import detached, tf
+from utils.tf_v1 import detached, for_gpu, tf
 
 __all__ = [
     "BOX_SCALE_CLAMP", "anchors_of_level", "area", "batched_nms", "cell_anchors", "clip_boxes", "covered_share",
-    "decode_boxes", "encode_boxes", "generalized_iou", "greedy_nms", "match_boxes", "pad_for_roi_align",
-    "pairwise_iou", "pool_from_levels", "rasterize_edges", "roi_align", "roi_crop_and_resize", "roi_pool",
+    "decode_boxes", "encode_boxes", "first_of", "generalized_iou", "greedy_nms", "long_top_k", "match_boxes",
+    "nms_in_blocks", "pad_for_roi_align", "pairwise_iou", "pool_from_levels", "rasterize_edges", "roi_align",
+    "roi_crop_and_resize", "roi_pool",
 ]  # fmt: skip
 
 BOX_SCALE_CLAMP = math.log(1000.0 / 16)  # largest dw, dh: a box grows 62.5-fold at most (Detectron)
@@ -204,7 +205,9 @@ def roi_align(padded, boxes, image_index, spatial_scale, resolution, samples=2, 
         shift = 0.5 if aligned else 1.0
         padded32 = tf.identity(tf.cast(padded, tf.float32), "padded")
         start = tf.identity(boxes[:, :2] + (shift - 0.5), "start")  # where pixel i covers [i, i + 1)
-        sides, image_index = tf.identity(sides, "sides"), tf.identity(image_index, "image_index")
+        sides = tf.identity(sides, "sides")
+        if not for_gpu():  # identities of int32 are on the host
+            image_index = tf.identity(image_index, "image_index")
         if samples == 0:
             crops = _adaptive_samples(padded32, start, sides, image_index, resolution, deterministic)
             crops.set_shape([None, resolution, resolution, padded.shape[3]])
@@ -252,7 +255,7 @@ def _crop_and_resize(features, corners, image_index, counts, deterministic):
             points = tf.stack([tf.repeat(axes[0], counts[1], 1), tf.tile(axes[1], [1, counts[0]])], 2)  # [R, S, 2]
             return _spread_samples(
                 tf.reshape(upstream, [-1, int(features.shape[3])]), tf.reshape(points, [-1, 2]),
-                tf.repeat(image_index, counts[0] * counts[1]), tf.shape(features),
+                tf.repeat(tf.cast(image_index, tf.int64), counts[0] * counts[1]), tf.shape(features),
             )  # fmt: skip
 
         return tf.image.crop_and_resize(features, corners, image_index, counts), gradient
@@ -267,13 +270,15 @@ def _spread_samples(shares, points, image_index, map_shape):
     low = tf.floor(points)
     inside = tf.reduce_all((points >= 0) & (points <= tf.cast(map_shape[1:3] - 1, tf.float32)), 1)  # [S]
     fraction = points - low
-    low = tf.cast(tf.where_v2(inside[:, None], low, 0.0), tf.int32)
-    high = low + tf.cast(fraction > 0, tf.int32)  # else the lower cell, with weight 0
+    # int64, because GPUs leave arithmetic on int32 to the host.
+    low = tf.cast(tf.where_v2(inside[:, None], low, 0.0), tf.int64)
+    high = low + tf.cast(fraction > 0, tf.int64)  # else the lower cell, with weight 0
+    image_index, (_, height, width, _) = tf.cast(image_index, tf.int64), tf.unstack(tf.cast(map_shape, tf.int64))
     total = 0.0
     for y, by_y in ((low[:, 0], 1.0 - fraction[:, 0]), (high[:, 0], fraction[:, 0])):
         for x, by_x in ((low[:, 1], 1.0 - fraction[:, 1]), (high[:, 1], fraction[:, 1])):
-            row = (image_index * map_shape[1] + y) * map_shape[2] + x
-            row = tf.where_v2(inside, row, -1)  # the sums leave negative numbers out
+            row = (image_index * height + y) * width + x
+            row = tf.where_v2(inside, row, tf.constant(-1, tf.int64))  # the sums leave negative numbers out
             total += tf.math.unsorted_segment_sum(shares * (by_y * by_x)[:, None], row, tf.reduce_prod(map_shape[:3]))
     return tf.reshape(total, map_shape)
 
@@ -414,7 +419,8 @@ def roi_pool(features, boxes, image_index, spatial_scale, resolution):
     with tf.name_scope(f"roi_pool_{resolution}"):  # as in `roi_align`
         wide = tf.identity(tf.cast(features, tf.float32), "features")
         boxes = tf.identity(tf.stop_gradient(boxes) * spatial_scale, "boxes")
-        image_index = tf.identity(image_index, "image_index")
+        if not for_gpu():
+            image_index = tf.identity(image_index, "image_index")
         bins = _pooling_bins(boxes, image_index, tf.shape(wide), resolution)
         cells = tf.reshape(wide, [-1, int(features.shape[3])])  # [N·H·W, C]
         pooled = tf.reshape(_max_over_bins(cells, *bins), [-1, resolution, resolution, int(features.shape[3])])
@@ -494,7 +500,7 @@ def _max_over_bins(cells, corner, width, count, stride):
 def fpn_level_of(boxes, num_levels):
     """Level index 0..num_levels-1 (0 = P2) int32 [R] of boxes [R,4]: FPN eq. 1, k0 = 4 at 224 pixels."""
     level = tf.floor(4.0 + tf.math.log(tf.sqrt(area(boxes)) / 224.0 + 1e-8) * (1.0 / math.log(2.0)))
-    return tf.cast(tf.clip_by_value(level, 2.0, 1.0 + num_levels), tf.int32) - 2
+    return tf.cast(tf.clip_by_value(level, 2.0, 1.0 + num_levels) - 2.0, tf.int32)
 
 
 def pool_from_levels(levels, strides, boxes, image_index, pool, to_last_pixel=False):
@@ -509,6 +515,8 @@ def pool_from_levels(levels, strides, boxes, image_index, pool, to_last_pixel=Fa
         boxes -= tf.constant([0.0, 0.0, 1.0, 1.0])
     if len(levels) == 1:
         return pool(levels[0], boxes, image_index, 1.0 / strides[0])
+    if for_gpu():
+        return _pool_sorted(levels, strides, boxes, image_index, level, pool)
     rows, pooled = [], []
     for index, (features, stride) in enumerate(zip(levels, strides)):
         row = tf.where(tf.equal(level, index))[:, 0]
@@ -518,7 +526,32 @@ def pool_from_levels(levels, strides, boxes, image_index, pool, to_last_pixel=Fa
     return tf.gather(tf.concat(pooled, 0), order)
 
 
+def _pool_sorted(levels, strides, boxes, image_index, level, pool):
+    """`pool_from_levels` for boxes of known level [R]: the host waits once, for the number of boxes of each level."""
+    level = tf.cast(level, tf.float32)  # GPUs leave arithmetic on int32 to the host
+    order = tf.argsort(level, stable=True)
+    counts = tf.reduce_sum(tf.cast(tf.equal(level[:, None], np.arange(len(levels), dtype=np.float32)), tf.float32), 0)
+    rows = tf.gather(tf.concat([boxes, tf.cast(image_index, tf.float32)[:, None]], 1), order)  # [R, 5]
+    pooled = [
+        pool(features, some[:, :4], tf.cast(some[:, 4], tf.int32), 1.0 / stride)
+        for features, some, stride in zip(levels, tf.split(rows, tf.cast(counts, tf.int32), num=len(levels)), strides)
+    ]
+    back = tf.argsort(tf.cast(order, tf.float32))
+
+    @tf.custom_gradient
+    def put_back(x):  # TensorFlow's gradient of a gather does not know that each row goes to one place
+        return tf.gather(x, back), lambda dy: tf.gather(dy, order)
+
+    return put_back(tf.concat(pooled, 0))
+
+
 # -------------------------------------------------------------------------------------------------------------- NMS
+def first_of(count, places):
+    """bool [N,places], true in the first `count` [N] of the places. Compared as float32, since GPUs leave arithmetic
+    on int32 to the host."""
+    return tf.cast(tf.range(places), tf.float32) < tf.cast(count, tf.float32)[:, None]
+
+
 def batched_nms(boxes, scores, iou_threshold, max_outputs):
     """Greedy NMS of B independent problems in one op.
 
@@ -532,6 +565,11 @@ def batched_nms(boxes, scores, iou_threshold, max_outputs):
     size = tf.shape(scores)[1]
     scores, order = tf.nn.top_k(scores, size)
     boxes = tf.gather(boxes, order, batch_dims=1)
+    if for_gpu():
+        index, count = nms_in_blocks(boxes, tf.math.is_finite(scores), None, iou_threshold, max_outputs)
+        present = first_of(count, max_outputs)
+        out_boxes = tf.where_v2(present[..., None], tf.gather(boxes, index, batch_dims=1), 0.0)
+        return out_boxes, tf.where_v2(present, tf.gather(scores, index, batch_dims=1), 0.0), count
     rank = tf.range(size)
     points = tf.where_v2(tf.math.is_finite(scores), tf.cast(size - rank, tf.float32), 0.0)  # K, K - 1, … 1; 0: absent
     out_boxes, out_points, _, count = tf.image.combined_non_max_suppression(
@@ -540,7 +578,93 @@ def batched_nms(boxes, scores, iou_threshold, max_outputs):
     )  # fmt: skip
     place = tf.clip_by_value(size - tf.cast(out_points, tf.int32), 0, size - 1)
     out_scores = tf.gather(scores, place, batch_dims=1)
-    return out_boxes, tf.where_v2(tf.range(max_outputs)[None] < count[:, None], out_scores, 0.0), count
+    return out_boxes, tf.where_v2(first_of(count, max_outputs), out_scores, 0.0), count
+
+
+_NMS_BLOCK = 1024  # boxes that are compared with each other at once: 4 MB for each float of a pair, per problem
+
+
+def nms_in_blocks(boxes, present, groups, iou_threshold, max_outputs):
+    """Greedy NMS of B independent problems by operations that GPUs have.
+
+    boxes [B,K,4] by decreasing score; present bool [B,K]; groups [B,K]: only boxes of one group suppress each other,
+    None makes all of a problem one -> index int32 [B,T] of kept boxes in K, in order, 0 from count int32 [B] on;
+    T = max_outputs.
+
+    Boxes are taken in blocks, until T are kept. A block's boxes are compared with those kept before and with each
+    other. Within it, a box stays unless a better one that stays overlaps it: starting from all, this is computed again
+    until nothing changes. The first p boxes are right after p rounds at the latest; a handful of rounds is usual.
+    """
+    problems, total = tf.shape(boxes)[0], tf.shape(boxes)[1]
+    places = tf.range(max_outputs, dtype=tf.float32)
+    present = tf.cast(present, tf.float32)
+    # All of the state is float32: on GPUs, operations on int32 and loops' bool variables are kept in host memory.
+    groups = None if groups is None else tf.cast(groups, tf.float32)
+
+    def overlaps(a, b, groups_a, groups_b):  # [B, M, 4], [B, M', 4] -> float32 [B, M, M']
+        suppress = pairwise_iou(a, b) > iou_threshold
+        if groups is not None:
+            suppress = tf.logical_and(suppress, tf.equal(groups_a[:, :, None], groups_b[:, None]))
+        return tf.cast(suppress, tf.float32)
+
+    def free_of(kept, overlap):  # [B, M], [B, M, M'] -> float32 [B, M']: 1 where no kept box overlaps
+        return tf.cast(tf.matmul(kept[:, None], overlap)[:, 0] < 0.5, tf.float32)
+
+    def take_block(start, kept, count):  # kept [B, T] indices of the first boxes kept, `count` [B, 1] of them
+        end = tf.minimum(start + _NMS_BLOCK, total)
+        index = tf.cast(kept, tf.int32)
+        block, own = boxes[:, start:end], None if groups is None else groups[:, start:end]
+        former = None if groups is None else tf.gather(groups, index, batch_dims=1)
+        taken = tf.cast(places < count, tf.float32)  # [B, T]
+        left = present[:, start:end] * free_of(
+            taken, overlaps(tf.gather(boxes, index, batch_dims=1), block, former, own)
+        )
+        order = tf.cast(tf.range(end - start), tf.float32)
+        better = tf.cast(order[:, None] < order, tf.float32)  # [M, M]
+        within = overlaps(block, block, own, own) * better
+
+        def again(stays, _):
+            now = left * free_of(stays, within)
+            return now, tf.reduce_max(tf.abs(now - stays))
+
+        stays, _ = tf.while_loop(lambda _, change: change > 0, again, [left, tf.ones([])], back_prop=False)
+        indices = tf.concat([kept, tf.tile(tf.cast(start, tf.float32) + order[None], [problems, 1])], 1)
+        _, first = tf.nn.top_k(tf.concat([taken, stays], 1), max_outputs)  # of equal ones the first
+        kept = tf.gather(indices, first, batch_dims=1)
+        count = tf.minimum(count + tf.reduce_sum(stays, 1, keepdims=True), float(max_outputs))
+        return end, kept, count
+
+    _, kept, count = tf.while_loop(
+        lambda start, _, count: tf.logical_and(start < total, tf.reduce_min(count) < max_outputs),
+        take_block,
+        [0, tf.zeros([problems, max_outputs]), tf.zeros([problems, 1])],
+        [tf.TensorShape([]), tf.TensorShape([None, max_outputs]), tf.TensorShape([None, 1])],
+        parallel_iterations=1,
+        back_prop=False,
+    )
+    return tf.cast(tf.where_v2(places < count, kept, 0.0), tf.int32), tf.cast(count[:, 0], tf.int32)
+
+
+_TOP_K_PART = 4096
+
+
+def long_top_k(values, k):
+    """tf.nn.top_k of long rows [N,A] for k <= A -> values [N,k], index int32 [N,k]; of equal values the first.
+
+    A GPU sorts each row with one of its many processors. There, rows are cut into parts, and the best of a row are
+    found among the best of its parts: the same in the same order.
+    """
+    if not for_gpu():
+        return tf.nn.top_k(values, k)
+    shape = tf.shape(values)
+    parts = -(-shape[1] // _TOP_K_PART)
+    padded = tf.pad(values, [[0, 0], [0, parts * _TOP_K_PART - shape[1]]], constant_values=float("-inf"))
+    best, index = tf.nn.top_k(tf.reshape(padded, [-1, _TOP_K_PART]), tf.minimum(k, _TOP_K_PART))
+    # int64, because GPUs leave arithmetic on int32 to the host.
+    first = tf.tile(tf.range(tf.cast(parts, tf.int64)) * _TOP_K_PART, [shape[0]])  # [N · parts]
+    index = tf.reshape(tf.cast(index, tf.int64) + first[:, None], [shape[0], -1])
+    best, place = tf.nn.top_k(tf.reshape(best, [shape[0], -1]), k)
+    return best, tf.cast(tf.gather(index, place, batch_dims=1), tf.int32)
 
 
 def greedy_nms(boxes, scores, groups, rescore, max_outputs, min_score):
@@ -643,9 +767,10 @@ def _rasterize_block(edges, boxes, m):
     falling = (dx * dy > 0)[..., None]
     row_steep = tf.where_v2(falling, tf.math.ceil(at_centre - nudge) - 1.0, tf.floor(at_centre + nudge))
     row = tf.where_v2(wide[..., None], row_wide, row_steep)
-    first = tf.cast(tf.clip_by_value(tf.floor((row + 2.1) * 0.2), 0.0, float(m)), tf.int32)  # [R, E, M]
-    shape = tf.shape(direction)
-    base = (tf.range(shape[0])[:, None, None] * (m + 1) + first) * m + tf.range(m)
-    steps = tf.math.unsorted_segment_sum(direction, base, shape[0] * (m + 1) * m)
+    # int64, because GPUs leave arithmetic on int32 to the host.
+    first = tf.cast(tf.clip_by_value(tf.floor((row + 2.1) * 0.2), 0.0, float(m)), tf.int64)  # [R, E, M]
+    rows = tf.shape(direction, out_type=tf.int64)[0]
+    base = (tf.range(rows)[:, None, None] * (m + 1) + first) * m + tf.range(m, dtype=tf.int64)
+    steps = tf.math.unsorted_segment_sum(direction, base, rows * ((m + 1) * m))
     winding = tf.cumsum(tf.reshape(steps, [-1, m + 1, m])[:, :m], axis=1)
     return tf.cast(tf.abs(winding) > 0.5, tf.float32)

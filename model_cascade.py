@@ -52,7 +52,7 @@ def cascade_losses(pool, rois, batch, cfg: Config):
             valid = tf.logical_and(rois["valid"], tf.reduce_all(sides > 0, -1))
             labels, match, *_ = label_rois(boxes, valid, batch, stages[stage + 1][0])
             if cfg.FRCNN.CROWD_OVERLAP_THRESH < 1:
-                ignored = tf.logical_and(tf.equal(labels, 0), covered_by_crowd(boxes, batch, cfg))
+                ignored = tf.logical_and(tf.equal(tf.cast(labels, tf.int64), 0), covered_by_crowd(boxes, batch, cfg))
                 valid = tf.logical_and(valid, tf.logical_not(ignored))
             rois = SampledRois(boxes=boxes, valid=valid, labels=labels, match=match, fg_limit=None)
     return losses, stats

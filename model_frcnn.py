@@ -8,9 +8,18 @@ import numpy as np
 from basemodel import conv2d, detector_group_norm, fully_connected, he_fan_out, normal_init
 from common import import_function
 from config import Config
-from model_box import clip_boxes, covered_share, decode_boxes, greedy_nms, match_boxes
+from model_box import (
+    clip_boxes,
+    covered_share,
+    decode_boxes,
+    first_of,
+    greedy_nms,
+    long_top_k,
+    match_boxes,
+    nms_in_blocks,
+)  # fmt: skip
 from model_losses import box_losses, loss_weights, sample_per_image, usable_gt
-from utils.tf_v1 import tf
+from utils.tf_v1 import for_gpu, tf
 
 __all__ = [
     "BOX_HEADS", "SampledRois", "covered_by_crowd", "decode_class_boxes", "decode_detections", "fastrcnn_head",
@@ -58,7 +67,7 @@ def sample_rois(proposals, valid, batch, cfg: Config):
     valid = tf.concat([valid, usable], 1)
     threshold = cfg.CASCADE.IOUS[0] if cfg.FPN.CASCADE else frcnn.FG_THRESH
     labels, match, best, best_of_gt = label_rois(boxes, valid, batch, threshold, proposed)
-    foreground = labels > 0
+    foreground = tf.cast(labels, tf.int64) > 0
     background = tf.logical_and(valid, tf.logical_not(foreground))
     if frcnn.BG_THRESH_HI is not None:
         background = tf.logical_and(background, best < frcnn.BG_THRESH_HI)
@@ -68,14 +77,15 @@ def sample_rois(proposals, valid, batch, cfg: Config):
         background = tf.logical_and(background, tf.logical_not(covered_by_crowd(boxes, batch, cfg)))
     fg_limit = int(frcnn.BATCH_PER_IM * frcnn.FG_RATIO)
     fg_index, fg_valid = sample_per_image(foreground, fg_limit, batch["image_seed"], _SALT_ROI[0])
-    num_fg = tf.reduce_sum(tf.cast(fg_valid, tf.int32), 1, keepdims=True)
+    num_fg = tf.reduce_sum(tf.cast(fg_valid, tf.float32), 1)  # [N]
     bg_index, bg_valid = sample_per_image(background, frcnn.BATCH_PER_IM, batch["image_seed"], _SALT_ROI[1])
-    bg_valid = tf.logical_and(bg_valid, tf.range(tf.shape(bg_index)[1])[None] < frcnn.BATCH_PER_IM - num_fg)
+    bg_valid = tf.logical_and(bg_valid, first_of(frcnn.BATCH_PER_IM - num_fg, tf.shape(bg_valid)[1]))
     # Foreground first, then background, then invalid rows; a stable sort moves these to the end.
     index = tf.concat([fg_index, bg_index], 1)
     kept = tf.concat([fg_valid, bg_valid], 1)
     size = tf.minimum(frcnn.BATCH_PER_IM, tf.shape(index)[1])
-    order = tf.argsort(tf.cast(tf.logical_not(kept), tf.int32), axis=1, stable=True)[:, :size]
+    order = tf.argsort(tf.cast(tf.logical_not(kept), tf.float32), axis=1, stable=True)
+    order = tf.cast(order, tf.int64)[:, :size]
     index = tf.gather(index, order, batch_dims=1)
     kept = tf.gather(kept, order, batch_dims=1)
 
@@ -87,7 +97,7 @@ def sample_rois(proposals, valid, batch, cfg: Config):
     )
     num_gt = tf.reduce_sum(tf.cast(usable, tf.float32))
     stats = {
-        "frcnn/num_foreground": tf.reduce_mean(tf.cast(num_fg, tf.float32)),
+        "frcnn/num_foreground": tf.reduce_mean(num_fg),
         "frcnn/num_background": tf.reduce_mean(tf.reduce_sum(tf.cast(bg_valid, tf.float32), 1)),
     }
     for threshold in (0.3, 0.5, 0.7):
@@ -157,7 +167,9 @@ def labels_of_rois(rois, batch, num_classes):
     equal = tf.logical_and(equal, usable_gt(batch)[:, None])
     classes = tf.matmul(tf.cast(equal, tf.float32), one_hot) > 0
     background = tf.one_hot(0, num_classes + 1, True, False, dtype=tf.bool)
-    return tf.where_v2(rois["labels"][..., None] > 0, tf.gather(classes, rois["match"], batch_dims=1), background)
+    return tf.where_v2(
+        tf.cast(rois["labels"], tf.int64)[..., None] > 0, tf.gather(classes, rois["match"], batch_dims=1), background
+    )
 
 
 def federated_class_losses(logits, own, verified):
@@ -180,7 +192,8 @@ def fastrcnn_losses(logits, deltas, rois, batch, reg_weights, cfg: Config, prefi
 
     logits [N·R,C+1], deltas [N·R,B,4] -> losses {prefix/class_loss, prefix/box_loss}, stats.
     """
-    labels, valid = rois["labels"], rois["valid"]  # [N, R]
+    # int64, because GPUs leave arithmetic on int32 to the host.
+    labels, match, valid = tf.cast(rois["labels"], tf.int64), tf.cast(rois["match"], tf.int64), rois["valid"]  # [N, R]
     shape = tf.shape(labels)
     weights = loss_weights(valid, cfg.TRAIN.LOSS_PER_IMAGE)
     flat_labels = tf.reshape(labels, [-1])
@@ -198,7 +211,7 @@ def fastrcnn_losses(logits, deltas, rois, batch, reg_weights, cfg: Config, prefi
     num_fg = tf.minimum(rois["fg_limit"], shape[1]) if rois["fg_limit"] is not None else shape[1]
     fg_labels = labels[:, :num_fg]
     is_fg = fg_labels > 0  # [N, F]
-    matched = tf.gather(batch["gt_boxes"], rois["match"][:, :num_fg], batch_dims=1)
+    matched = tf.gather(batch["gt_boxes"], match[:, :num_fg], batch_dims=1)
     num_boxes = int(deltas.shape[1])
     fg_deltas = tf.reshape(deltas, [shape[0], shape[1], num_boxes, 4])[:, :num_fg]
     if num_boxes == 1:
@@ -213,7 +226,7 @@ def fastrcnn_losses(logits, deltas, rois, batch, reg_weights, cfg: Config, prefi
         f"{prefix}/class_loss": tf.reduce_sum(class_losses * weights),
         f"{prefix}/box_loss": cfg.FRCNN.BBOX_LOSS_WEIGHT * tf.reduce_sum(fg_losses * weights[:, :num_fg]),
     }
-    correct = tf.equal(tf.argmax(logits, 1, output_type=tf.int32), flat_labels)
+    correct = tf.equal(tf.argmax(logits, 1), flat_labels)
     correct = tf.logical_and(tf.reshape(correct, shape), valid)
 
     def share(hits, of):
@@ -235,7 +248,7 @@ def decode_detections(boxes, scores, valid, image_shape, cfg: Config):
     -> boxes [N,D,4], scores [N,D] decreasing, labels int32 [N,D] (1..C), count int32 [N]; rows >= count are 0.
     """
     test = cfg.TEST
-    if test.NMS != "hard" or test.NMS_CLASS_AGNOSTIC:
+    if test.NMS != "hard" or test.NMS_CLASS_AGNOSTIC or for_gpu():
         boxes, scores, labels = list_candidates(boxes, scores, valid, image_shape, cfg)
         return select_detections(boxes, scores, labels, cfg)
     boxes, scores = _usable(boxes, scores, valid, image_shape)
@@ -243,7 +256,7 @@ def decode_detections(boxes, scores, valid, image_shape, cfg: Config):
     boxes, scores, classes, count = tf.image.combined_non_max_suppression(
         boxes, scores, limit, limit, test.FRCNN_NMS_THRESH, test.RESULT_SCORE_THRESH, clip_boxes=False
     )
-    present = tf.range(limit)[None] < count[:, None]
+    present = first_of(count, limit)
     labels = tf.where_v2(present, tf.cast(classes, tf.int32) + 1, 0)
     return boxes, scores, labels, count
 
@@ -266,12 +279,13 @@ def list_candidates(boxes, scores, valid, image_shape, cfg: Config):
     boxes, scores = _usable(boxes, scores, valid, image_shape)
     num_images, num_classes = tf.shape(scores)[0], tf.shape(scores)[2]
     flat = tf.reshape(scores, [num_images, -1])  # [N, R·C]
-    most = tf.reduce_max(tf.reduce_sum(tf.cast(flat > cfg.TEST.RESULT_SCORE_THRESH, tf.int32), 1))
-    scores, index = tf.nn.top_k(flat, tf.maximum(most, 1))  # [N, K]
+    most = tf.reduce_max(tf.reduce_sum(tf.cast(flat > cfg.TEST.RESULT_SCORE_THRESH, tf.float32), 1))
+    scores, index = long_top_k(flat, tf.maximum(tf.cast(most, tf.int32), 1))  # [N, K]
     present = scores > cfg.TEST.RESULT_SCORE_THRESH
+    index, num_classes = tf.cast(index, tf.int64), tf.cast(num_classes, tf.int64)
     row = index // num_classes if int(boxes.shape[2]) == 1 else index
     boxes = tf.gather(tf.reshape(boxes, [num_images, -1, 4]), row, batch_dims=1)
-    labels = tf.where_v2(present, index % num_classes + 1, 0)
+    labels = tf.where_v2(present, tf.cast(index % num_classes + 1, tf.int32), 0)
     return tf.where_v2(present[..., None], boxes, 0.0), tf.where_v2(present, scores, 0.0), labels
 
 
@@ -289,12 +303,27 @@ def select_detections(boxes, scores, labels, cfg: Config):
         return tf.where_v2(iou > test.FRCNN_NMS_THRESH, 1.0 - iou if test.NMS == "soft_linear" else 0.0, 1.0)
 
     least = test.RESULT_SCORE_THRESH
+    groups = None if test.NMS_CLASS_AGNOSTIC else labels
+    if test.NMS == "hard" and for_gpu():
+        return _select_in_blocks(boxes, scores, labels, groups, cfg)
     if test.NMS != "hard":
         least = min(least, test.SOFT_NMS_MIN_SCORE)
-    groups = None if test.NMS_CLASS_AGNOSTIC else labels
     index, scores, count = greedy_nms(boxes, scores, groups, rescore, test.RESULTS_PER_IM, least)
-    present = tf.range(test.RESULTS_PER_IM)[None] < count[:, None]
+    present = first_of(count, test.RESULTS_PER_IM)
     boxes = tf.where_v2(present[..., None], tf.gather(boxes, index, batch_dims=1), 0.0)
+    return boxes, scores, tf.where_v2(present, tf.gather(labels, index, batch_dims=1), 0), count
+
+
+def _select_in_blocks(boxes, scores, labels, groups, cfg: Config):
+    """`select_detections` by hard NMS in few rounds, for GPUs."""
+    limit = cfg.TEST.RESULTS_PER_IM
+    scores, order = tf.nn.top_k(tf.stop_gradient(scores), tf.shape(scores)[1])
+    boxes, labels = (tf.gather(v, order, batch_dims=1) for v in (tf.stop_gradient(boxes), labels))
+    groups = None if groups is None else labels
+    index, count = nms_in_blocks(boxes, scores > cfg.TEST.RESULT_SCORE_THRESH, groups, cfg.TEST.FRCNN_NMS_THRESH, limit)
+    present = first_of(count, limit)
+    boxes = tf.where_v2(present[..., None], tf.gather(boxes, index, batch_dims=1), 0.0)
+    scores = tf.where_v2(present, tf.gather(scores, index, batch_dims=1), 0.0)
     return boxes, scores, tf.where_v2(present, tf.gather(labels, index, batch_dims=1), 0), count
 
 

@@ -1,8 +1,10 @@
 """Keypoint branch (He et al. 2017, Mask R-CNN, section 5): one softmax over the cells of a 56 x 56 map per keypoint."""
 
+import contextlib
+
 from basemodel import conv2d, deconv2d, he_fan_out, normal_init
 from config import Config
-from utils.tf_v1 import tf
+from utils.tf_v1 import for_gpu, tf
 
 __all__ = ["decode_keypoints", "keypoint_head", "keypoint_losses", "keypoint_resolution", "keypoint_targets"]
 
@@ -35,8 +37,8 @@ def keypoint_targets(boxes, keypoints, resolution=56):
     cell = tf.where_v2(tf.equal(points, boxes[:, None, 2:]), float(resolution - 1), cell)
     inside = tf.reduce_all(tf.logical_and(cell >= 0, cell < resolution), -1)
     valid = tf.logical_and(inside, keypoints[..., 2] > 0)
-    cell = tf.cast(tf.where_v2(valid[..., None], cell, 0.0), tf.int32)
-    return tf.stop_gradient(cell[..., 1] * resolution + cell[..., 0]), valid
+    cell = tf.where_v2(valid[..., None], cell, 0.0)
+    return tf.stop_gradient(tf.cast(cell[..., 1] * resolution + cell[..., 0], tf.int32)), valid
 
 
 def keypoint_losses(logits, cells, valid, image_index, num_images, cfg: Config):
@@ -57,7 +59,7 @@ def keypoint_losses(logits, cells, valid, image_index, num_images, cfg: Config):
         loss = tf.reduce_mean(tf.math.divide_no_nan(sums, counts))
     else:
         loss = tf.math.divide_no_nan(tf.reduce_sum(losses), tf.reduce_sum(weights))
-    right = tf.equal(tf.argmax(flat, 1, output_type=tf.int32), tf.reshape(cells, [-1]))
+    right = tf.equal(tf.argmax(flat, 1), tf.reshape(tf.cast(cells, tf.int64), [-1]))
     right = tf.reshape(tf.cast(right, tf.float32), tf.shape(cells)) * weights
     stats = {
         "krcnn/num_keypoints": tf.reduce_sum(weights),
@@ -108,12 +110,14 @@ def decode_keypoints(logits, boxes):
         score = 1.0 / tf.reduce_sum(tf.exp(heat - peak[:, None, None]), [1, 2])
         return tf.concat([point, score[:, None]], 1)
 
-    heat = tf.transpose(logits, [0, 3, 1, 2])
-    return tf.while_loop(
-        lambda row, _: row < tf.shape(heat)[0],
-        lambda row, points: (row + 1, tf.concat([points, decode_one(heat[row], boxes[row])[None]], 0)),
-        [0, tf.zeros([0, num_keypoints, 3])],
-        shape_invariants=[tf.TensorShape([]), tf.TensorShape([None, num_keypoints, 3])],
-        parallel_iterations=4,
-        back_prop=False,
-    )[1]
+    # Small products of a size of their own for each box: a GPU would spend its time on starting them, and round them.
+    with tf.device("/cpu:0") if for_gpu() else contextlib.nullcontext():
+        heat = tf.transpose(logits, [0, 3, 1, 2])
+        return tf.while_loop(
+            lambda row, _: row < tf.shape(heat)[0],
+            lambda row, points: (row + 1, tf.concat([points, decode_one(heat[row], boxes[row])[None]], 0)),
+            [0, tf.zeros([0, num_keypoints, 3])],
+            shape_invariants=[tf.TensorShape([]), tf.TensorShape([None, num_keypoints, 3])],
+            parallel_iterations=4,
+            back_prop=False,
+        )[1]

@@ -1,6 +1,6 @@
 """Parts that the losses of several branches share: usable boxes, random samples, box losses and loss weights."""
 
-from model_box import decode_boxes, encode_boxes, generalized_iou
+from model_box import decode_boxes, encode_boxes, generalized_iou, long_top_k
 from utils.tf_v1 import tf
 
 __all__ = ["box_losses", "loss_weights", "sample_per_image", "smooth_l1", "usable_gt"]
@@ -15,15 +15,15 @@ def sample_per_image(candidates, count, image_seed, salt):
     """Indices of up to `count` random true entries in each row, in random order.
 
     candidates bool [N,A], N static; count int; image_seed int32 [N]: the choice depends only on the image's seed and
-    `salt`, not on its place in a batch or among replicas -> index int32 [N,k], valid bool [N,k], k <= count.
+    `salt`, not on its place in a batch or among replicas -> index int64 [N,k], valid bool [N,k], k <= count.
     """
     total = tf.shape(candidates)[1]
     rows = [
         tf.random.stateless_uniform([total], tf.stack([image_seed[i], salt])) for i in range(int(candidates.shape[0]))
     ]
     priority = tf.where_v2(candidates, tf.stack(rows), -1.0)  # [N, A]
-    best, index = tf.nn.top_k(priority, tf.minimum(count, total))
-    return index, best >= 0
+    best, index = long_top_k(priority, tf.minimum(count, total))
+    return tf.cast(index, tf.int64), best >= 0  # GPUs leave arithmetic on int32 to the host
 
 
 def smooth_l1(error, beta):

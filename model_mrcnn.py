@@ -56,7 +56,7 @@ def _of_class(logits, labels):
     """logits [F,M,M,C] of the classes, or [F,M,M,1] for all of them; labels int32 [F] (1..C) -> [F,M,M]."""
     if logits.shape[-1] == 1:
         return logits[..., 0]
-    return tf.gather(tf.transpose(logits, [0, 3, 1, 2]), labels - 1, batch_dims=1)
+    return tf.gather(tf.transpose(logits, [0, 3, 1, 2]), tf.cast(labels, tf.int64) - 1, batch_dims=1)
 
 
 def mask_losses(logits, labels, targets, members, cfg: Config):
@@ -67,7 +67,7 @@ def mask_losses(logits, labels, targets, members, cfg: Config):
     """
     own = _of_class(logits, labels)  # [F, M, M]
     per_roi = tf.reduce_mean(tf.nn.sigmoid_cross_entropy_with_logits(labels=targets, logits=own), [1, 2])
-    weights = tf.boolean_mask(loss_weights(members, cfg.TRAIN.LOSS_PER_IMAGE), members)  # [F]
+    weights = tf.gather_nd(loss_weights(members, cfg.TRAIN.LOSS_PER_IMAGE), tf.where(members))  # [F]
     right = tf.cast(tf.equal(own > 0, targets > 0.5), tf.float32)
     count = tf.cast(tf.size(right), tf.float32)
     on = tf.reduce_sum(targets)

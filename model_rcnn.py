@@ -27,7 +27,7 @@ from model_keypoint import decode_keypoints, keypoint_head, keypoint_losses, key
 from model_mrcnn import mask_head, mask_losses, mask_probabilities, mask_targets
 from model_rpn import rpn_anchors, rpn_head, rpn_losses, rpn_proposals
 from model_syncbn import valid_area
-from utils.tf_v1 import tf
+from utils.tf_v1 import for_gpu, tf
 
 __all__ = [
     "INPUT_TYPES", "backbone_features", "build_inference", "build_training", "check_own_parts", "describe_boxes",
@@ -124,13 +124,22 @@ def _keypoint_branch(features, cfg: Config):
         return keypoint_head(features, cfg)
 
 
+_GPU_ROWS = 32  # cuDNN prepares each convolution anew for every number of rows
+
+
 def _never_empty(branch, *inputs):
     """branch(*inputs) for inputs [F, ...]; if F is 0, the branch gets one row of zeros instead, because oneDNN's
-    convolutions return the shape of their input for an empty batch (TensorFlow 2.21). -> [F, ...]."""
+    convolutions return the shape of their input for an empty batch (TensorFlow 2.21). On GPUs, rows of zeros are added
+    up to a multiple of 32. -> [F, ...]."""
     count = tf.shape(inputs[0])[0]
-    missing = tf.cast(tf.equal(count, 0), tf.int32)
-    padded = [tf.pad(x, [[0, missing], *[[0, 0]] * (x.shape.ndims - 1)]) for x in inputs]
-    return branch(*padded)[:count]
+    wanted = tf.maximum(count, 1)
+    if for_gpu():
+        wanted = -(-wanted // _GPU_ROWS) * _GPU_ROWS
+    missing = wanted - count
+    # GPUs leave the padding of integers to the host.
+    wide = [tf.cast(x, tf.float32) if x.dtype.is_integer else x for x in inputs]
+    wide = [tf.pad(x, [[0, missing], *[[0, 0]] * (x.shape.ndims - 1)]) for x in wide]
+    return branch(*(tf.cast(p, x.dtype) for p, x in zip(wide, inputs)))[:count]
 
 
 def mask_resolution(cfg: Config):
@@ -211,11 +220,12 @@ def build_training(batch, cfg: Config):
 
     if cfg.MODE_MASK or cfg.MODE_KEYPOINT:
         # Only actual foreground RoIs go through these branches; most images have far fewer than the limit.
-        members = rois["labels"][:, : rois["fg_limit"]] > 0  # [N, F']
+        # int64, because GPUs leave arithmetic on int32 to the host.
+        members = tf.cast(rois["labels"], tf.int64)[:, : rois["fg_limit"]] > 0  # [N, F']
         where = tf.where(members)  # [F, 2] image, row
         boxes = tf.gather_nd(rois["boxes"], where)
         image_index = tf.cast(where[:, 0], tf.int32)
-        gt_index = tf.stack([image_index, tf.gather_nd(rois["match"], where)], 1)
+        gt_index = tf.stack([where[:, 0], tf.cast(tf.gather_nd(rois["match"], where), tf.int64)], 1)
     if cfg.MODE_MASK:
         labels = tf.gather_nd(rois["labels"], where)
         targets = mask_targets(boxes, tf.gather_nd(batch["gt_edges"], gt_index), mask_resolution(cfg))
@@ -224,7 +234,7 @@ def build_training(batch, cfg: Config):
                 lambda b, i: _mask_branch(pool(b, i, cfg.MRCNN.ROI_SIZE), cfg), boxes, image_index
             )
         else:
-            row = image_index * tf.shape(rois["labels"])[1] + tf.cast(where[:, 1], tf.int32)
+            row = where[:, 0] * tf.shape(rois["labels"], out_type=tf.int64)[1] + where[:, 1]
             mask_logits = _never_empty(lambda r: _mask_branch(tf.gather(c5, r), cfg), row)
         branch_losses, branch_stats = mask_losses(mask_logits, labels, targets, members, cfg)
         losses.update(branch_losses)
@@ -260,7 +270,7 @@ def detect_boxes(features, pool, image_shape, cfg: Config):
     """
     proposals, _, valid = propose(features, image_shape, cfg)
     # Drops the last rows if no image has a proposal there.
-    most = tf.maximum(tf.reduce_max(tf.reduce_sum(tf.cast(valid, tf.int32), 1)), 1)
+    most = tf.cast(tf.maximum(tf.reduce_max(tf.reduce_sum(tf.cast(valid, tf.float32), 1)), 1.0), tf.int32)
     proposals, valid = proposals[:, :most], valid[:, :most]
     if cfg.FPN.CASCADE:
 
@@ -286,14 +296,14 @@ def describe_boxes(pool, boxes, labels, cfg: Config, decode=True):
     outputs = {}
     if not (cfg.MODE_MASK or cfg.MODE_KEYPOINT):
         return outputs
-    where = tf.where(labels > 0)  # [F, 2]
+    where = tf.where(tf.cast(labels, tf.int64) > 0)  # [F, 2]
     found, found_labels = tf.gather_nd(boxes, where), tf.gather_nd(labels, where)
     image_index = tf.cast(where[:, 0], tf.int32)
     mask_size = cfg.MRCNN.ROI_SIZE if cfg.MODE_FPN else 2 * cfg.FRCNN.ROI_SIZE
     sizes = {mask_size} if cfg.MODE_MASK else set()
     sizes |= {cfg.KRCNN.ROI_SIZE} if cfg.MODE_KEYPOINT else set()
     pooled = {size: pool(found, image_index, size) for size in sorted(sizes)}  # once where both have the same size
-    leading = tf.shape(labels, out_type=tf.int64)
+    leading = tf.shape(boxes, out_type=tf.int64)[:2]
 
     def put_back(rows):
         return tf.scatter_nd(where, rows, tf.concat([leading, tf.shape(rows, out_type=tf.int64)[1:]], 0))
@@ -304,7 +314,7 @@ def describe_boxes(pool, boxes, labels, cfg: Config, decode=True):
             if not cfg.MODE_FPN:
                 with tf.variable_scope(tf.get_variable_scope(), reuse=True):
                     roi_features = c5_on_rois(roi_features, cfg)
-            return mask_probabilities(_mask_branch(roi_features, cfg), tf.maximum(roi_labels, 1))
+            return mask_probabilities(_mask_branch(roi_features, cfg), tf.maximum(tf.cast(roi_labels, tf.int64), 1))
 
         outputs["masks"] = put_back(_never_empty(mask_probabilities_of, pooled[mask_size], found_labels))
     if cfg.MODE_KEYPOINT:

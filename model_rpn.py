@@ -13,6 +13,8 @@ from model_box import (
     clip_boxes,
     covered_share,
     decode_boxes,
+    first_of,
+    long_top_k,
     match_boxes,
 )  # fmt: skip
 from model_losses import box_losses, sample_per_image, usable_gt
@@ -80,7 +82,7 @@ def rpn_proposals(logits, deltas, anchors, image_shape, cfg: Config, training):
     for level_logits, level_deltas, level_anchors in zip(logits, deltas, anchors):
         level_logits, level_deltas = detached(level_logits), detached(level_deltas)
         k = tf.minimum(before, tf.shape(level_logits)[1])
-        scores, order = tf.nn.top_k(level_logits, k)  # [N, k]
+        scores, order = long_top_k(level_logits, k)  # [N, k]
         boxes = decode_boxes(tf.gather(level_deltas, order, batch_dims=1), tf.gather(level_anchors, order))  # [N, k, 4]
         boxes = clip_boxes(boxes, image_shape)
         sides = boxes[..., 2:] - boxes[..., :2]
@@ -97,7 +99,7 @@ def rpn_proposals(logits, deltas, anchors, image_shape, cfg: Config, training):
     boxes = tf.reshape(tf.stack(all_boxes, 1), [-1, before, 4])  # [N·L, K, 4]
     scores = tf.reshape(tf.stack(all_scores, 1), [-1, before])
     boxes, scores, count = batched_nms(boxes, scores, rpn.PROPOSAL_NMS_THRESH, after)  # [N·L, T, …]
-    scores = tf.where_v2(tf.range(after)[None] < count[:, None], scores, absent)
+    scores = tf.where_v2(first_of(count, after), scores, absent)
     boxes = tf.reshape(boxes, [-1, levels * after, 4])
     scores, order = tf.nn.top_k(tf.reshape(scores, [-1, levels * after]), after)  # [N, P]
     boxes = tf.gather(boxes, order, batch_dims=1)
@@ -154,16 +156,14 @@ def rpn_losses(logits, deltas, anchors, batch, cfg: Config):
     fg_limit = int(rpn.BATCH_PER_IM * rpn.FG_RATIO)
     fg_index, fg_valid = sample_per_image(foreground, fg_limit, batch["image_seed"], _SALT_RPN[0])
     bg_index, bg_valid = sample_per_image(background, rpn.BATCH_PER_IM, batch["image_seed"], _SALT_RPN[1])
-    num_fg = tf.reduce_sum(tf.cast(fg_valid, tf.int32), 1, keepdims=True)  # [N, 1]
-    bg_valid = tf.logical_and(bg_valid, tf.range(tf.shape(bg_index)[1])[None] < rpn.BATCH_PER_IM - num_fg)
+    num_fg = tf.reduce_sum(tf.cast(fg_valid, tf.float32), 1)  # [N]
+    bg_valid = tf.logical_and(bg_valid, first_of(rpn.BATCH_PER_IM - num_fg, tf.shape(bg_valid)[1]))
 
     index = tf.concat([fg_index, bg_index], 1)  # [N, S]
     valid = tf.concat([fg_valid, bg_valid], 1)
-    target = tf.concat([tf.ones_like(fg_index), tf.zeros_like(bg_index)], 1)
+    target = tf.concat([tf.ones_like(fg_valid, tf.float32), tf.zeros_like(bg_valid, tf.float32)], 1)
     sampled_logits = tf.gather(logits, index, batch_dims=1)
-    class_losses = tf.nn.sigmoid_cross_entropy_with_logits(
-        labels=tf.cast(target, tf.float32), logits=sampled_logits
-    )  # [N, S]
+    class_losses = tf.nn.sigmoid_cross_entropy_with_logits(labels=target, logits=sampled_logits)  # [N, S]
     matched = tf.gather(batch["gt_boxes"], tf.gather(match, fg_index, batch_dims=1), batch_dims=1)  # [N, F, 4]
     fg_deltas, fg_anchors = tf.gather(deltas, fg_index, batch_dims=1), tf.gather(anchors, fg_index)
     fg_losses = box_losses(fg_deltas, fg_anchors, matched, rpn.BBOX_LOSS, rpn.SMOOTH_L1_BETA)
@@ -176,10 +176,10 @@ def rpn_losses(logits, deltas, anchors, batch, cfg: Config):
     }
     predicted_fg = tf.logical_and(tf.gather(logits, fg_index, batch_dims=1) > 0, fg_valid)
     stats = {
-        "rpn/num_positive": tf.reduce_mean(tf.cast(num_fg, tf.float32)),
+        "rpn/num_positive": tf.reduce_mean(num_fg),
         "rpn/num_sampled": tf.reduce_mean(tf.reduce_sum(tf.cast(valid, tf.float32), 1)),
         "rpn/positive_recall": tf.math.divide_no_nan(
-            tf.reduce_sum(tf.cast(predicted_fg, tf.float32)), tf.reduce_sum(tf.cast(num_fg, tf.float32))
+            tf.reduce_sum(tf.cast(predicted_fg, tf.float32)), tf.reduce_sum(num_fg)
         ),
     }
     return losses, stats

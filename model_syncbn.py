@@ -14,7 +14,7 @@ import contextvars
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from utils.tf_v1 import tf
+from utils.tf_v1 import for_gpu, tf
 
 __all__ = [
     "STATISTICS",
@@ -27,6 +27,7 @@ __all__ = [
 ]
 
 STATISTICS = "batch_statistics"  # collection of the moving averages that a step updates
+_TIMEOUT = 1800.0  # seconds
 _DECAY = 0.9  # of the moving averages, per update of the weights
 # None: use the moving averages. Otherwise sum_over_replicas(tensor) -> tensor, and the averages' decay per batch.
 _BATCH: contextvars.ContextVar[tuple[Callable[[Any], Any], float] | None] = contextvars.ContextVar(
@@ -68,7 +69,8 @@ def valid_area(image_shape: Any, padded_size: Any) -> Iterator[None]:
 
 
 def collective_sum(group_size: int, group_key: int = 1) -> Callable[[Any], Any]:
-    """Sums tensors over `group_size` replicas of this process, each on its own device (NCCL, or CPU rings).
+    """Sums tensors over `group_size` replicas of this process, each on its own device: by NCCL on GPUs, else by
+    TensorFlow's ring through the host. A sum for which a replica is missing for `_TIMEOUT` is an error.
 
     Every replica must get its own function and call it in the same order: calls are matched by their number.
     """
@@ -78,7 +80,7 @@ def collective_sum(group_size: int, group_key: int = 1) -> Callable[[Any], Any]:
         calls[0] += 1
         return tf.raw_ops.CollectiveReduce(
             input=x, group_size=group_size, group_key=group_key, instance_key=calls[0], merge_op="Add", final_op="Id",
-            subdiv_offsets=[0],
+            subdiv_offsets=[0], communication_hint="nccl" if for_gpu() else "auto", timeout_seconds=_TIMEOUT,
         )  # fmt: skip
 
     return total
@@ -130,7 +132,8 @@ def _normalise(x, gamma, beta, epsilon, total, counted):
     """-> y, and the mean and variance [C] of the counted cells of all replicas' x. The gradient is explicit, because
     that of a collective sum is one too: with x^ the normalised input, M the number of counted cells over all replicas
     and 1 where a cell counts (0 elsewhere),
-    dx = γ/σ · (dy − 1·(Σdy/M + x^ · Σ(dy·x^)/M)); γ's and β's gradients are this replica's share."""
+    dx = γ/σ · (dy − 1·(Σdy/M + x^ · Σ(dy·x^)/M)); γ's and β's gradients are this replica's share. Of a map in half
+    precision no copy in float32 is kept for it."""
     channels = int(x.shape[-1])
     dtype = wide_type(x)
 
@@ -141,6 +144,8 @@ def _normalise(x, gamma, beta, epsilon, total, counted):
         flat = tf.reshape(weight, [1, -1])
 
         def weighted_sum(values):
+            if for_gpu():  # where a product may be of TF32's 10 bits
+                return tf.reduce_sum(values * weight[..., None], [0, 1, 2])
             return tf.reshape(tf.matmul(flat, tf.reshape(values, [-1, channels])), [channels])
 
         sums = tf.concat([weighted_sum(wide), weighted_sum(tf.square(wide)), [tf.reduce_sum(weight)]], 0)
@@ -154,7 +159,9 @@ def _normalise(x, gamma, beta, epsilon, total, counted):
 
         def gradient(dy, *_):
             dy_wide = tf.cast(dy, dtype)
-            normalised = (wide - mean) * inverse
+            with tf.control_dependencies([dy]):  # the graph optimiser would make it one operation with `wide`
+                again = tf.cast(x, dtype)
+            normalised = (again - mean) * inverse
             d_beta = tf.reduce_sum(dy_wide, [0, 1, 2])
             d_gamma = tf.reduce_sum(dy_wide * normalised, [0, 1, 2])
             means = total(tf.concat([d_beta, d_gamma], 0)) / cells

@@ -9,7 +9,7 @@ from common import UserError
 from model_frcnn import BOX_HEADS
 from model_mrcnn import MASK_HEADS
 from tests.graph import constants, make_batch, tiny_config
-from utils.tf_v1 import tf
+from utils.tf_v1 import graphs_for_gpu, tf
 
 KINDS = {
     "fpn": ["MODE_FPN=True", "MODE_KEYPOINT=True", "KRCNN.HEAD_DIM=8", "KRCNN.NUM_KEYPOINT=3"],
@@ -398,3 +398,26 @@ def test_the_settings_offer_the_heads_there_are():
             assert tiny_config(f"{key}={name}", "MRCNN.HEAD_DIM=32").get(key) == name
         with pytest.raises(UserError, match=f"must be one of {', '.join(heads)}"):
             tiny_config(f"{key}=another")
+
+
+def test_the_form_for_gpus_trains_and_predicts_the_same():
+    one = detector("fpn", 2)
+    with graphs_for_gpu(True):
+        other = Detector("fpn", 2)
+    _built["form for GPUs"] = other
+    with one.graph.as_default():
+        values = one.session.run({v.op.name: v for v in tf.global_variables()})
+    for name, value in values.items():
+        other.fill(name, value)
+    types = [{op.type for op in built.graph.get_operations()} for built in (one, other)]
+    assert "CombinedNonMaxSuppression" in types[0] - types[1]
+    for case in ("objects in one image only", "500 objects", "no objects"):
+        shapes, objects = CASES[case]
+        batch = one.batch(shapes, objects)
+        (losses, gradients), (other_losses, other_gradients) = one.train(batch), other.train(batch)
+        assert other_losses == pytest.approx(losses, rel=1e-5)
+        for name, gradient in gradients.items():
+            np.testing.assert_allclose(other_gradients[name], gradient, rtol=1e-4, atol=1e-5 * np.abs(gradient).max())
+        outputs, other_outputs = one.predict(batch), other.predict(batch)
+        for key, value in outputs.items():
+            np.testing.assert_allclose(other_outputs[key], value, rtol=1e-4, atol=1e-4)

@@ -5,8 +5,9 @@ import contextlib
 import numpy as np
 import pytest
 
+import model_syncbn
 from model_syncbn import batch_norm, batch_statistics, collective_sum, valid_area
-from utils.tf_v1 import tf
+from utils.tf_v1 import graphs_for_gpu, tf
 
 RANDOM = np.random.default_rng(0)
 X = RANDOM.normal(1, 2, (4, 8, 10, 6)).astype(np.float32)
@@ -88,11 +89,13 @@ def test_replicas_with_other_padding_equal_the_joined_batch():
         np.testing.assert_array_equal(averages, split[3][0])
 
 
+@pytest.mark.parametrize("gpu", [False, True])
 @pytest.mark.parametrize("pixels", [None, PIXELS], ids=["unpadded", "padded"])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_the_gradient_is_that_of_the_formula(pixels, dtype):
+def test_the_gradient_is_that_of_the_formula(pixels, dtype, gpu):
     """Against automatic differentiation of the plain definition, cells of the padding having gradients too."""
-    (y,), (dx,), (d_gamma, d_beta), [(mean, variance)] = run((X.astype(dtype), GRADIENT.astype(dtype), pixels))
+    with graphs_for_gpu(gpu):
+        (y,), (dx,), (d_gamma, d_beta), [(mean, variance)] = run((X.astype(dtype), GRADIENT.astype(dtype), pixels))
     with tf.Graph().as_default(), tf.Session() as sess:
         x = tf.constant(X, tf.float64)
         m, v = tf.nn.moments(tf.boolean_mask(x, VALID if pixels is not None else np.ones_like(VALID)), [0])
@@ -129,3 +132,26 @@ def test_averages_follow_an_update_of_several_batches_as_fast_as_one_of_one(coun
             mean, variance = sess.run(updates)
     np.testing.assert_allclose(mean, 0.1 * X.mean((0, 1, 2)), rtol=1e-4)
     np.testing.assert_allclose(variance, 0.9 + 0.1 * X.var((0, 1, 2)), rtol=1e-4)
+
+
+def test_no_wide_copy_of_a_map_in_half_precision_is_kept_for_the_gradient():
+    with tf.Graph().as_default() as graph:
+        with batch_statistics(lambda t: t):
+            x = tf.placeholder(tf.bfloat16, [2, 8, 10, 6])
+            y = batch_norm(x, 1e-5, True)
+        tf.gradients(y, [x, *tf.trainable_variables()])
+        backward = [op for op in graph.get_operations() if op.name.startswith("gradients/")]
+        kept = [t for op in backward for t in op.inputs if not t.op.name.startswith("gradients/") and t.shape.rank == 4]
+        assert kept and {t.dtype for t in kept if t.shape[-1] == 6} == {tf.bfloat16}
+
+
+def test_replicas_on_gpus_sum_by_nccl_and_wait_no_longer_than_the_timeout(monkeypatch):
+    monkeypatch.setattr(model_syncbn, "_TIMEOUT", 1.0)
+    with tf.Graph().as_default(), tf.Session() as sess:
+        alone = collective_sum(2, group_key=7)(tf.ones([3]))  # the second replica never comes
+        with graphs_for_gpu(True):
+            on_gpu = collective_sum(2, group_key=8)(tf.ones([3]))
+        assert alone.op.get_attr("communication_hint") == b"auto"
+        assert on_gpu.op.get_attr("communication_hint") == b"nccl"
+        with pytest.raises(tf.errors.DeadlineExceededError):
+            sess.run(alone)

@@ -118,3 +118,13 @@ def test_initial_values_do_not_become_constants_of_the_graph():
     assert all(np.array_equal(values[name], folded[name]) for name in values)
     assert values["kernel"].std() > 0.01 and values["bias"].tolist() == [0.5] * 300
     assert folded_size > 300 * 300 * 4 > 10 * size  # else there is nothing to prevent
+
+
+@pytest.mark.parametrize(("given", "after"), [(None, "0"), ("1", "1")])
+def test_cudnn_does_not_time_its_algorithms_unless_asked_to(given, after, monkeypatch):
+    name = "TF_CUDNN_USE_AUTOTUNE"
+    monkeypatch.delenv(name, raising=False)
+    if given:
+        monkeypatch.setenv(name, given)
+    tf_v1.take_over()
+    assert os.environ[name] == after

@@ -8,6 +8,7 @@ As a guest of another program (utils/guest.py) nothing is set: tf.Graph and tf.S
 """
 
 import contextlib
+import contextvars
 import functools
 import logging
 import os
@@ -20,9 +21,9 @@ from common import visible_gpus
 from utils.guest import is_guest
 
 __all__ = [
-    "allow_tf32", "compute_capability", "detached", "do_not_fold_initial_values", "fast_graph_optimizer",
-    "function_to_graph", "gpu_count", "gpu_problem", "make_deterministic", "onednn_enabled", "snapshot", "take_over",
-    "tensor_bundle_pb2", "tf", "without_fixed_order",
+    "allow_tf32", "compute_capability", "detached", "do_not_fold_initial_values", "fast_graph_optimizer", "for_gpu",
+    "function_to_graph", "gpu_count", "gpu_problem", "graphs_for_gpu", "make_deterministic", "onednn_enabled",
+    "registered_kernels", "snapshot", "take_over", "tensor_bundle_pb2", "tf", "without_fixed_order",
 ]  # fmt: skip
 
 _VERBOSE = bool(os.environ.get("PACKRCNN_VERBOSE_TF"))
@@ -73,6 +74,7 @@ with _quiet_import() if _QUIET else contextlib.nullcontext():
     import tensorflow
     import tensorflow.compat.v1 as tf
     from tensorflow.core.protobuf import rewriter_config_pb2, tensor_bundle_pb2
+    from tensorflow.python.framework import kernels
     from tensorflow.python.framework.config import disable_op_determinism, enable_op_determinism
     from tensorflow.python.framework.function_def_to_graph import function_def_to_graph as function_to_graph
 
@@ -85,6 +87,8 @@ if not _GUEST and visible_gpus():
 def take_over() -> None:
     """Makes TensorFlow compute in graphs everywhere in this process, as training needs it."""
     os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")  # also where this process was a guest until now
+    # cuDNN would time all of its algorithms for every size of the images and number of RoIs, which hardly ever repeat.
+    os.environ.setdefault("TF_CUDNN_USE_AUTOTUNE", "0")
     if "TF_DETERMINISTIC_OPS" not in os.environ and not gpu_count():
         # The multi-threaded CPU gradient of crop_and_resize accumulates without synchronisation and is wrong (errors up
         # to 10 % of the largest gradient) unless deterministic kernels are asked for. Some GPU kernels refuse to
@@ -145,6 +149,32 @@ def compute_capability() -> tuple[int, ...]:
     """The compute capability of the first GPU, e.g. (8, 0); () if it is unknown."""
     gpus = tf.config.list_physical_devices("GPU")
     return tuple(tf.config.experimental.get_device_details(gpus[0]).get("compute_capability") or ()) if gpus else ()
+
+
+# What `graphs_for_gpu` says; None: graphs are for the devices that this process has.
+_FOR_GPU: contextvars.ContextVar[bool | None] = contextvars.ContextVar("for_gpu", default=None)
+
+
+def for_gpu() -> bool:
+    """Whether the graph that is being built will run on a GPU. Some functions have a form for GPUs, with the same
+    results, whose operations have kernels there and seldom wait for the host."""
+    chosen = _FOR_GPU.get()
+    return gpu_count() > 0 if chosen is None else chosen
+
+
+@contextlib.contextmanager
+def graphs_for_gpu(chosen: bool) -> Iterator[None]:
+    """Graphs built inside take the form for GPUs, or that for CPUs, whatever devices this process has."""
+    token = _FOR_GPU.set(chosen)
+    try:
+        yield
+    finally:
+        _FOR_GPU.reset(token)
+
+
+def registered_kernels(operation: str) -> list[Any]:
+    """The KernelDefs that this TensorFlow has for an operation, those for devices that this machine lacks included."""
+    return list(kernels.get_registered_kernels_for_op(operation).kernel)
 
 
 def gpu_problem() -> str | None:
