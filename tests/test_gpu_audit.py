@@ -23,7 +23,7 @@ NOT_IN_THE_GRAPH = ("DATA.", "PREPROC.", "TRAIN.LR_SCHEDULE", "TEST.RESULT", "BA
 WITHOUT_KERNEL = {"VarHandleOp"}  # the int32 variable of the loss scale, which TensorFlow keeps in host memory
 # Tensors that go to the host in a training step and in a prediction, at most.
 TO_HOST = 14, 11
-TO_HOST_WITH = {"FRCNN.ROI_OP=pool": (21, 22), "BACKBONE.NORM=SyncBN": (112, 11)}  # one for each statistic
+TO_HOST_WITH = {"FRCNN.ROI_OP=pool": (21, 22), "BACKBONE.NORM=SyncBN": (40, 11)}  # statistics of norms
 
 
 OF_BACKBONES = ("BACKBONE.NAME", "BACKBONE.WEIGHTS")
