@@ -189,9 +189,8 @@ def record(precision: str) -> Step:
 
 def _operations(precision: str, images: int) -> list[tuple[str, str, float, float, bool, bool]]:
     """(name, type, flops, bytes, runs on the GPU, the host waits before it) of what an update needs."""
-    from tools.gpu_audit import audit  # noqa: PLC0415  imports TensorFlow
-
     from benchmarks.train_speed import synthetic_batch, training_step
+    from tools.gpu_audit import audit  # noqa: PLC0415  imports TensorFlow
     from utils.tf_v1 import graphs_for_gpu, tf
 
     with tf.Graph().as_default() as graph, tf.Session() as session:
