@@ -5,16 +5,33 @@ import contextlib
 import ctypes
 import gc
 import os
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
 # Comparisons want all 23 bits of float32 products; the CUDA libraries read this, also in the programs that tests start.
 os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
+TESTS = Path(__file__).parent
 
 settings.register_profile("same", derandomize=True, deadline=None)
 settings.register_profile("explore", deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
+
+
+# The files that take longest, of which the last to begin decides when all tests end. Test processes take them in turn:
+# the jobs of several ranks, which wait for each other and use the same names of hosts, come to the same process.
+FIRST = [
+    "distributed/test_training.py", "test_train.py", "distributed/test_launchers_training.py", "test_recipes.py",
+    "distributed/test_launch.py", "test_backbones.py", "distributed/test_syncbn.py", "test_training_incidents.py",
+    "test_notebook.py", "test_golden.py", "test_training_evaluation.py", "test_tta.py", "test_export.py",
+    "test_model_rcnn.py", "test_ema.py", "test_random_kills.py", "test_proposals.py",
+]  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    place = {name: number for number, name in enumerate(FIRST)}
+    items.sort(key=lambda item: place.get(item.path.relative_to(TESTS).as_posix(), len(FIRST)))
 
 
 @pytest.fixture(autouse=True, scope="module")

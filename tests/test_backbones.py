@@ -350,7 +350,7 @@ def test_training_changes_what_is_not_frozen_and_its_checkpoint_predicts(keras, 
     weights = keras / "MobileNetV2_notop.h5"
     run = tmp_path / "run"
     config = [*NOT_OF_RESNETS, "BACKBONE.NAME=keras:MobileNetV2", f"BACKBONE.WEIGHTS={weights}", "BACKBONE.FREEZE_AT=3",
-              "TRAIN.MAX_STEPS=2", "TRAIN.CPU_REPLICAS=2", "BACKBONE.NORM=SyncBN"]  # fmt: skip
+              "TRAIN.MAX_STEPS=2", "BACKBONE.NORM=SyncBN"]  # fmt: skip
     assert main(["--logdir", str(run), "--config", *config]) == 0
     trained, meta = load_weights(run)
     assert meta["settings"]["BACKBONE.NAME"] == "keras:MobileNetV2"

@@ -47,7 +47,7 @@ def test_weights_that_overflow_in_the_last_update_are_not_saved_and_end_the_run(
 
 @pytest.mark.parametrize(
     ("settings", "number", "value"),
-    [([], 1, np.nan), (["TRAIN.CPU_REPLICAS=2", "TRAIN.ACCUMULATION=2"], 5, np.inf)],
+    [([], 1, np.nan), (["TRAIN.CPU_REPLICAS=2", "TRAIN.ACCUMULATION=2", "MODE_MASK=False"], 5, np.inf)],
     ids=["alone", "two replicas, two micro-batches"],
 )
 def test_a_poisoned_annotation_is_found_by_the_replay(tmp_path, capsys, monkeypatch, settings, number, value):

@@ -1,8 +1,10 @@
 """Hosts on this machine for the tests of launchers: network namespaces with addresses and names, and an ssh server."""
 
+import fcntl
 import os
 import shutil
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 
@@ -23,10 +25,12 @@ def can_make_networks():
 @pytest.fixture
 def two_hosts():
     """Two network namespaces with one address each, joined by a cable; yields {name: address}."""
-    if not can_make_networks():
-        pytest.skip("network namespaces need root and iproute2")
-    with cable() as names:
-        yield dict(zip(names, ADDRESSES))
+    with open(Path(tempfile.gettempdir()) / "packrcnn-networks.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # other test processes use the same names
+        if not can_make_networks():
+            pytest.skip("network namespaces need root and iproute2")
+        with cable() as names:
+            yield dict(zip(names, ADDRESSES))
 
 
 @pytest.fixture
