@@ -7,9 +7,10 @@
 
 The same work for each: R50-FPN on random weights, 80 classes, the same images, objects, numbers of proposals and RoIs.
 Each system is a process of its own, which does one piece of work when told to; they take turns, so that a slow moment
-of the machine meets all, and a ratio is the median over the rounds. Memory is the peak of such a process. Two systems
-at a time are in memory; PackRCNN in float32 is in every pair. torch and torchvision are installed in an environment of
-their own (--env); detectron2 takes part when --detectron2 names the folder of its sources.
+of the machine meets all, and a ratio is the median over the rounds. Memory is the peak of such a process. With large
+images PackRCNN in float32 takes turns with one other at a time, for the memory's sake. torch and torchvision are
+installed in an environment of their own (--env); detectron2 takes part when --detectron2 names the folder of its
+sources.
 """
 
 import import_path
@@ -23,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import venv
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,16 +57,17 @@ class Work(NamedTuple):
     rounds: int = 5
     precisions: Sequence[str] = ("float32", "bfloat16")
     text: str = ""
+    in_pairs: bool = False
 
 
 WORKS = {
-    "step-800": Work("step", 800, 1, 4, text="training step, 800 x 1088, 1 image"),
-    "step-800-2": Work("step", 800, 2, 3, text="training step, 800 x 1088, 2 images"),
-    "step-800-4": Work("step", 800, 4, 1, text="training step, 800 x 1088, 4 images (one step: for the memory)"),
+    "step-800": Work("step", 800, 1, 4, text="training step, 800 x 1088, 1 image", in_pairs=True),
+    "step-800-2": Work("step", 800, 2, 3, text="training step, 800 x 1088, 2 images", in_pairs=True),
+    "step-800-4": Work("step", 800, 4, 1, text="training step, 800 x 1088, 4 images (one step)", in_pairs=True),
     "step-256": Work("step", 256, 1, 7, text="training step, 256 x 352, 1 image"),
     "step-256-2": Work("step", 256, 2, 7, text="training step, 256 x 352, 2 images"),
-    "predict": Work("predict", 800, 1, 5, text="prediction, 800 x 1333, 1 image, 100 masks"),
-    "predict-2": Work("predict", 800, 2, 3, text="prediction, 800 x 1333, 2 images"),
+    "predict": Work("predict", 800, 1, 5, text="prediction, 800 x 1333, 1 image, 100 masks", in_pairs=True),
+    "predict-2": Work("predict", 800, 2, 3, text="prediction, 800 x 1333, 2 images", in_pairs=True),
     "data": Work("data", 800, 1, 9, ("float32",), "reading the training images of coco_mini, one process"),
     "score": Work("score", 800, 1, 5, ("float32",), "COCO's scores, 100 images, boxes and masks"),
 }
@@ -239,10 +241,10 @@ def write_inputs(work: Work, folder: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------- measurement
-def groups(systems: Sequence[str], precisions: Sequence[str]) -> Iterator[list[tuple[str, str]]]:
-    """Who takes turns with whom: PackRCNN in float32 with each of the others, two at a time for the memory's sake."""
+def groups(systems: Sequence[str], precisions: Sequence[str], in_pairs: bool) -> list[list[tuple[str, str]]]:
+    """Who takes turns with whom; PackRCNN in float32 is always among them, first."""
     others = [(s, p) for s in systems for p in precisions if (s, p) != OURS]
-    yield from ([OURS, other] for other in others)
+    return [[OURS, other] for other in others] if in_pairs else [[OURS, *others]]
 
 
 def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -254,25 +256,24 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write_inputs(work, folder)
-        for pair in groups(systems, work.precisions):
+        for group in groups(systems, work.precisions, work.in_pairs):
             sides = {}
-            for system, precision in pair:
+            for system, precision in group:
                 path = folder / f"{system}-{precision}.json"
                 write_json(path, job_of(work, system, precision, folder, args.detectron2))
                 program = (
                     [sys.executable, OWN_SIDE] if system == "packrcnn" else [str(python), "-W", "ignore", PEERS_SIDE]
                 )
                 sides[system, precision] = Side([*program, str(path)], args.out / f"{name}-{path.stem}.log", cores)
-            logger.info(f"{name}: {' and '.join(map(' '.join, pair))}")
+            logger.info(f"{name}: {', '.join(map(' '.join, group))}")
             seconds, peaks = in_turns(sides, args.rounds or work.rounds)
             for key, peak in peaks.items():
                 label = " ".join(key)
                 record["peak_mib"].setdefault(label, []).append(peak)
                 record["notes"][label] = sides[key].notes
-            system, precision = pair[1]
-            record["pairs"].append(
-                {"system": system, "precision": precision, "seconds": seconds[pair[1]], "ours": seconds[OURS]}
-            )
+            for key in group[1:]:
+                pair = {"system": key[0], "precision": key[1], "seconds": seconds[key], "ours": seconds[OURS]}
+                record["pairs"].append(pair)
     return record
 
 

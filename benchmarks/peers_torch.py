@@ -46,7 +46,7 @@ def torchvision_detector(model: dict) -> torch.nn.Module:
     )  # fmt: skip
 
 
-def import_detectron2(folder: str) -> types.ModuleType:
+def import_detectron2(folder: str) -> None:
     """detectron2 from its sources. Its extension in C++ is of no use to Mask R-CNN on a CPU: where it is not built, an
     empty module takes its place. Names that Pillow has dropped since get their new meaning."""
     for old, new in (("LINEAR", "BILINEAR"), ("CUBIC", "BICUBIC"), ("ANTIALIAS", "LANCZOS")):
@@ -59,7 +59,6 @@ def import_detectron2(folder: str) -> types.ModuleType:
         import detectron2._C
     except ImportError:
         detectron2._C = sys.modules["detectron2._C"] = types.ModuleType("detectron2._C")
-    return detectron2
 
 
 def detectron2_detector(model: dict) -> torch.nn.Module:
@@ -89,10 +88,7 @@ def detectron2_detector(model: dict) -> torch.nn.Module:
 
 def detector(job: dict) -> torch.nn.Module:
     torch.manual_seed(job["seed"])
-    if job["system"] == "detectron2":
-        import_detectron2(job["detectron2"])
-        return detectron2_detector(job["model"])
-    return torchvision_detector(job["model"])
+    return (detectron2_detector if job["system"] == "detectron2" else torchvision_detector)(job["model"])
 
 
 def in_precision(job: dict):
@@ -255,8 +251,6 @@ class Photographs(torch.utils.data.Dataset):
 
 def prepare_data(job: dict):
     """Reads all images once, ready for the backbone: torchvision's transform resizes, normalises and pads them."""
-    if job["system"] == "detectron2":
-        import_detectron2(job["detectron2"])
     photographs = Photographs(job, job["annotations"], training=True)
     resize = torchvision_detector(job["model"]).transform if job["system"] == "torchvision" else None
 
@@ -352,6 +346,8 @@ def train(job: dict) -> None:
 
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
+    if job["system"] == "detectron2":
+        import_detectron2(job["detectron2"])
     train(job) if job["work"] == "train" else serve(job)
 
 

@@ -141,11 +141,11 @@ def test_a_side_that_fails_is_one_line_and_the_other_one_is_ended(tmp_path, monk
     assert all(side._process.poll() is not None for side in sides.values())
 
 
-def test_packrcnn_in_float32_is_in_every_pair():
-    found = list(peers.groups(["packrcnn", "torchvision"], ["float32", "bfloat16"]))
-    assert all(pair[0] == OURS for pair in found)
+def test_packrcnn_in_float32_takes_turns_with_all_the_others():
     others = [("packrcnn", "bfloat16"), ("torchvision", "float32"), ("torchvision", "bfloat16")]
-    assert [pair[1] for pair in found] == others
+    words = ["packrcnn", "torchvision"], ["float32", "bfloat16"]
+    assert peers.groups(*words, in_pairs=False) == [[OURS, *others]]
+    assert peers.groups(*words, in_pairs=True) == [[OURS, other] for other in others]
 
 
 # ------------------------------------------------------------------------------------------------------- the work
