@@ -101,6 +101,12 @@ def environment(folder: Path, detectron2: Path | None = None) -> Path:
     return python
 
 
+def peers_command(env: Path, detectron2: Path | None, job: Path) -> list[str]:
+    """Starts the peers' side with a job; detectron2's sources are on its path."""
+    path = [f"PYTHONPATH={detectron2}"] if detectron2 is not None else []
+    return ["env", *path, str(environment(env, detectron2)), "-W", "ignore", PEERS_SIDE, str(job)]
+
+
 # ----------------------------------------------------------------------------------------------------------- processes
 class Side:
     """One system at work in a process of its own."""
@@ -215,11 +221,10 @@ def results_to_score(folder: Path, images: int = 100, objects: int = 7, found: i
     write_json(folder / "results.json", results)
 
 
-def job_of(work: Work, system: str, precision: str, folder: Path, detectron2: Path | None) -> dict[str, Any]:
+def job_of(work: Work, system: str, precision: str, folder: Path) -> dict[str, Any]:
     _, _, rois, freeze_at = SIZES[work.size]
     job: dict[str, Any] = {
         "work": work.kind, "system": system, "precision": precision, "seed": 1, "batch": str(folder / "batch.npz"),
-        "detectron2": detectron2 and str(detectron2),
         "model": {
             "masks": True, "classes": 80, "norm": "FrozenBN", "freeze_at": freeze_at, "anchor_sizes": ANCHORS,
             "rois": rois, "proposals": PROPOSALS, "short_edge": work.size, "max_size": 1333,
@@ -249,7 +254,7 @@ def groups(systems: Sequence[str], precisions: Sequence[str], in_pairs: bool) ->
 
 def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """-> {work, pairs: [{system, precision, seconds of it, seconds of PackRCNN in float32}], peak memory of each}."""
-    work, python = WORKS[name], environment(args.env, args.detectron2)
+    work = WORKS[name]
     cores = sorted(os.sched_getaffinity(0))[: args.cores]
     systems = ["packrcnn", "torchvision"] + ["detectron2"] * (args.detectron2 is not None)
     record: dict[str, Any] = {"work": name, "cores": len(cores), "pairs": [], "peak_mib": {}, "notes": {}}
@@ -260,11 +265,11 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
             sides = {}
             for system, precision in group:
                 path = folder / f"{system}-{precision}.json"
-                write_json(path, job_of(work, system, precision, folder, args.detectron2))
-                program = (
-                    [sys.executable, OWN_SIDE] if system == "packrcnn" else [str(python), "-W", "ignore", PEERS_SIDE]
-                )
-                sides[system, precision] = Side([*program, str(path)], args.out / f"{name}-{path.stem}.log", cores)
+                write_json(path, job_of(work, system, precision, folder))
+                command = [sys.executable, OWN_SIDE, str(path)]
+                if system != "packrcnn":
+                    command = peers_command(args.env, args.detectron2, path)
+                sides[system, precision] = Side(command, args.out / f"{name}-{path.stem}.log", cores)
             logger.info(f"{name}: {', '.join(map(' '.join, group))}")
             seconds, peaks = in_turns(sides, args.rounds or work.rounds)
             for key, peak in peaks.items():

@@ -46,13 +46,12 @@ def torchvision_detector(model: dict) -> torch.nn.Module:
     )  # fmt: skip
 
 
-def import_detectron2(folder: str) -> None:
-    """detectron2 from its sources. Its extension in C++ is of no use to Mask R-CNN on a CPU: where it is not built, an
-    empty module takes its place. Names that Pillow has dropped since get their new meaning."""
+def import_detectron2() -> None:
+    """detectron2 from its sources, which are on Python's path. Its extension in C++ is of no use to Mask R-CNN on a CPU:
+    where it is not built, an empty module takes its place. Names that Pillow has dropped get their new meaning."""
     for old, new in (("LINEAR", "BILINEAR"), ("CUBIC", "BICUBIC"), ("ANTIALIAS", "LANCZOS")):
         if not hasattr(Image, old):
             setattr(Image, old, getattr(Image, new))
-    sys.path.insert(0, folder)
     import detectron2
 
     try:
@@ -347,7 +346,7 @@ def train(job: dict) -> None:
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     if job["system"] == "detectron2":
-        import_detectron2(job["detectron2"])
+        import_detectron2()
     train(job) if job["work"] == "train" else serve(job)
 
 

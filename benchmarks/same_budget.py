@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from tabulate import tabulate
 
-from benchmarks.peers import PEERS_SIDE, add_environment_options, environment
+from benchmarks.peers import add_environment_options, peers_command
 from common import UserError, errors_in_one_line, logger, read_json, write_json
 from eval import evaluate_coco
 
@@ -66,12 +66,11 @@ def packrcnn_command(data: Path, logdir: Path, precision: str, seed: int) -> lis
     ]  # fmt: skip
 
 
-def peers_job(data: Path, system: str, precision: str, seed: int, results: Path, detectron2: Path | None) -> dict:
+def peers_job(data: Path, system: str, precision: str, seed: int, results: Path) -> dict:
     images = {str(annotations(data, part)): str(data / "images" / part) for part in ("train", "val")}
     return PEERS_JOB | {
         "system": system, "precision": precision, "seed": seed, "results": str(results), "images": images,
         "train": str(annotations(data, "train")), "val": str(annotations(data, "val")),
-        "detectron2": detectron2 and str(detectron2),
     }  # fmt: skip
 
 
@@ -81,9 +80,9 @@ def run_one(system: str, precision: str, seed: int, args: argparse.Namespace) ->
         if system == "packrcnn":
             command = packrcnn_command(args.data, work / "run", precision, seed)
         else:
-            job = peers_job(args.data, system, precision, seed, work / "results.json", args.detectron2)
+            job = peers_job(args.data, system, precision, seed, work / "results.json")
             write_json(work / "job.json", job)
-            command = [str(environment(args.env, args.detectron2)), "-W", "ignore", PEERS_SIDE, str(work / "job.json")]
+            command = peers_command(args.env, args.detectron2, work / "job.json")
         with open(args.out / f"{system}-{precision}-{seed}.log", "w") as log:
             process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
             _, status, usage = os.wait4(process.pid, 0)

@@ -92,6 +92,13 @@ def test_only_what_is_missing_is_installed(tmp_path, monkeypatch):
     assert calls[2:] == [("create", env), [*pip, *(p for p in peers.DETECTRON2 if p not in peers.TORCH)]]
 
 
+def test_the_sources_of_detectron2_are_on_the_path_of_its_side(monkeypatch):
+    monkeypatch.setattr(peers, "environment", lambda env, sources: env / "bin" / "python")
+    plain = ["/env/bin/python", "-W", "ignore", peers.PEERS_SIDE, "job.json"]
+    assert peers.peers_command(Path("/env"), None, Path("job.json")) == ["env", *plain]
+    assert peers.peers_command(Path("/env"), Path("/d2"), Path("job.json")) == ["env", "PYTHONPATH=/d2", *plain]
+
+
 def test_a_failed_installation_is_one_line_and_not_recorded(tmp_path, monkeypatch):
     def refuse(command, **_):
         raise subprocess.CalledProcessError(1, command)
@@ -162,7 +169,7 @@ def test_both_sides_know_every_kind_of_work():
 
 @pytest.mark.parametrize("name", ["step-800", "step-256-2", "predict"])
 def test_packrcnn_is_set_as_the_job_says(name, tmp_path):
-    job = peers.job_of(WORKS[name], "packrcnn", "bfloat16", tmp_path, None)
+    job = peers.job_of(WORKS[name], "packrcnn", "bfloat16", tmp_path)
     cfg, model = peers_packrcnn.configuration(job), job["model"]
     assert cfg.TRAIN.PRECISION == "bfloat16" and cfg.MODE_MASK and cfg.MODE_FPN
     assert (model["rois"], model["freeze_at"]) == (cfg.FRCNN.BATCH_PER_IM, cfg.BACKBONE.FREEZE_AT)
@@ -187,7 +194,7 @@ def test_the_results_to_score_are_neither_perfect_nor_hopeless(tmp_path):
 
 
 def test_packrcnn_reads_each_image_with_objects_once(tmp_path):
-    job = peers.job_of(WORKS["data"], "packrcnn", "float32", tmp_path, None)
+    job = peers.job_of(WORKS["data"], "packrcnn", "float32", tmp_path)
     job["model"] |= {"short_edge": 64, "max_size": 128}
     unit, notes = peers_packrcnn.prepare_data(job)
     assert len(unit()) == notes["images"] == 6
@@ -197,7 +204,7 @@ def test_packrcnn_reads_each_image_with_objects_once(tmp_path):
 @pytest.mark.parametrize("name", ["step-256", "predict", "data", "score"])
 def test_torchvision_does_the_work(name, tmp_path):
     peers.write_inputs(WORKS[name], tmp_path)
-    write_json(tmp_path / "job.json", peers.job_of(WORKS[name], "torchvision", "float32", tmp_path, None))
+    write_json(tmp_path / "job.json", peers.job_of(WORKS[name], "torchvision", "float32", tmp_path))
     side = Side([os.environ["TORCH_PYTHON"], peers.PEERS_SIDE, str(tmp_path / "job.json")], tmp_path / "log")
     seconds, peaks = in_turns({"torchvision": side}, 1)
     assert seconds["torchvision"][0] > 0 and peaks["torchvision"] > 100
