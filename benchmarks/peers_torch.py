@@ -47,7 +47,7 @@ def torchvision_detector(model: dict) -> torch.nn.Module:
 
 
 def import_detectron2() -> None:
-    """detectron2 from its sources, which are on Python's path. Its extension in C++ is of no use to Mask R-CNN on a CPU:
+    """detectron2 from its sources, which are on the path. Its extension in C++ is of no use to Mask R-CNN on a CPU:
     where it is not built, an empty module takes its place. Names that Pillow has dropped get their new meaning."""
     for old, new in (("LINEAR", "BILINEAR"), ("CUBIC", "BICUBIC"), ("ANTIALIAS", "LANCZOS")):
         if not hasattr(Image, old):
