@@ -17,7 +17,7 @@ PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
 # Distributions whose module has another name.
 DISTRIBUTIONS = {"cv2": "opencv-python-headless", "PIL": "matplotlib"}  # matplotlib needs pillow
 # Asked for where they are used, with a message that says how to install them.
-OPTIONAL = {"horovod", "mlflow", "sagemaker", "supervision", "torch", "torchvision", "wandb"}
+OPTIONAL = {"detectron2", "horovod", "mlflow", "sagemaker", "supervision", "torch", "torchvision", "wandb"}
 
 
 def requirements(name):
