@@ -5,6 +5,7 @@ a training step depends only on (TRAIN.SEED, step, total batch), not on the numb
 on whether the run was interrupted.
 """
 
+import itertools
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -312,13 +313,22 @@ def batch_images(
 
 
 # ------------------------------------------------------------------------------------------------ inference
+_WAITING = 4  # batches of images that wait for others of their size
+
+
 def resize_for_test(image: np.ndarray, cfg: Config) -> np.ndarray:
     """The image in the size in which the network sees it; test-time augmentation resizes by itself."""
     if cfg.TEST.AUG_SHORT_EDGES:
         return image
-    height, width = image.shape[:2]
-    height, width = resized_shape(height, width, cfg.PREPROC.TEST_SHORT_EDGE_SIZE, cfg.PREPROC.MAX_SIZE)
+    height, width = _test_size(image.shape[0], image.shape[1], cfg)
     return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
+
+
+def _test_size(height: int, width: int, cfg: Config) -> tuple[int, int]:
+    """Height and width of an image after `resize_for_test`."""
+    if cfg.TEST.AUG_SHORT_EDGES:
+        return height, width
+    return resized_shape(height, width, cfg.PREPROC.TEST_SHORT_EDGE_SIZE, cfg.PREPROC.MAX_SIZE)
 
 
 def stack_images(images: Sequence[np.ndarray], cfg: Config) -> tuple[np.ndarray, np.ndarray]:
@@ -336,12 +346,14 @@ def inference_batches(
     shard: tuple[int, int] = (0, 1),
     unreadable: Callable[[int, UserError], None] | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Batches of TEST.BATCH_SIZE images, each image of this shard exactly once, read ahead by threads.
+    """Batches of at most TEST.BATCH_SIZE images, each image of this shard exactly once, read ahead by threads.
 
-    Images are resized to TEST_SHORT_EDGE_SIZE, or keep the size of their files for test-time augmentation.
+    Images are resized to TEST_SHORT_EDGE_SIZE, or keep the size of their files for test-time augmentation. Only images
+    that are padded to the same size share a batch, so that each is seen exactly as it is alone. So images come out of
+    their order, but no image waits for more than a few batches.
 
     Args:
-        images: a split, whose images are batched by orientation, or files.
+        images: a split, whose images are sorted by size, or files.
         shard: (rank, size): every size-th image from the rank-th on.
         unreadable: called with the index of each image that cannot be read and the reason; the image is left out. None:
             an unreadable image is an error.
@@ -350,39 +362,49 @@ def inference_batches(
     into `images`), original_shapes (N pairs of height, width).
     """
     mine = np.arange(shard[0], len(images), shard[1])
-    if isinstance(images, DatasetSplit) and cfg.TEST.BATCH_SIZE > 1:
-        sizes = images.image_sizes()[mine]
-        mine = mine[np.argsort(sizes[:, 0] > sizes[:, 1], kind="stable")]
+    most = cfg.TEST.BATCH_SIZE
+    if isinstance(images, DatasetSplit) and most > 1:
+        keys = [_same_padding(_test_size(h, w, cfg), cfg) for h, w in images.image_sizes()[mine].tolist()]
+        mine = mine[sorted(range(len(mine)), key=lambda n: keys[n])]
 
     def read(i: int) -> tuple[np.ndarray, tuple[int, int]]:
         image = read_split_image(images, i) if isinstance(images, DatasetSplit) else read_image(images[i])
         return resize_for_test(image, cfg), image.shape[:2]
 
-    chunks = [c.tolist() for c in np.split(mine, range(cfg.TEST.BATCH_SIZE, len(mine), cfg.TEST.BATCH_SIZE)) if len(c)]
-    ahead: deque = deque()
+    def stacked(images: list[tuple[int, np.ndarray, tuple[int, int]]]) -> dict[str, Any]:
+        indices, resized, originals = map(list, zip(*images))
+        batch, shapes = stack_images(resized, cfg)
+        return {"image": batch, "image_shape": shapes, "indices": indices, "original_shapes": originals}
+
+    todo, ahead = iter(mine.tolist()), deque()
+    waiting: dict[tuple[int, int], list[tuple[int, np.ndarray, tuple[int, int]]]] = {}  # the oldest sizes first
     with ThreadPoolExecutor(2) as pool:
         try:
-            for n, chunk in enumerate(chunks):
-                while len(ahead) < 3 and n + len(ahead) < len(chunks):
-                    ahead.append([pool.submit(read, i) for i in chunks[n + len(ahead)]])
-                done = []
-                for index, job in zip(chunk, ahead.popleft()):
-                    try:
-                        done.append((index, *job.result()))
-                    except UserError as e:
-                        if unreadable is None:
-                            raise
-                        unreadable(index, e)
-                if not done:
+            while True:
+                ahead.extend((i, pool.submit(read, i)) for i in itertools.islice(todo, 3 * most - len(ahead)))
+                if not ahead:
+                    break
+                index, job = ahead.popleft()
+                try:
+                    image, original = job.result()
+                except UserError as e:
+                    if unreadable is None:
+                        raise
+                    unreadable(index, e)
                     continue
-                batch, shapes = stack_images([image for _, image, _ in done], cfg)
-                yield {
-                    "image": batch,
-                    "image_shape": shapes,
-                    "indices": [index for index, _, _ in done],
-                    "original_shapes": [original for _, _, original in done],
-                }
+                key = _same_padding(image.shape[:2], cfg)
+                waiting.setdefault(key, []).append((index, image, original))
+                if len(waiting[key]) == most:
+                    yield stacked(waiting.pop(key))
+                elif sum(map(len, waiting.values())) >= _WAITING * most:
+                    yield stacked(waiting.pop(next(iter(waiting))))
+            while waiting:
+                yield stacked(waiting.pop(next(iter(waiting))))
         finally:
-            for jobs in ahead:
-                for job in jobs:
-                    job.cancel()
+            for _, job in ahead:
+                job.cancel()
+
+
+def _same_padding(size: tuple[int, int], cfg: Config) -> tuple[int, int]:
+    """Images for the network with the same of these are padded in a common batch as each is alone."""
+    return size if cfg.TEST.AUG_SHORT_EDGES else padded_size([size], cfg)

@@ -211,11 +211,24 @@ def found_in_files(
         for index, parts, detections in tiled_images(predictor.predictors, files, cfg, (0, 1), leave_out):
             yield index, (parts.height, parts.width), detections, parts
         return
-    for batch, outputs in predict_in_turn(predictor.predictors, inference_batches(files, cfg, (0, 1), leave_out)):
+    left_out: set[int] = set()
+    waiting: dict[int, tuple[tuple[int, int], Detections, None]] = {}
+    turn = 0
+
+    def note(index: int, reason: UserError) -> None:
+        left_out.add(index)
+        leave_out(index, reason)
+
+    # Batches are made of images that are padded to one size, so images may come out of their order.
+    for batch, outputs in predict_in_turn(predictor.predictors, inference_batches(files, cfg, (0, 1), note)):
         for n, index in enumerate(batch["indices"]):
             size = batch["original_shapes"][n]
             one = {k: v[n] for k, v in outputs.items()}
-            yield index, size, to_original_frame(one, batch["image_shape"][n], size), None
+            waiting[index] = size, to_original_frame(one, batch["image_shape"][n], size), None
+        while turn in waiting or turn in left_out:
+            if turn in waiting:
+                yield turn, *waiting.pop(turn)
+            turn += 1
 
 
 def _to_draw(
@@ -426,7 +439,8 @@ def _evaluate_shard(
     progress: bool,
     should_stop: Callable[[], bool],
 ) -> list[ImageResults]:
-    """Results of every `size`-th image; one thread pastes and encodes a batch while the next is predicted."""
+    """Results of every `size`-th image. Batches are read and stacked, predicted, pasted and encoded at the same time,
+    in threads of their own."""
 
     def convert(batch: dict, outputs: dict) -> list[ImageResults]:
         results: list[ImageResults] = []
@@ -442,6 +456,12 @@ def _evaluate_shard(
 
     def leave_out(index: int, reason: UserError) -> None:
         left_out.append((index, str(reason)))
+
+    def until_stopped() -> Iterator[dict[str, Any]]:
+        for batch in inference_batches(split, cfg, shard, leave_out):
+            if should_stop():
+                raise EvaluationStopped
+            yield batch
 
     results: list[ImageResults] = []
     left_out: list[ImageResults] = []
@@ -467,10 +487,8 @@ def _evaluate_shard(
                 results.append((index, coco_results(found, split.image_id(index), split.label_to_category_id)))
                 bar.update(1)
             return results + left_out
-        for batch in inference_batches(split, cfg, shard, leave_out):
-            if should_stop():
-                raise EvaluationStopped
-            waiting.append(pool.submit(convert, batch, predict(batch["image"], batch["image_shape"])))
+        for batch, outputs in predict_in_turn([predict], until_stopped()):
+            waiting.append(pool.submit(convert, batch, outputs))
             while len(waiting) > 2:
                 results += waiting.popleft().result()
             bar.update(len(batch["indices"]))

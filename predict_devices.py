@@ -30,10 +30,14 @@ def inference_devices(cfg: Config, processes: int = 1) -> list[str | None]:
 
 
 def predict_in_turn(
-    predictors: Sequence[Predict], batches: Iterable[dict[str, Any]]
+    predictors: Sequence[Predict], batches: Iterable[dict[str, Any]], ahead: bool = True
 ) -> Iterator[tuple[dict[str, Any], dict[str, np.ndarray]]]:
-    """(batch, its outputs) in the order of the batches, which are dealt to the predictors in turn."""
-    if len(predictors) == 1:
+    """(batch, its outputs) in the order of the batches, which are dealt to the predictors in turn.
+
+    The next batches are predicted while the caller works on an outcome; ahead=False: a single predictor begins with a
+    batch when its outcome is asked for, as live pictures need it.
+    """
+    if len(predictors) == 1 and not ahead:
         for batch in batches:
             yield batch, predictors[0](batch["image"], batch["image_shape"])
         return

@@ -359,16 +359,47 @@ def test_inference_shards_hold_every_image_once_with_its_own_pixels(batch, shard
                 height, width = found["image_shape"][n]
                 assert found["original_shapes"][n] == split.image_size(i)
                 assert (height, width) == resized_shape(*split.image_size(i), 100, 200)
-                np.testing.assert_array_equal(found["image"][n, :height, :width], alone[i]["image"][0, :height, :width])
+                np.testing.assert_array_equal(found["image"][n], alone[i]["image"][0])  # with the same padding
                 assert not found["image"][n, height:].any() and not found["image"][n, :, width:].any()
     assert sorted(seen) == list(range(len(split)))
+
+
+def write_sizes(folder, sizes):
+    """Files of one colour each, the number of the file."""
+    for n, (height, width) in enumerate(sizes):
+        cv2.imwrite(str(folder / f"{n:02}.png"), np.full((height, width, 3), n, np.uint8))
+    return data.list_images([folder])
+
+
+@pytest.mark.quick
+def test_images_of_equal_padding_share_batches_and_none_waits_long(tmp_path):
+    wide, tall = (60, 80), (80, 60)
+    files = write_sizes(tmp_path, [wide, tall, wide, tall, tall, wide, (60, 100), wide])
+    cfg = settings(MINI, *SMALL, "TEST.BATCH_SIZE=2")
+    batches = list(data.inference_batches(files, cfg))
+    assert [b["indices"] for b in batches] == [[0, 2], [1, 3], [5, 7], [4], [6]]
+    assert [b["image"][:, 0, 0, 0].tolist() for b in batches] == [b["indices"] for b in batches]
+    # An image whose size no other has does not wait for the end.
+    rare = tmp_path / "rare"
+    rare.mkdir()
+    files = write_sizes(rare, [(60, 100), *[wide, tall] * 10, *[(40 + n, 120) for n in range(9)]])
+    found = [b["indices"] for b in data.inference_batches(files, settings(MINI, *SMALL, "TEST.BATCH_SIZE=4"))]
+    assert sorted(i for batch in found for i in batch) == list(range(30)) and found.index([0]) < len(found) - 1
+
+
+@pytest.mark.quick
+def test_views_of_one_size_share_batches(tmp_path):
+    """Test-time augmentation resizes by itself, so only images of exactly one size are padded alike."""
+    files = write_sizes(tmp_path, [(60, 80), (61, 80), (60, 80)])
+    cfg = settings(MINI, *SMALL, "TEST.BATCH_SIZE=2", "TEST.AUG_SHORT_EDGES=[50]")
+    assert [b["indices"] for b in data.inference_batches(files, cfg)] == [[0, 2], [1]]
 
 
 def test_inference_reads_files_and_names_a_damaged_one(tmp_path):
     cfg = settings(MINI, *SMALL, "TEST.BATCH_SIZE=2")
     files = data.list_images([MINI / "train2017"])
     found = [i for b in data.inference_batches(files, cfg) for i in b["indices"]]
-    assert found == list(range(6))
+    assert sorted(found) == list(range(6))
     shutil.copy(files[0], tmp_path / "a.jpg")
     (tmp_path / "b.jpg").write_bytes(b"damaged")
     shutil.copy(files[1], tmp_path / "c.jpg")

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from graph import tiny_config
 
-from data import inference_batches
-from detections import Detections, to_original_frame
+from data import resize_for_test
+from detections import Detections
 from export_model import found_in, freeze
 from export_onnx import convert, onnx_runner, write_onnx, write_paste_masks
 from export_proof import Differences, Proof, Sample, compare, draw_images, prove, table, verdict
@@ -162,14 +162,11 @@ def test_plain_tensorflow_answers_servings_requests_without_this_project(exporte
     answers = json.loads((tmp_path / "answers.json").read_text())
     predictor = load_predictor(file)
     alone = [predictor(image) for image in images]
-    # In one request they are padded to the larger one, as in a batch of the Python predictor.
+    # In one request they are padded to the larger one, as when the Python predictor gets them together.
     batched = load_predictor(file, ["TEST.BATCH_SIZE=2"])
-    (batch,) = inference_batches([str(file.parent / f"{i}.jpg") for i in range(2)], batched.cfg)
-    outputs = batched.predict_batch(batch["image"], batch["image_shape"])
-    together = [
-        to_original_frame({k: v[i] for k, v in outputs.items()}, batch["image_shape"][i], images[i].shape[:2])
-        for i in range(2)
-    ]
+    (together,) = batched.detect(
+        [([resize_for_test(image, batched.cfg) for image in images[:2]], [i.shape[:2] for i in images[:2]])]
+    )
     for name, numbers in (("serving_default", [0]), ("serving_masks", [1]), ("serving_bytes", [0]),
                           ("serving_bytes_masks", [0, 1])):  # fmt: skip
         wanted = together if len(numbers) == 2 else alone

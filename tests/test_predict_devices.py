@@ -1,6 +1,7 @@
 """Prediction on several devices of one process, --predict's --benchmark and --raw."""
 
 import json
+import threading
 from pathlib import Path
 
 import cv2
@@ -44,18 +45,27 @@ def run(*words) -> int:
     return train.main([str(w) for w in words])
 
 
-def test_two_devices_of_a_process_give_the_results_of_one_to_the_digit(model_file, tmp_path, capsys):
+def test_two_devices_of_a_process_and_batches_give_the_results_of_one_image_at_a_time(model_file, tmp_path, capsys):
     written = {}
-    for replicas in (1, 2):
-        out = tmp_path / str(replicas)
+    for replicas, batch in ((1, 1), (2, 1), (1, 3)):
+        out = tmp_path / f"{replicas}-{batch}"
         config = ["--load", model_file, "--config", f"TRAIN.CPU_REPLICAS={replicas}", f"DATA.BASEDIR={COCO_MINI}"]
+        config.append(f"TEST.BATCH_SIZE={batch}")
         assert run("--evaluate", out / "r.json", *config) == 0
         assert run("--predict", IMAGES, "--output", out / "p", "--no-window", *config) == 0
         said = capsys.readouterr().err
         assert ("predicting on 2 logical CPU devices" in said) == (replicas == 2)
         files = ("r.json", "r.metrics.json", "p/predictions.json", "p/predictions.csv")
-        written[replicas] = {name: (out / name).read_text() for name in files}
-    assert written[1] == written[2] and len(json.loads(written[1]["r.json"])) > 5
+        written[replicas, batch] = {name: (out / name).read_text() for name in files}
+    assert written[1, 1] == written[2, 1] and len(json.loads(written[1, 1]["r.json"])) > 5
+    for name in ("r.json", "p/predictions.json"):  # with the same padding only the last bits differ, if any
+        one, many = (json.loads(written[1, batch][name]) for batch in (1, 3))
+        assert [e.get("file") for e in one] == [e.get("file") for e in many]
+        one, many = ([o for e in entries for o in e.get("detections", [e])] for entries in (one, many))
+        assert [o["category_id"] for o in one] == [o["category_id"] for o in many]
+        np.testing.assert_allclose([o["score"] for o in one], [o["score"] for o in many], atol=1e-5)
+        boxes = [[o.get("box") or o["bbox"] for o in objects] for objects in (one, many)]
+        np.testing.assert_allclose(*boxes, atol=0.02)
 
 
 @pytest.mark.quick
@@ -86,6 +96,25 @@ def test_batches_are_dealt_in_turn_and_come_back_in_order():
 
     with pytest.raises(UserError, match="diverged"):
         list(predict_in_turn([predictor(0), fails], batches))
+
+
+@pytest.mark.quick
+def test_the_next_batch_is_predicted_while_an_outcome_is_used():
+    calls, second = [], threading.Event()
+
+    def predict(image, shape):
+        calls.append(image)
+        if image == 1:
+            second.set()
+        return {}
+
+    batches = [{"image": i, "image_shape": None} for i in range(3)]
+    outcomes = predict_in_turn([predict], batches)
+    assert next(outcomes)[0]["image"] == 0
+    assert second.wait(60)  # nobody has asked for its outcome
+    assert [b["image"] for b, _ in outcomes] == [1, 2]
+    calls.clear()
+    assert next(predict_in_turn([predict], batches, ahead=False))[0]["image"] == 0 and calls == [0]
 
 
 # ------------------------------------------------------------------------------------------------ the benchmark
