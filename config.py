@@ -539,7 +539,10 @@ SETTINGS: dict[str, Setting] = {
         None, optional(one_of("float32", "bfloat16", "float16")),
         "Type in which evaluation and prediction compute convolutions and products. None: TRAIN.PRECISION.",
     ),
-    "TEST.BATCH_SIZE": Setting(1, whole(1, 1024), "Images per batch in evaluation and prediction."),
+    "TEST.BATCH_SIZE": Setting(
+        1, whole(1, 1024),
+        "Most images of a batch in evaluation and prediction. Only images that are padded to the same size share one.",
+    ),
     "TEST.USE_EMA": Setting(
         True, flag, "Uses the averaged weights (TRAIN.EMA_DECAY) if the model has them, also to train from --load."
     ),
