@@ -488,6 +488,8 @@ def _evaluate_shard(
                 bar.update(1)
             return results + left_out
         for batch, outputs in predict_in_turn([predict], until_stopped()):
+            if should_stop():  # it may have been asked after the last batch was read
+                raise EvaluationStopped
             waiting.append(pool.submit(convert, batch, outputs))
             while len(waiting) > 2:
                 results += waiting.popleft().result()

@@ -1,14 +1,17 @@
 """Seconds per training step against its convolution floor: the same convolutions and matrix products, forward and
-backward, same shapes, and nothing else, timed in the same process in alternation with the full step.
+backward, same shapes and types, and nothing else, timed in the same process in alternation with the full step.
 
   python benchmarks/train_speed.py                       short edge 800 (512 RoIs, FREEZE_AT 2) and 256 (64, 0)
+  python benchmarks/train_speed.py --precisions float32 bfloat16   both, in alternation
   python benchmarks/train_speed.py --size 256 --batches 1 2 4   throughput over images per batch
+  python benchmarks/train_speed.py --memory --size 800 --config TRAIN.PRECISION=bfloat16   peak memory of one process
   python benchmarks/train_speed.py --start-up            from command to first step, by part
 """
 
 import import_path
 
 import argparse
+import resource
 import subprocess
 import sys
 import tempfile
@@ -119,19 +122,19 @@ def _ancestors(target) -> set:
 
 
 class Floor:
-    """The products of a step, each on tensors of its own shapes, one after the other."""
+    """The products of a step, each on tensors of its own shapes and type, one after the other."""
 
     def __init__(self, products: list[tuple]):
         self.flops = 0.0
         with tf.Graph().as_default():
             tensors: dict[tuple, object] = {}
 
-            def tensor(shape):
-                if shape not in tensors:
+            def tensor(shape, dtype):
+                if (shape, dtype) not in tensors:
                     with tf.control_dependencies(None):
                         initial = tf.random.stateless_uniform(shape, [len(tensors), 1], -1.0, 1.0)
-                        tensors[shape] = tf.Variable(initial, trainable=False)
-                return tensors[shape]
+                        tensors[shape, dtype] = tf.Variable(tf.cast(initial, dtype), trainable=False)
+                return tensors[shape, dtype]
 
             last = []
             for op, shapes in products:
@@ -145,7 +148,10 @@ class Floor:
             self.session = tf.Session(config=config)
             self.session.run(tf.global_variables_initializer())
 
-    def _product(self, op, shapes, tensor):
+    def _product(self, op, shapes, make):
+        def tensor(shape):
+            return make(shape, tf.as_dtype(op.get_attr("T")))
+
         if op.type in ("MatMul", "BatchMatMulV2"):
             adjoint = ("transpose_a", "transpose_b") if op.type == "MatMul" else ("adj_x", "adj_y")
             (*_, r, c), out = shapes[0], shapes[2]
@@ -183,37 +189,62 @@ def seconds(run, repeats: int) -> float:
     return float(np.median(times))
 
 
-def matmul_rate() -> float:
-    """GFLOP/s of a large float32 matrix product."""
+def matmul_rate(precision: str) -> float:
+    """GFLOP/s of a large matrix product."""
     n = 2048
     with tf.Graph().as_default(), tf.Session() as sess:
-        a = tf.Variable(tf.random.stateless_uniform([n, n], [1, 2]))
-        b = tf.Variable(tf.random.stateless_uniform([n, n], [3, 4]))
+        a = tf.Variable(tf.cast(tf.random.stateless_uniform([n, n], [1, 2]), precision))
+        b = tf.Variable(tf.cast(tf.random.stateless_uniform([n, n], [3, 4]), precision))
         sess.run(tf.global_variables_initializer())
         op = tf.matmul(a, b).op
         sess.run(op)
         return 2.0 * n**3 / seconds(lambda: sess.run(op), 5) * 1e-9
 
 
-def compare(size: int, images: int, rounds: int, extra: list[str], show_profile: bool) -> list:
+def compare(
+    size: int, images: int, rounds: int, precisions: list[str], extra: list[str], show_profile: bool
+) -> list[list]:
+    """Rows of the table, one for each precision."""
+    pairs = []
+    for precision in precisions:
+        step = Step(size, images, [*extra, f"TRAIN.PRECISION={precision}"])
+        for _ in range(2):
+            step.run()
+        floor = Floor(step.product_shapes())
+        floor.run()
+        pairs.append((step, floor))
+    times = np.zeros([len(pairs), 2, rounds])
+    for n in range(rounds):  # in alternation, so that a slow moment of the machine meets all
+        for i, pair in enumerate(pairs):
+            times[i, :, n] = [seconds(one.run, 1) for one in pair]
+    rows = []
+    for precision, (step, floor), (full, bare) in zip(precisions, pairs, times):
+        if show_profile:
+            by_type = step.profile()
+            total = sum(by_type.values())
+            most = sorted(by_type.items(), key=lambda kv: -kv[1])[:16]
+            print(f"\nshort edge {size}, {precision}: where a step's time goes (sum over threads)")
+            print(tabulate([[k, f"{v:.3f}", f"{v / total:.1%}"] for k, v in most], headers=["operation", "s", "share"]))
+        full_s, bare_s, ratio = np.median(full), np.median(bare), np.median(full / bare)
+        to_first = np.median(full / times[0, 0])
+        rows.append(
+            [size, images, precision, full_s, bare_s, ratio, floor.flops * 1e-9 / bare_s, images / full_s, to_first]
+        )  # fmt: skip
+    return rows
+
+
+def memory(size: int, images: int, extra: list[str]) -> None:
+    """Prints the peak memory of this process after three steps, and before its first step."""
     step = Step(size, images, extra)
-    for _ in range(2):
+    before = _peak()
+    for _ in range(3):
         step.run()
-    floor = Floor(step.product_shapes())
-    floor.run()
-    full, bare = [], []
-    for _ in range(rounds):  # in alternation, so that a slow moment of the machine meets both
-        full.append(seconds(step.run, 1))
-        bare.append(seconds(floor.run, 1))
-    ratio = float(np.median(np.divide(full, bare)))
-    if show_profile:
-        times = step.profile()
-        total = sum(times.values())
-        rows = sorted(times.items(), key=lambda kv: -kv[1])[:16]
-        print(f"\nshort edge {size}: where a step's time goes (sum over threads)")
-        print(tabulate([[k, f"{v:.3f}", f"{v / total:.1%}"] for k, v in rows], headers=["operation", "s", "share"]))
-    full_s, bare_s = float(np.median(full)), float(np.median(bare))
-    return [size, images, full_s, bare_s, ratio, floor.flops * 1e-9 / bare_s, images / full_s]
+    print(f"short edge {size}, {images} images: {_peak():.0f} MiB at most, {before:.0f} before the first step")
+
+
+def _peak() -> float:
+    """MiB that were resident at once in this process."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def start_up() -> None:
@@ -236,16 +267,27 @@ def main() -> None:
     parser.add_argument("--size", type=int, nargs="+", default=[800, 256], choices=CASES)
     parser.add_argument("--batches", type=int, nargs="+", default=[1])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--precisions", nargs="+", default=None, help="default: that of --config")
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--memory", action="store_true", help="peak memory of one size and batch instead of speed")
     parser.add_argument("--start-up", action="store_true")
     parser.add_argument("--config", nargs="+", default=[], metavar="KEY=VAL")
     args = parser.parse_args()
     if args.start_up:
         start_up()
         return
-    print(f"matrix product 2048: {matmul_rate():.0f} GFLOP/s")
-    rows = [compare(s, b, args.rounds, args.config, args.profile) for s in args.size for b in args.batches]
-    headers = ["short edge", "images", "step s", "floor s", "step/floor", "floor GFLOP/s", "images/s"]
+    if args.memory:
+        memory(args.size[0], args.batches[0], args.config)
+        return
+    precisions = args.precisions or [default_config().update_args(args.config).TRAIN.PRECISION]
+    for precision in precisions:
+        print(f"matrix product 2048 in {precision}: {matmul_rate(precision):.0f} GFLOP/s")
+    rows = []
+    for size in args.size:
+        for images in args.batches:
+            rows += compare(size, images, args.rounds, precisions, args.config, args.profile)
+    headers = ["short edge", "images", "precision", "step s", "floor s", "step/floor", "floor GFLOP/s", "images/s",
+               f"step / {precisions[0]}"]  # fmt: skip
     print("\n" + tabulate(rows, headers=headers, floatfmt=".3f"))
 
 

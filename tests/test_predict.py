@@ -435,14 +435,16 @@ def test_every_drawn_object_with_a_mask_is_cut_out(folder, tmp_path):
 
 
 @pytest.mark.quick
-def test_what_was_found_is_on_disk_before_the_next_image_is_looked_at(folder, tmp_path):
+def test_what_was_found_is_on_disk_while_later_images_are_looked_at(folder, tmp_path):
     out, target = tmp_path / "out", tmp_path / "out" / "predictions.json"
     partial = tmp_path / "out" / "predictions.json.partial"
     files = [f for f in list_images([folder]) if "truncated" not in f and "z.png" not in f]
 
     def end_at_the_fourth(seen):
         lines = partial.read_text().splitlines()
-        assert [json.loads(line)["file"] for line in lines] == files[:seen] and not target.exists()
+        # One image waits to be written while the next is looked at, and another may just be written.
+        assert [json.loads(line)["file"] for line in lines] == files[: len(lines)] and not target.exists()
+        assert len(lines) >= seen - 2
         if seen == 3:
             raise KeyboardInterrupt
 
