@@ -35,7 +35,7 @@ def predict_in_turn(
     """(batch, its outputs) in the order of the batches, which are dealt to the predictors in turn.
 
     The next batches are predicted while the caller works on an outcome; ahead=False: a single predictor begins with a
-    batch when its outcome is asked for, as live pictures need it.
+    batch when its outcome is asked for, which no later frame of a video then delays.
     """
     if len(predictors) == 1 and not ahead:
         for batch in batches:

@@ -218,7 +218,8 @@ def _predicted(
             image, shapes = stack_images([resize_for_test(f.pixels, cfg) for f in batch], cfg)
             yield {"image": image, "image_shape": shapes, "frames": batch}
 
-    for given, outputs in predict_in_turn(predictor.predictors[: 1 if live else None], stacked(), not live):
+    # The writer has a thread of its own, so nothing waits for a single device in any case.
+    for given, outputs in predict_in_turn(predictor.predictors[: 1 if live else None], stacked(), ahead=False):
         shapes, frames = given["image_shape"], given["frames"]
         each = [{k: v[n] for k, v in outputs.items()} for n in range(len(frames))]
         sizes = [f.pixels.shape[:2] for f in frames]
