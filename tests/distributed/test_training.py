@@ -170,7 +170,7 @@ def test_a_job_follows_machines_that_come_and_go_and_ends_with_the_model_of_one_
     (folder / "hold").write_text("3 8")
     settings = [
         *equality_settings(tmp_path, "FreezeBN", 1), f"TRAIN.MAX_STEPS={steps}", "TRAIN.TOTAL_BATCH=4",
-        "TRAIN.EVAL_PERIOD=0", "MODE_MASK=False",
+        "TRAIN.EVAL_PERIOD=0", "MODE_MASK=False", "MODE_RPN_ONLY=True",
     ]  # fmt: skip
     hosts.write_text("localhost:2")
     words = command("{np}", folder, *settings)
