@@ -457,12 +457,6 @@ def _evaluate_shard(
     def leave_out(index: int, reason: UserError) -> None:
         left_out.append((index, str(reason)))
 
-    def until_stopped() -> Iterator[dict[str, Any]]:
-        for batch in inference_batches(split, cfg, shard, leave_out):
-            if should_stop():
-                raise EvaluationStopped
-            yield batch
-
     results: list[ImageResults] = []
     left_out: list[ImageResults] = []
     waiting: deque = deque()
@@ -487,8 +481,8 @@ def _evaluate_shard(
                 results.append((index, coco_results(found, split.image_id(index), split.label_to_category_id)))
                 bar.update(1)
             return results + left_out
-        for batch, outputs in predict_in_turn([predict], until_stopped()):
-            if should_stop():  # it may have been asked after the last batch was read
+        for batch, outputs in predict_in_turn([predict], inference_batches(split, cfg, shard, leave_out)):
+            if should_stop():
                 raise EvaluationStopped
             waiting.append(pool.submit(convert, batch, outputs))
             while len(waiting) > 2:

@@ -191,7 +191,7 @@ def _operations(precision: str, images: int) -> list[tuple[str, str, float, floa
     """(name, type, flops, bytes, runs on the GPU, the host waits before it) of what an update needs."""
     from benchmarks.train_speed import synthetic_batch, training_step
     from tools.gpu_audit import audit  # noqa: PLC0415  imports TensorFlow
-    from utils.tf_v1 import graphs_for_gpu, tf
+    from utils.tf_v1 import graphs_for_gpu, needed_by, tf
 
     with tf.Graph().as_default() as graph, tf.Session() as session:
         settings = ["MODE_FPN=True", f"TRAIN.PRECISION={precision}"]
@@ -199,7 +199,7 @@ def _operations(precision: str, images: int) -> list[tuple[str, str, float, floa
             _, update, _ = training_step(settings, synthetic_batch(images, *SIZE))
         audited = audit(graph)
         waiting = {crossing.name for crossing in audited.to_host}
-        needed = _ancestors(update)
+        needed = set(needed_by(update))
         ops = [op for op in graph.get_operations() if op in needed]
         tensors = {t.name: t for op in ops for t in (*op.inputs, *op.outputs)}
         shapes = {name: t.shape.as_list() for name, t in tensors.items() if t.shape.is_fully_defined()}
@@ -217,16 +217,6 @@ def _operations(precision: str, images: int) -> list[tuple[str, str, float, floa
         flops, traffic = _work(op, shapes)
         rows.append((op.name, op.type, flops, traffic, not on_host, op.name in waiting))
     return rows
-
-
-def _ancestors(target: Any) -> set[Any]:
-    seen, todo = set(), [target]
-    while todo:
-        op = todo.pop()
-        if op not in seen:
-            seen.add(op)
-            todo += [*(t.op for t in op.inputs), *op.control_inputs]
-    return seen
 
 
 def _small_integers(op: Any, shapes: dict[str, list[int]]) -> bool:

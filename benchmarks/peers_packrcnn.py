@@ -7,9 +7,7 @@ answer to a line is the seconds it took, to the end of the input the peak memory
 import import_path
 
 import json
-import resource
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from typing import Any
 import numpy as np
 
 import detections
+from benchmarks.peers_side import serve
 from config import Config, default_config, finalize_config
 from data import stack_images
 from data_workers import training_dataflow
@@ -109,19 +108,9 @@ def prepare_score(job: dict[str, Any]) -> Prepared:
 WORKS = {"step": prepare_step, "predict": prepare_predict, "data": prepare_data, "score": prepare_score}
 
 
-def say(content: dict[str, Any]) -> None:
-    print(json.dumps(content), flush=True)
-
-
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
-    unit, notes = WORKS[job["work"]](job)
-    say({"ready": notes})
-    for _ in sys.stdin:
-        start = time.perf_counter()
-        unit()
-        say({"seconds": time.perf_counter() - start})
-    say({"peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024})
+    serve(*WORKS[job["work"]](job))
 
 
 if __name__ == "__main__":

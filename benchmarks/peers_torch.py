@@ -1,5 +1,5 @@
 """The side of torchvision and detectron2 in peers.py and same_budget.py, which start it. Needs torch, torchvision,
-NumPy and pycocotools, nothing of this project:
+NumPy and pycocotools, of this project peers_side.py alone:
 
     python benchmarks/peers_torch.py JOB.json
 
@@ -11,7 +11,6 @@ is the seconds it took, to the end of the input the peak memory of this process.
 import contextlib
 import itertools
 import json
-import resource
 import sys
 import time
 import types
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from peers_side import peak_mib, say, serve
 from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
@@ -282,20 +282,6 @@ def prepare_score(job: dict):
 WORKS = {"step": prepare_step, "predict": prepare_predict, "data": prepare_data, "score": prepare_score}
 
 
-def serve(job: dict) -> None:
-    unit, notes = WORKS[job["work"]](job)
-    say({"ready": notes})
-    for _ in sys.stdin:
-        start = time.perf_counter()
-        unit()
-        say({"seconds": time.perf_counter() - start})
-    say({"peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024})
-
-
-def say(content: dict) -> None:
-    print(json.dumps(content), flush=True)
-
-
 # ------------------------------------------------------------------------------------------------------ same_budget.py
 def rate_at(step: int, job: dict) -> float:
     """The learning rate: a linear warm-up from its job["warmup"]-th part, and a tenth from each of job["drops"] on."""
@@ -340,14 +326,14 @@ def train(job: dict) -> None:
                 "bbox": [x1, y1, x2 - x1, y2 - y1],
             })  # fmt: skip
     Path(job["results"]).write_text(json.dumps(results))
-    say({"seconds": seconds, "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024})
+    say({"seconds": seconds, "peak_mib": peak_mib()})
 
 
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     if job["system"] == "detectron2":
         import_detectron2()
-    train(job) if job["work"] == "train" else serve(job)
+    train(job) if job["work"] == "train" else serve(*WORKS[job["work"]](job))
 
 
 if __name__ == "__main__":

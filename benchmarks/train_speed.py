@@ -25,7 +25,7 @@ from tabulate import tabulate
 from config import default_config, finalize_config
 from model_rcnn import build_training
 from trainers import DetectionOptimizer
-from utils.tf_v1 import tf
+from utils.tf_v1 import needed_by, tf
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -88,7 +88,7 @@ class Step:
         """(type, input shapes, attributes) of each convolution and matrix product of the step as it runs."""
         with self.graph.as_default():
             ops = [op for op in self.graph.get_operations() if op.type in PRODUCTS]
-            needed = _ancestors(self.op)
+            needed = set(needed_by(self.op))
             ops = [op for op in ops if op in needed]
             shapes = self.session.run([[tf.shape(t) for t in (*op.inputs, *op.outputs)] for op in ops])
         return [(op, [tuple(map(int, s)) for s in found]) for op, found in zip(ops, shapes)]
@@ -108,17 +108,6 @@ class Step:
                 kind = label.split(" = ")[1].split("(")[0] if " = " in label else types.get(node.node_name, "other")
                 by_type[kind] += (node.op_end_rel_micros - node.op_start_rel_micros) * 1e-6
         return by_type
-
-
-def _ancestors(target) -> set:
-    seen, stack = set(), [target]
-    while stack:
-        op = stack.pop()
-        if op in seen:
-            continue
-        seen.add(op)
-        stack += [t.op for t in op.inputs] + list(op.control_inputs)
-    return seen
 
 
 class Floor:

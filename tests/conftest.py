@@ -31,6 +31,7 @@ FIRST = [
 
 def pytest_collection_modifyitems(items):
     place = {name: number for number, name in enumerate(FIRST)}
+    assert all((TESTS / name).exists() for name in FIRST), "FIRST names a file that is no longer there"
     items.sort(key=lambda item: place.get(item.path.relative_to(TESTS).as_posix(), len(FIRST)))
 
 

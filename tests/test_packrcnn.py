@@ -355,6 +355,9 @@ before, variables = state(), dict(os.environ)
 models = dict(zip("ab", ThreadPoolExecutor(2).map(load, [first, second])))  # loaded in threads
 import tensorflow as tf
 
+tf.config.experimental.enable_tensor_float_32_execution(False)
+load(first).close()
+assert not tf.config.experimental.tensor_float_32_execution_enabled()
 assert state() == before
 changed = {{k for k in os.environ if os.environ[k] != variables.get(k)}}
 assert not {{"TF_USE_LEGACY_KERAS", "TF_CPP_MIN_LOG_LEVEL", "GRPC_VERBOSITY"}} & changed, changed

@@ -22,8 +22,8 @@ from utils.guest import is_guest
 
 __all__ = [
     "allow_tf32", "compute_capability", "detached", "do_not_fold_initial_values", "fast_graph_optimizer", "for_gpu",
-    "function_to_graph", "gpu_count", "gpu_problem", "graphs_for_gpu", "make_deterministic", "onednn_enabled",
-    "registered_kernels", "snapshot", "take_over", "tensor_bundle_pb2", "tf", "without_fixed_order",
+    "function_to_graph", "gpu_count", "gpu_problem", "graphs_for_gpu", "make_deterministic", "needed_by",
+    "onednn_enabled", "registered_kernels", "snapshot", "take_over", "tensor_bundle_pb2", "tf", "without_fixed_order",
 ]  # fmt: skip
 
 _VERBOSE = bool(os.environ.get("PACKRCNN_VERBOSE_TF"))
@@ -104,8 +104,10 @@ def take_over() -> None:
 
 
 def allow_tf32(allowed: bool) -> None:
-    """Whether GPUs may round the factors of this process's float32 products to TF32's 10 bits (TRAIN.TF32)."""
-    tensorflow.config.experimental.enable_tensor_float_32_execution(allowed)
+    """Whether GPUs may round the factors of this process's float32 products to TF32's 10 bits (TRAIN.TF32). For a guest
+    the program around it decides."""
+    if not is_guest():
+        tensorflow.config.experimental.enable_tensor_float_32_execution(allowed)
 
 
 def make_deterministic(wanted: bool) -> None:
@@ -126,17 +128,22 @@ _NO_FIXED_ORDER = frozenset((
 
 def without_fixed_order(target: Any) -> Any | None:
     """The first operation among those that `target`, an operation, needs which has no GPU kernel of a fixed order."""
-    seen, todo = set(), [target]
-    while todo:
-        op = todo.pop()
-        if op in seen:
-            continue
-        seen.add(op)
+    for op in needed_by(target):
         frozen_norm = op.type.startswith("FusedBatchNormGrad") and not op.get_attr("is_training")
         if op.type in _NO_FIXED_ORDER or frozen_norm:
             return op
-        todo += [*(tensor.op for tensor in op.inputs), *op.control_inputs]
     return None
+
+
+def needed_by(target: Any) -> Iterator[Any]:
+    """The operation `target` and all that must run for it, each once."""
+    seen, todo = set(), [target]
+    while todo:
+        op = todo.pop()
+        if op not in seen:
+            seen.add(op)
+            yield op
+            todo += [*(tensor.op for tensor in op.inputs), *op.control_inputs]
 
 
 @functools.cache
