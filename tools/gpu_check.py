@@ -206,7 +206,8 @@ def check_recording(settings: Settings) -> Result:
     """Losses, gradients and detections of a recorded detectron2 model, in float32 with all its bits."""
     name = "recording of detectron2"
     if settings.quick or not RECORDING.exists():
-        return Result(name, None, "left out" + (" (--quick)" if settings.quick else ": no tests/data here"))
+        reason = "it is for the whole model" if settings.quick else "no tests/data here"
+        return Result(name, None, f"left out: {reason}")
     with tempfile.TemporaryDirectory() as folder:
         parity.unpack_recording(RECORDING, Path(folder))
         golden = parity.load_golden(folder, "mask_r50_fpn")
