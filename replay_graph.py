@@ -14,15 +14,13 @@ from incident_files import Incident, Part
 from model_rcnn import INPUT_TYPES
 from replay_search import Operation, first_bad_operation, guilty_annotations
 from trainers import make_trainer, training_graph
-from training import build_graph, session_creator
+from training import RunSession, build_graph
 from training_guard import BAD_WEIGHT
 from training_incidents import examine, feeds
 from training_plan import TrainingPlan
 from utils.checkpoint import assign_weights
+from utils.tensorpack_import import DataFromList
 from utils.tf_v1 import tf
-
-# isort: split
-from tensorpack.dataflow import DataFromList
 
 __all__ = ["Finding", "Repeated", "repeat_step"]
 
@@ -97,7 +95,7 @@ def _repeat_in_graph(
     if missing:
         raise UserError(f"the state of the incident does not fit its settings: {missing[0]} is missing")
     initialise = [tf.global_variables_initializer(), tf.local_variables_initializer()]
-    with tf.Session(config=session_creator(devices).config) as sess:
+    with tf.Session(config=RunSession(devices).config) as sess:
         sess.run(initialise)
 
         def reset() -> None:

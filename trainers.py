@@ -18,22 +18,23 @@ from model_rcnn import INPUT_TYPES, build_training
 from model_syncbn import batch_statistics, collective_sum
 from training_guard import StepGuard
 from training_plan import TrainingPlan
-from utils.tf_v1 import fast_graph_optimizer, gpu_count, gpu_problem, tf
-
-# isort: split
-from tensorpack import HorovodTrainer, ModelDesc, SimpleTrainer, SyncMultiGPUTrainerReplicated
-from tensorpack.callbacks.steps import MaintainStepCounter
-from tensorpack.graph_builder.training import SyncMultiGPUReplicatedBuilder
-from tensorpack.graph_builder.utils import (
-    merge_grad_list,
-    override_to_local_variable,
-    split_grad_list,
-)
-from tensorpack.tfutils import common as graph_functions
-from tensorpack.tfutils import scope_utils, summary
-
 from utils import ranks
 from utils.checkpoint import AVERAGE_PREFIX
+from utils.tensorpack_import import (
+    HorovodTrainer,
+    MaintainStepCounter,
+    ModelDesc,
+    SimpleTrainer,
+    SyncMultiGPUReplicatedBuilder,
+    SyncMultiGPUTrainerReplicated,
+    graph_functions,
+    merge_grad_list,
+    override_to_local_variable,
+    scope_utils,
+    split_grad_list,
+    summary,
+)
+from utils.tf_v1 import fast_graph_optimizer, gpu_count, gpu_problem, tf
 
 __all__ = [
     "DetectionModel", "DetectionOptimizer", "average_decay_tensor", "describe_devices",

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import logging
 import math
 import os
 import re
@@ -22,34 +21,23 @@ from config import Config
 from model_rcnn import INPUT_TYPES
 from trainers import DetectionModel, session_config, training_graph
 from training_best import Scores
+from training_evaluation import PeriodicEvaluation
 from training_incidents import IncidentRecorder
 from training_monitor import InputClock, Meter, smoothed
 from training_pace import TellPace
 from training_pictures import show_batches
 from training_plan import TrainingPlan
 from training_trackers import Trackers, tracking
-from utils.tf_v1 import allow_tf32, do_not_fold_initial_values, make_deterministic, tf, without_fixed_order
-
-# isort: split
-from tensorpack import QueueInput
-from tensorpack.callbacks import Callback
-from tensorpack.dataflow import DataFlow
-from tensorpack.tfutils.sesscreate import NewSessionCreator
-from tensorpack.tfutils.sessinit import SessionInit
-from tensorpack.train.base import StopTraining
-
-from training_evaluation import PeriodicEvaluation
-from utils.checkpoint import save_tf_checkpoint, update_description
+from utils.checkpoint import checkpoint_writer, save_tf_checkpoint, update_description
 from utils.image_header import image_header_size
 from utils.stopping import on_stop
+from utils.tensorpack_import import Callback, DataFlow, QueueInput, SessionInit, StopTraining
+from utils.tf_v1 import allow_tf32, do_not_fold_initial_values, make_deterministic, tf, without_fixed_order
 
 __all__ = [
-    "Checkpoints", "Interrupted", "LoadWeights", "ProgressLog", "WatchedDataflow", "build_graph", "run_training",
-    "session_creator",
+    "Checkpoints", "Interrupted", "LoadWeights", "ProgressLog", "RunSession", "WatchedDataflow", "build_graph",
+    "run_training",
 ]  # fmt: skip
-
-# Errors are raised and reported once, by train.py; tensorpack's own report misuses the logging module.
-logging.getLogger("tensorpack").setLevel("CRITICAL")
 
 
 # ----------------------------------------------------------------------------------------------------------- callbacks
@@ -293,7 +281,7 @@ class Checkpoints(Callback):
         self._signalled = tf.placeholder_with_default(0.0, [], "signalled")
         any_rank = getattr(self.trainer, "any_rank", tf.identity)
         self._any_signalled = any_rank(self._signalled)
-        self._saver = tf.train.Saver(tf.global_variables(), max_to_keep=0, save_relative_paths=True)
+        self._writer = checkpoint_writer(tf.global_variables())
 
     def _before_train(self):
         self._saved_at = self.global_step  # no step was made: nothing new to save
@@ -360,8 +348,9 @@ class Checkpoints(Callback):
             meta = {**self._meta, "step": step, "smooth": without_nan(self._log.smooth)}
             meta |= {key: value for key, value in self._scores.description(step).items() if value is not None}
             with self._log.writing(f"checkpoint {self._logdir}/model-{step}"):
+                in_use = self._scores.pending
                 self.last_path = save_tf_checkpoint(
-                    self._saver, self.trainer.sess, self._logdir, step, meta, self._keep, self._scores.pending
+                    self._writer, self.trainer.sess, self._logdir, step, meta, self._keep, in_use
                 )
             self._saved_at = step
             self._steps.add(step)
@@ -510,11 +499,19 @@ def build_graph(
     return model, source
 
 
-def session_creator(devices: list[str]) -> NewSessionCreator:
-    """What makes the session of a run; its number of threads determines the order of sums on the CPU."""
-    creator = NewSessionCreator()
-    creator.config.MergeFrom(session_config(sum(d.startswith("/cpu") for d in devices) or 1))
-    return creator
+class RunSession(tf.train.SessionCreator):
+    """Makes the session of a run, with variables that have their initial values. Its number of threads determines the
+    order of sums on the CPU."""
+
+    def __init__(self, devices: list[str]):
+        self.config = session_config(sum(d.startswith("/cpu") for d in devices) or 1)
+
+    def create_session(self) -> Any:
+        sess = tf.Session(config=self.config)
+        for variables in (tf.global_variables(), tf.local_variables()):
+            if variables:  # the first run of any operation takes a good part of a second
+                sess.run(tf.variables_initializer(variables))
+        return sess
 
 
 def _run_in_graph(
@@ -557,7 +554,7 @@ def _run_in_graph(
         scores.pending.clear()
     end = StopAtEnd(plan)
     callbacks.append(end)
-    creator = session_creator(devices)
+    creator = RunSession(devices)
     trainer.train(callbacks, [], creator, LoadWeights(load), sys.maxsize, 1, 1)
     stopped = evaluation.stopped if evaluation is not None else ""
     if not end.reached and not stopped:

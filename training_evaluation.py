@@ -14,11 +14,8 @@ from training_pictures import evaluation_pictures, pictures_of_step
 from training_plan import TrainingPlan
 from utils import ranks
 from utils.checkpoint import best_score, keep_best, read_checkpoint_meta
+from utils.tensorpack_import import Callback, StopTraining
 from utils.tf_v1 import tf
-
-# isort: split
-from tensorpack.callbacks import Callback
-from tensorpack.train.base import StopTraining
 
 __all__ = ["PeriodicEvaluation"]
 

@@ -18,10 +18,8 @@ from training_guard import BAD_LOSS, BAD_WEIGHT, GOOD, LARGE_GRADIENT, OVERFLOW,
 from training_plan import TrainingPlan
 from utils import ranks
 from utils.checkpoint import AVERAGE_PREFIX, assign_weights
+from utils.tensorpack_import import Callback
 from utils.tf_v1 import snapshot, tf
-
-# isort: split
-from tensorpack.callbacks import Callback
 
 __all__ = ["IncidentRecorder", "describe_skipped", "examine", "feeds"]
 

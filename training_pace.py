@@ -4,11 +4,10 @@ import statistics
 import time
 from collections.abc import Callable
 
-from tensorpack.callbacks import Callback
-
 from common import logger
 from config import Config
 from training_plan import TrainingPlan, told_time
+from utils.tensorpack_import import Callback
 
 __all__ = ["TellPace"]
 

@@ -6,14 +6,11 @@ from typing import Any
 
 from config import Config
 from trainers import DetectionModel, training_graph
-from training import LoadWeights, WatchedDataflow, build_graph, session_creator
+from training import LoadWeights, RunSession, WatchedDataflow, build_graph
 from training_monitor import InputClock
 from training_plan import TrainingPlan
+from utils.tensorpack_import import Callback, StopTraining
 from utils.tf_v1 import tf
-
-# isort: split
-from tensorpack.callbacks import Callback
-from tensorpack.train.base import StopTraining
 
 __all__ = ["run_steps"]
 
@@ -46,7 +43,7 @@ def run_steps(
             raise source.error or error
 
         trainer.on_end_of_input = on_end_of_input
-        trainer.train([watch], [], session_creator(devices), LoadWeights(load), sys.maxsize, 1, 1)
+        trainer.train([watch], [], RunSession(devices), LoadWeights(load), sys.maxsize, 1, 1)
         if not watch.done:
             raise source.error or RuntimeError("the trial ended before its last step")
 

@@ -13,7 +13,15 @@ from weight_mutations import damaged_copies, native_weights, outcome, save_check
 
 from common import UserError
 from utils import checkpoint
-from utils.checkpoint import assign_weights, fit_weights, load_weights, match_weights, save_npz, save_tf_checkpoint
+from utils.checkpoint import (
+    assign_weights,
+    checkpoint_writer,
+    fit_weights,
+    load_weights,
+    match_weights,
+    save_npz,
+    save_tf_checkpoint,
+)
 from utils.weight_files import read_tensor_index
 
 
@@ -46,11 +54,28 @@ def run_dir(tmp_path_factory):
         tf.get_variable("conv0/W/Momentum", [300, 70], initializer=tf.ones_initializer())
         step = tf.train.create_global_step()
         sess.run(tf.global_variables_initializer())
-        saver = tf.train.Saver(max_to_keep=2)
+        write = checkpoint_writer(tf.global_variables())
         for k in range(1, 6):
             sess.run([w.assign(tf.fill([300, 70], float(k))), step.assign(k)])
-            save_tf_checkpoint(saver, sess, directory, k, {"step": k, "settings": {"MODE_FPN": True}}, keep=3)
+            save_tf_checkpoint(write, sess, directory, k, {"step": k, "settings": {"MODE_FPN": True}}, keep=3)
     return directory
+
+
+def test_a_checkpoint_has_the_bytes_that_tensorflows_saver_writes(tmp_path):
+    from utils.tf_v1 import tf
+
+    with tf.Graph().as_default(), tf.Session() as sess:
+        for name, value in some_variables().items():
+            tf.get_variable(name, initializer=value)
+        tf.train.create_global_step()
+        variables = tf.global_variables()
+        write = checkpoint_writer(reversed(variables))
+        sess.run(tf.global_variables_initializer())
+        sess.run([v.assign_add(tf.ones_like(v)) for v in variables])
+        write(sess, str(tmp_path / "own"))
+        tf.train.Saver(variables).save(sess, str(tmp_path / "saver"), write_meta_graph=False, write_state=False)
+    for end in (".index", ".data-00000-of-00001"):
+        assert (tmp_path / f"own{end}").read_bytes() == (tmp_path / f"saver{end}").read_bytes()
 
 
 @pytest.fixture
@@ -243,12 +268,12 @@ def test_save_interrupted_at_any_file_operation_leaves_a_loadable_run(copied_run
     with tf.Graph().as_default(), tf.Session() as sess:
         tf.get_variable("conv0/W", [300, 70], initializer=tf.constant_initializer(6.0))
         sess.run(tf.global_variables_initializer())
-        saver = tf.train.Saver(max_to_keep=0)
+        write = checkpoint_writer(tf.global_variables())
         with monkeypatch.context() as patch:
             patch.setattr(os, "replace", interrupting(os.replace))
             patch.setattr(os, "unlink", interrupting(os.unlink))
             try:
-                save_tf_checkpoint(saver, sess, copied_run, 6, {"step": 6}, keep=3)
+                save_tf_checkpoint(write, sess, copied_run, 6, {"step": 6}, keep=3)
                 finished = True
             except Killed:
                 finished = False
@@ -256,7 +281,7 @@ def test_save_interrupted_at_any_file_operation_leaves_a_loadable_run(copied_run
         assert loaded["conv0/W"][0, 0] == meta["step"]
         assert meta["step"] in ((6,) if crash_at >= 4 else (5, 6))
         if not finished:
-            save_tf_checkpoint(saver, sess, copied_run, 7, {"step": 7}, keep=3)
+            save_tf_checkpoint(write, sess, copied_run, 7, {"step": 7}, keep=3)
         assert load_weights(copied_run)[1]["step"] == (6 if finished else 7)
         assert not (copied_run / ".saving").exists()
 
@@ -267,7 +292,7 @@ def test_rolled_back_run_keeps_the_later_checkpoint_but_loads_its_own(copied_run
     with tf.Graph().as_default(), tf.Session() as sess:
         tf.get_variable("conv0/W", [3], initializer=tf.constant_initializer(-1.0))
         sess.run(tf.global_variables_initializer())
-        save_tf_checkpoint(tf.train.Saver(max_to_keep=0), sess, copied_run, 4, {"step": 4}, keep=1)
+        save_tf_checkpoint(checkpoint_writer(tf.global_variables()), sess, copied_run, 4, {"step": 4}, keep=1)
     assert load_weights(copied_run)[0]["conv0/W"].tolist() == [-1.0] * 3
     assert (copied_run / "model-5.index").exists() and not (copied_run / "model-3.index").exists()
 

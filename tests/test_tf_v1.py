@@ -35,6 +35,22 @@ def test_deterministic_kernels_are_on_where_cuda_visible_devices_names_a_gpu_tha
     assert result.stdout.startswith("0 True ") and result.stdout.count("\n") == 1
 
 
+KERAS = """
+import gc, sys
+from utils import tf_v1, tensorpack_import
+import training
+print("tf_keras" in sys.modules, gc.isenabled(), gc.get_freeze_count() > 100_000)
+import tensorpack
+print(tensorpack.l1_regularizer(0.5).get_config()["l1"], tf_v1.tf.keras.layers.Dense.__module__.split(".")[0])
+"""
+
+
+def test_keras_is_imported_when_somebody_uses_it():
+    """It would take a fifth of TensorFlow's import; so would the search for garbage in what it makes."""
+    result = subprocess.run([sys.executable, "-c", KERAS], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout == "False True True\n0.5 tf_keras\n"
+
+
 @pytest.fixture
 def machine(monkeypatch, tmp_path):
     """machine(GPUs of the driver, GPUs of TensorFlow, CUDA_VISIBLE_DEVICES) pretends to be such a one."""

@@ -26,15 +26,12 @@ from common import errors_in_one_line
 from config import Config, default_config, finalize_config
 from config_files import settings_words
 from config_recipes import recipe_settings
-from model_rcnn import build_inference
-from training_plan import make_plan
-from utils.tf_v1 import graphs_for_gpu, registered_kernels, tf
-
-# isort: split
-from tensorpack.tfutils.tower import TowerContext
-
 from data import training_keys
+from model_rcnn import build_inference
 from trainers import DetectionModel
+from training_plan import make_plan
+from utils.tensorpack_import import TowerContext
+from utils.tf_v1 import graphs_for_gpu, registered_kernels, tf
 
 __all__ = ["Audit", "audit", "inference_graph", "training_graph"]
 

@@ -29,7 +29,7 @@ __all__ = [
     "load_weights", "load_npz", "is_tf_checkpoint", "native_names", "newest_checkpoint", "stored_step",
     "read_meta", "read_checkpoint_meta", "read_description", "make_meta", "write_checkpoint_meta", "save_npz",
     "without_averages", "start_averages", "AVERAGE_PREFIX",
-    "save_tf_checkpoint", "assign_weights", "match_weights", "fit_weights", "LoadReport",
+    "checkpoint_writer", "save_tf_checkpoint", "assign_weights", "match_weights", "fit_weights", "LoadReport",
     "TENSORPACK_NORMS", "is_model_tensor", "is_training_state",
 ]  # fmt: skip
 
@@ -353,8 +353,25 @@ def write_checkpoint_meta(prefix: str, meta: Mapping[str, Any]) -> None:
     write_json(f"{prefix}.meta.json", meta, indent=1)
 
 
+def checkpoint_writer(variables: Iterable[Any]) -> Callable[[Any, str], None]:
+    """Adds to the default graph what writes the variables; write(sess, prefix) writes them as a checkpoint of
+    TensorFlow, at once and without parts.
+
+    It is one operation. tf.train.Saver makes two for each variable, and one more for a restoration that nobody asks
+    for."""
+    from utils.tf_v1 import snapshot, tf
+
+    values = {v.op.name: snapshot(v) for v in sorted(variables, key=lambda v: v.op.name)}
+    with tf.device("/cpu:0"):
+        prefix = tf.placeholder(tf.string, [], "checkpoint_prefix")
+        save = tf.raw_ops.SaveV2(
+            prefix=prefix, tensor_names=list(values), shape_and_slices=[""] * len(values), tensors=[*values.values()]
+        )
+    return lambda sess, path: sess.run(save, {prefix: path})
+
+
 def save_tf_checkpoint(
-    saver: Any,
+    write: Callable[[Any, str], None],
     sess: Any,
     logdir: str | os.PathLike,
     step: int,
@@ -362,7 +379,7 @@ def save_tf_checkpoint(
     keep: int = 10,
     in_use: Iterable[int] = (),
 ) -> str:
-    """Saves `logdir/model-<step>` with `saver` (a tf.train.Saver), keeps the newest `keep` and those of the steps
+    """Saves `logdir/model-<step>` with `write` (a checkpoint_writer), keeps the newest `keep` and those of the steps
     `in_use`, returns the prefix.
 
     A process killed at any moment leaves the previous checkpoint complete and named by the state file: TensorFlow
@@ -376,13 +393,11 @@ def save_tf_checkpoint(
     staging.mkdir(parents=True)
     prefix = logdir / f"model-{int(step)}"
     try:
-        saver.save(sess, str(staging / prefix.name), write_meta_graph=False, write_state=False)
+        write(sess, str(staging / prefix.name))
         _check_saved(str(staging / prefix.name), str(prefix))
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
-    # The saver must forget the temporary names, because it would try to delete them later.
-    saver.set_last_checkpoints_with_time([])
     write_checkpoint_meta(str(prefix), meta)
     # ".data-…" sorts before ".index".
     for staged in sorted(staging.iterdir()):

@@ -10,11 +10,13 @@ As a guest of another program (utils/guest.py) nothing is set: tf.Graph and tf.S
 import contextlib
 import contextvars
 import functools
+import gc
 import logging
 import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 from common import visible_gpus
@@ -22,8 +24,9 @@ from utils.guest import is_guest
 
 __all__ = [
     "allow_tf32", "compute_capability", "detached", "do_not_fold_initial_values", "fast_graph_optimizer", "for_gpu",
-    "function_to_graph", "gpu_count", "gpu_problem", "graphs_for_gpu", "make_deterministic", "needed_by",
-    "onednn_enabled", "registered_kernels", "snapshot", "take_over", "tensor_bundle_pb2", "tf", "without_fixed_order",
+    "function_to_graph", "gpu_count", "gpu_problem", "graphs_for_gpu", "keras_when_called", "make_deterministic",
+    "needed_by", "onednn_enabled", "registered_kernels", "snapshot", "take_over", "tensor_bundle_pb2", "tf",
+    "without_fixed_order",
 ]  # fmt: skip
 
 _VERBOSE = bool(os.environ.get("PACKRCNN_VERBOSE_TF"))
@@ -70,7 +73,28 @@ def _quiet_import() -> Iterator[None]:
             del os.environ["TF_CPP_MIN_LOG_LEVEL"]
 
 
-with _quiet_import() if _QUIET else contextlib.nullcontext():
+@contextlib.contextmanager
+def _fast_import() -> Iterator[None]:
+    """Makes TensorFlow's import take half of its time: nothing that it makes is garbage, so none is searched for, then
+    or later; and Keras, which it would import for programs that read models of Keras, comes when it is first used."""
+    if _GUEST:
+        yield
+        return
+    optimizers, searched = "tf_keras.src.optimizers", gc.isenabled()
+    gc.disable()
+    if optimizers not in sys.modules:
+        sys.modules[optimizers] = None  # importing it fails, which TensorFlow allows
+    try:
+        yield
+    finally:
+        if sys.modules[optimizers] is None:
+            del sys.modules[optimizers]
+        gc.freeze()
+        if searched:
+            gc.enable()
+
+
+with _fast_import(), _quiet_import() if _QUIET else contextlib.nullcontext():
     import tensorflow
     import tensorflow.compat.v1 as tf
     from tensorflow.core.protobuf import rewriter_config_pb2, tensor_bundle_pb2
@@ -82,6 +106,25 @@ with _quiet_import() if _QUIET else contextlib.nullcontext():
         tf.config.list_physical_devices()
 if not _GUEST and visible_gpus():
     tf.config.list_physical_devices()  # its warnings name the libraries that are missing
+
+
+@contextlib.contextmanager
+def keras_when_called(module: str, function: str) -> Iterator[None]:
+    """Inside, `tf.keras` is nothing but tf.keras.MODULE.FUNCTION, which imports Keras when it is called; everything
+    where Keras is there already."""
+    keras = tensorflow.keras
+    if "tf_keras" in sys.modules or _GUEST:
+        yield
+        return
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return getattr(getattr(keras, module), function)(*args, **kwargs)
+
+    tensorflow.keras = SimpleNamespace(**{module: SimpleNamespace(**{function: call})})
+    try:
+        yield
+    finally:
+        tensorflow.keras = keras
 
 
 def take_over() -> None:

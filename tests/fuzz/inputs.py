@@ -30,7 +30,7 @@ from run_start import load_model
 from tests.tiny import COCO_MINI, TINY_MODEL
 from tests.torch_files import save_stream, save_zip, tensors
 from tools import check_data, convert, convert_data, score
-from utils.checkpoint import load_weights, make_meta, save_npz, save_tf_checkpoint
+from utils.checkpoint import checkpoint_writer, load_weights, make_meta, save_npz, save_tf_checkpoint
 from utils.coco_format import as_truth
 from utils.safe_pickle import read_pickle
 
@@ -517,7 +517,7 @@ def _sound_checkpoint() -> dict[str, bytes]:
                 tf.get_variable(name, initializer=value)
             session.run(tf.global_variables_initializer())
             meta = make_meta({"MODE_FPN": True}, ["a", "b", "c"], 10)
-            save_tf_checkpoint(tf.train.Saver(), session, parent, 10, meta)
+            save_tf_checkpoint(checkpoint_writer(tf.global_variables()), session, parent, 10, meta)
             _CHECKPOINT.update({p.name: p.read_bytes() for p in Path(parent).iterdir() if p.is_file()})
     return _CHECKPOINT
 
