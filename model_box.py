@@ -21,21 +21,23 @@ BOX_SCALE_CLAMP = math.log(1000.0 / 16)  # largest dw, dh: a box grows 62.5-fold
 
 def area(boxes):
     """[..., 4] -> [...]; a box with x2 < x1 or y2 < y1 has area 0."""
-    return tf.maximum(boxes[..., 2] - boxes[..., 0], 0.0) * tf.maximum(boxes[..., 3] - boxes[..., 1], 0.0)
+    x1, y1, x2, y2 = tf.unstack(boxes, 4, -1)
+    return tf.maximum(x2 - x1, 0.0) * tf.maximum(y2 - y1, 0.0)
 
 
 def _pairwise_intersection(a, b):
     """[..., A, 4], [..., B, 4] -> [..., A, B]."""
-    a, b = a[..., :, None, :], b[..., None, :, :]
-    width = tf.minimum(a[..., 2], b[..., 2]) - tf.maximum(a[..., 0], b[..., 0])
-    height = tf.minimum(a[..., 3], b[..., 3]) - tf.maximum(a[..., 1], b[..., 1])
+    ax1, ay1, ax2, ay2 = tf.unstack(tf.expand_dims(a, -2), 4, -1)  # [..., A, 1]
+    bx1, by1, bx2, by2 = tf.unstack(tf.expand_dims(b, -3), 4, -1)  # [..., 1, B]
+    width = tf.minimum(ax2, bx2) - tf.maximum(ax1, bx1)
+    height = tf.minimum(ay2, by2) - tf.maximum(ay1, by1)
     return tf.maximum(width, 0.0) * tf.maximum(height, 0.0)
 
 
 def pairwise_iou(a, b):
     """Intersection over union: [..., A, 4], [..., B, 4] -> [..., A, B]; 0 where both areas are 0."""
     intersection = _pairwise_intersection(a, b)
-    union = area(a)[..., :, None] + area(b)[..., None, :] - intersection
+    union = tf.expand_dims(area(a), -1) + tf.expand_dims(area(b), -2) - intersection
     return tf.math.divide_no_nan(intersection, union)
 
 
@@ -119,17 +121,18 @@ def generalized_iou(a, b):
     boxes have IoU 0, and no box, however small or far away, makes a value or a gradient that is not finite.
     """
     tiny = 1e-12  # square pixels
-    low, high = tf.maximum(a[..., :2], b[..., :2]), tf.minimum(a[..., 2:], b[..., 2:])
-    sides = tf.maximum(high - low, 0.0)
+    (first_a, last_a), (first_b, last_b) = (tf.split(boxes, 2, -1) for boxes in (a, b))
+    sides = tf.maximum(tf.minimum(last_a, last_b) - tf.maximum(first_a, first_b), 0.0)
     intersection = sides[..., 0] * sides[..., 1]
     union = area(a) + area(b) - intersection
-    hull = area(tf.concat([tf.minimum(a[..., :2], b[..., :2]), tf.maximum(a[..., 2:], b[..., 2:])], -1))
+    hull = area(tf.concat([tf.minimum(first_a, first_b), tf.maximum(last_a, last_b)], -1))
     return intersection / tf.maximum(union, tiny) - 1.0 + tf.math.divide_no_nan(union, hull)
 
 
 def clip_boxes(boxes, image_shape):
     """Clips boxes [N, ..., 4] to the valid area; image_shape [N, 2] is height, width."""
-    limit = tf.cast(tf.stack([image_shape[:, 1], image_shape[:, 0]] * 2, axis=1), boxes.dtype)  # [N, 4]
+    height, width = tf.unstack(image_shape, 2, 1)
+    limit = tf.cast(tf.stack([width, height] * 2, axis=1), boxes.dtype)  # [N, 4]
     limit = tf.reshape(limit, [-1] + [1] * (boxes.shape.ndims - 2) + [4])
     return tf.minimum(tf.maximum(boxes, 0.0), limit)
 
@@ -140,20 +143,20 @@ def encode_boxes(boxes, references, weights=(1.0, 1.0, 1.0, 1.0)):
     The caller must mask degenerate references and boxes; sizes have a lower limit so that these give no NaN.
     """
     tiny = 1e-6
-    wh_r = tf.maximum(references[..., 2:] - references[..., :2], tiny)
-    wh_b = tf.maximum(boxes[..., 2:] - boxes[..., :2], tiny)
-    center_r = (references[..., 2:] + references[..., :2]) * 0.5
-    center_b = (boxes[..., 2:] + boxes[..., :2]) * 0.5
+    (first_r, last_r), (first_b, last_b) = (tf.split(values, 2, -1) for values in (references, boxes))
+    wh_r, wh_b = tf.maximum(last_r - first_r, tiny), tf.maximum(last_b - first_b, tiny)
+    center_r, center_b = (last_r + first_r) * 0.5, (last_b + first_b) * 0.5
     return tf.concat([(center_b - center_r) / wh_r, tf.math.log(wh_b / wh_r)], -1) * np.asarray(weights, np.float32)
 
 
 def decode_boxes(deltas, references, weights=(1.0, 1.0, 1.0, 1.0)):
     """The inverse of `encode_boxes`; dw and dh are clamped from above at log(1000/16)."""
     deltas = deltas / np.asarray(weights, np.float32)
-    wh = references[..., 2:] - references[..., :2]
-    center = references[..., :2] + 0.5 * wh
-    center = deltas[..., :2] * wh + center
-    half = 0.5 * tf.exp(tf.minimum(deltas[..., 2:], BOX_SCALE_CLAMP)) * wh
+    (shift, growth), (first, last) = (tf.split(values, 2, -1) for values in (deltas, references))
+    wh = last - first
+    center = first + 0.5 * wh
+    center = shift * wh + center
+    half = 0.5 * tf.exp(tf.minimum(growth, BOX_SCALE_CLAMP)) * wh
     return tf.concat([center - half, center + half], -1)
 
 
@@ -171,12 +174,13 @@ def cell_anchors(sizes, ratios):
 def anchors_of_level(feature_shape, stride, cells):
     """The anchors `cells` [A, 4] of one cell at every cell of a feature map of shape int32 [2] = (H, W)
     -> float32 [H·W·A, 4], shifted by stride · (x, y); stride is an int or int32 [2], vertical first."""
-    steps = tf.broadcast_to(stride, [2])
-    ys = tf.cast(tf.range(feature_shape[0]) * steps[0], tf.float32)
-    xs = tf.cast(tf.range(feature_shape[1]) * steps[1], tf.float32)
-    grid_x, grid_y = tf.meshgrid(xs, ys)  # [H, W]
-    shifts = tf.stack([grid_x, grid_y, grid_x, grid_y], -1)  # [H, W, 4]
-    return tf.reshape(shifts[:, :, None, :] + cells, [-1, 4])
+    height, width = tf.unstack(feature_shape)
+    down, right = (stride, stride) if isinstance(stride, int) else tf.unstack(stride)
+    ys = tf.reshape(tf.cast(tf.range(height) * down, tf.float32), [-1, 1, 1, 1])
+    xs = tf.reshape(tf.cast(tf.range(width) * right, tf.float32), [1, -1, 1, 1])
+    # Both sums add 0 to the coordinates of the other axis, which changes no bit.
+    across = xs * np.float32([1, 0, 1, 0]) + cells  # [1, W, A, 4]
+    return tf.reshape(ys * np.float32([0, 1, 0, 1]) + across, [-1, 4])
 
 
 # ---------------------------------------------------------------------------------------------------------- RoIAlign
@@ -198,13 +202,14 @@ def roi_align(padded, boxes, image_index, spatial_scale, resolution, samples=2, 
     # The scope and the names in it say to export_onnx.py what is computed here.
     with tf.name_scope(f"roi_align_{resolution}x{samples}"):
         boxes = detached(boxes) * spatial_scale
-        sides = boxes[:, 2:] - boxes[:, :2]
+        first, last = tf.split(boxes, 2, 1)
+        sides = last - first
         if not aligned:
             sides = tf.maximum(sides, 1.0)
         # Pixel i's centre lies at i + 0.5 in continuous coordinates and at index i + 1 of the padded map.
         shift = 0.5 if aligned else 1.0
         padded32 = tf.identity(tf.cast(padded, tf.float32), "padded")
-        start = tf.identity(boxes[:, :2] + (shift - 0.5), "start")  # where pixel i covers [i, i + 1)
+        start = tf.identity(first + (shift - 0.5), "start")  # where pixel i covers [i, i + 1)
         sides = tf.identity(sides, "sides")
         if not for_gpu():  # identities of int32 are on the host
             image_index = tf.identity(image_index, "image_index")
@@ -229,7 +234,7 @@ def _sample_grid(padded, start, sides, image_index, counts, deterministic=False)
     first = start + 0.5 * spacing + 0.5  # indices of the padded map
     last = first + spacing * (number - 1.0)
     # crop_and_resize takes y1 x1 y2 x2, where 0 and 1 are the centres of the first and the last pixel.
-    corners = tf.concat([first[:, ::-1], last[:, ::-1]], 1) / (tf.concat([size, size], 0) - 1.0)
+    corners = tf.concat([tf.reverse(first, [1]), tf.reverse(last, [1])], 1) / (tf.concat([size, size], 0) - 1.0)
     return _crop_and_resize(padded, corners, image_index, counts, deterministic)
 
 

@@ -78,26 +78,27 @@ def rpn_proposals(logits, deltas, anchors, image_shape, cfg: Config, training):
     else:
         before, after = rpn.get(f"{phase}_PRE_NMS_TOPK"), rpn.get(f"{phase}_POST_NMS_TOPK")
     absent = float("-inf")
-    all_boxes, all_scores = [], []
+    best = []
     for level_logits, level_deltas, level_anchors in zip(logits, deltas, anchors):
         level_logits, level_deltas = detached(level_logits), detached(level_deltas)
         k = tf.minimum(before, tf.shape(level_logits)[1])
         scores, order = long_top_k(level_logits, k)  # [N, k]
-        boxes = decode_boxes(tf.gather(level_deltas, order, batch_dims=1), tf.gather(level_anchors, order))  # [N, k, 4]
-        boxes = clip_boxes(boxes, image_shape)
-        sides = boxes[..., 2:] - boxes[..., :2]
-        good = tf.logical_and(
-            tf.reduce_all(sides > rpn.MIN_SIZE, -1),
-            tf.logical_and(tf.math.is_finite(scores), tf.reduce_all(tf.math.is_finite(boxes), -1)),
-        )
-        boxes = tf.where_v2(good[..., None], boxes, 0.0)
-        scores = tf.where_v2(good, scores, absent)
         pad = [[0, 0], [0, before - k]]
-        all_boxes.append(tf.pad(boxes, [*pad, [0, 0]]))
-        all_scores.append(tf.pad(scores, pad, constant_values=absent))
-    levels = len(all_boxes)
-    boxes = tf.reshape(tf.stack(all_boxes, 1), [-1, before, 4])  # [N·L, K, 4]
-    scores = tf.reshape(tf.stack(all_scores, 1), [-1, before])
+        best.append((
+            tf.pad(scores, pad, constant_values=absent),
+            tf.pad(tf.gather(level_deltas, order, batch_dims=1), [*pad, [0, 0]]),
+            tf.pad(tf.gather(level_anchors, order), [*pad, [0, 0]]),
+        ))  # fmt: skip
+    levels = len(best)
+    scores, deltas, anchors = (tf.stack(values, 1) for values in zip(*best))  # [N, L, K], [N, L, K, 4] twice
+    boxes = clip_boxes(decode_boxes(deltas, anchors), image_shape)
+    first, last = tf.split(boxes, 2, -1)
+    good = tf.logical_and(
+        tf.reduce_all(last - first > rpn.MIN_SIZE, -1),
+        tf.logical_and(tf.math.is_finite(scores), tf.reduce_all(tf.math.is_finite(boxes), -1)),
+    )
+    boxes = tf.reshape(tf.where_v2(good[..., None], boxes, 0.0), [-1, before, 4])  # [N·L, K, 4]
+    scores = tf.reshape(tf.where_v2(good, scores, absent), [-1, before])
     boxes, scores, count = batched_nms(boxes, scores, rpn.PROPOSAL_NMS_THRESH, after)  # [N·L, T, …]
     scores = tf.where_v2(first_of(count, after), scores, absent)
     boxes = tf.reshape(boxes, [-1, levels * after, 4])

@@ -5,6 +5,8 @@
   python benchmarks/predict_speed.py --load MODEL [--image a.jpg]      a trained model, from the file to the RLEs
   python benchmarks/predict_speed.py --graph --image a.jpg --augment 400 600 …    test-time augmentation against plain
   python benchmarks/predict_speed.py --nms                             hard and soft NMS of 1000 RoIs x 80 classes
+  python benchmarks/predict_speed.py --throughput --config MODE_FPN=True DATA.BASEDIR=coco  evaluation and --predict on
+                                                                       the images of DATA.VAL against the graph alone
 
 Pasting runs in one thread and is timed by that thread's CPU clock. It is compared, in alternation in the same process,
 with the usual way: every pixel of the box is resampled, and the bitmap of the whole image is encoded. Both must give
@@ -16,9 +18,11 @@ import import_path
 import argparse
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(variable, "1")  # NumPy's; TensorFlow has its own
@@ -29,10 +33,11 @@ import pycocotools.mask as coco_mask
 from tabulate import tabulate
 
 import detections
-from common import UserError
+from common import UserError, logger
 from config import default_config, finalize_config
 from config_files import settings_words
 from data import inference_batches
+from dataset import load_validation_splits
 from run_start import load_model, weight_loader, with_classes
 from utils import polygons
 
@@ -183,6 +188,32 @@ def augmentation_report(args: argparse.Namespace) -> str:
     return tabulate(rows, ["prediction", "ms", "times plain", "detections"], disable_numparse=True, stralign="right")
 
 
+def throughput_report(args: argparse.Namespace) -> str:
+    """Images per second of the graph alone, batch after batch that are in memory already, of an evaluation and of
+    --predict with its pictures and files, in alternation."""
+    from predict import build_predictor, evaluate_split, predict_files
+
+    cfg, load = _model(args)
+    (split,) = load_validation_splits(cfg)[:1]
+    predict = build_predictor(cfg, load)
+    batches = list(inference_batches(split, cfg))
+    files = [split.image_file(i) for i in range(len(split))]
+    names = cfg.DATA.CLASS_NAMES or [f"class {i}" for i in range(1, cfg.DATA.NUM_CATEGORY + 1)]
+    model = SimpleNamespace(cfg=cfg, predictors=[predict], class_names=names, category_ids=None)
+    with tempfile.TemporaryDirectory() as folder:
+        functions = {
+            "graph alone": lambda: [predict(b["image"], b["image_shape"]) for b in batches],
+            "evaluation": lambda: evaluate_split(predict, split, cfg, progress=False),
+            "--predict": lambda: predict_files(model, files, folder, False),
+        }
+        logger.setLevel("WARNING")
+        ms = median_ms(functions, args.repeats)
+    found = [int(sum(o["count"])) for o in functions["graph alone"]()]
+    rows = [[n, f"{1e3 * len(split) / ms[n]:.3f}", f"{ms['graph alone'] / ms[n]:.3f}"] for n in ms]
+    title = f"{len(split)} images, {sum(found) / len(split):.0f} detections each, batches of {cfg.TEST.BATCH_SIZE}"
+    return f"{title}\n" + tabulate(rows, ["", "images/s", "of the graph's"], disable_numparse=True, stralign="right")
+
+
 def nms_report(repeats: int) -> str:
     """Every kind of final NMS on boxes and scores like a trained model's, and with every class a candidate."""
     from model_frcnn import decode_detections
@@ -223,6 +254,7 @@ def main() -> int:
     parser.add_argument("--config", nargs="+", default=[], metavar="KEY=VAL", help="settings of the model")
     parser.add_argument("--augment", nargs="+", type=int, metavar="EDGE", help="short edges of augmented predictions")
     parser.add_argument("--nms", action="store_true", help="time the kinds of NMS alone")
+    parser.add_argument("--throughput", action="store_true", help="evaluation and --predict against the graph alone")
     parser.add_argument("--cells", type=int, default=28, help="side of the synthetic masks (C4 models: 14)")
     parser.add_argument("--repeats", type=int, default=10, help="calls that a median is taken of")
     args = parser.parse_args()
@@ -231,6 +263,13 @@ def main() -> int:
     cv2.setNumThreads(1)
     if args.nms:
         print(nms_report(args.repeats))
+        return 0
+    if args.throughput:
+        try:
+            print(throughput_report(args))
+        except UserError as e:
+            print(e, file=sys.stderr)
+            return 2
         return 0
     print(f"{COUNT} masks of {args.cells}x{args.cells} into {WIDTH}x{HEIGHT}, one core")
     print(paste_report(args.cells, args.repeats))

@@ -44,6 +44,24 @@ def _give_memory_back():
         ctypes.CDLL(None).malloc_trim(0)
 
 
+@pytest.fixture(scope="module")
+def unoptimised_graphs():
+    """Sessions in this process run their graphs as they were built: for a few steps of a tiny model, TensorFlow's graph
+    optimiser costs more than it saves. (Programs that tests start have it, and so have the comparisons with recordings
+    and with exported models.)"""
+    import inference
+    import trainers
+
+    def without(config):
+        config.graph_options.rewrite_options.disable_meta_optimizer = True
+        return config
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (inference, trainers):
+            patch.setattr(module, "fast_graph_optimizer", without)
+        yield
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
     """Test processes send their reports as UTF-8, which file names of other encodings in captured output are not."""

@@ -22,6 +22,7 @@ from utils.checkpoint import assign_weights, load_weights, match_weights
 from utils.tf_v1 import tf
 
 ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.usefixtures("unoptimised_graphs")
 SIZE = 64, 96
 # The layers that must be found without being named, and the stage that each of some variables belongs to.
 FEATURES = {

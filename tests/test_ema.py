@@ -16,6 +16,7 @@ from trainers import DetectionOptimizer, average_decay_tensor
 from utils.checkpoint import load_weights, without_averages
 from utils.tf_v1 import tf
 
+pytestmark = pytest.mark.usefixtures("unoptimised_graphs")
 # Without masks the graphs are built sooner. SyncBN has statistics that are averaged too.
 SMALL = ["MODE_MASK=False", "BACKBONE.NORM=SyncBN"]
 AVERAGED = [*SMALL, "TRAIN.EMA_DECAY=0.2", "TRAIN.STEPS_PER_EPOCH=1"]

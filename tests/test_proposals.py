@@ -22,6 +22,7 @@ from tests.graph import constants, evaluate, make_batch, tiny_config
 from utils.checkpoint import load_weights, save_npz
 from utils.tf_v1 import tf
 
+pytestmark = pytest.mark.usefixtures("unoptimised_graphs")
 LIMITS = (100, 1000)
 AREAS = {"": (0, 1e10), "s": (0, 32**2), "m": (32**2, 96**2), "l": (96**2, 1e10)}
 

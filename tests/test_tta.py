@@ -20,6 +20,7 @@ from model_keypoint import decode_keypoints
 from tests.graph import evaluate, tiny_config
 from utils.tf_v1 import tf
 
+pytestmark = pytest.mark.usefixtures("unoptimised_graphs")
 KEYPOINT_FLIP = [0, 2, 1]
 KINDS = {
     "fpn": ["MODE_KEYPOINT=True", "KRCNN.HEAD_DIM=8", "KRCNN.NUM_KEYPOINT=3"],

@@ -40,12 +40,12 @@ def equality_settings(folder, norm, each):
     """Of a run of float64 (the order of a sum must not decide on which side of a threshold a float32 value falls) that
     is evaluated on two sets: that of training and a single image, fewer than there are ranks."""
     (datasets, *others), single = data_of_one_size(folder, IMAGES), folder / "single.json"
-    content = json.loads((COCO_MINI / "annotations/instances_val2017.json").read_text())
+    content = json.loads((folder / "one_size.json").read_text())
     single.write_text(json.dumps({**content, "images": content["images"][:1]}))
     return [
-        f"{datasets[:-1]},'single':['{single}','{COCO_MINI}/val2017']}}", *others, f"BACKBONE.NORM={norm}",
+        f"{datasets[:-1]},'single':['{single}','{COCO_MINI}/train2017']}}", *others, f"BACKBONE.NORM={norm}",
         "TRAIN.PRECISION=float64", f"TRAIN.BATCH_SIZE_PER_GPU={each}", f"TRAIN.MAX_STEPS={STEPS}",
-        "TRAIN.EVAL_PERIOD=1", "DATA.VAL=['coco_train2017','single']", "TEST.RESULT_SCORE_THRESH=0.0",
+        "TRAIN.EVAL_PERIOD=1", "DATA.VAL=['one_size','single']", "TEST.RESULT_SCORE_THRESH=0.0",
         "TRAIN.EMA_DECAY=0.9",
     ]  # fmt: skip
 
@@ -99,7 +99,7 @@ def test_evaluation_shared_by_the_ranks_finds_what_one_process_finds(job, tmp_pa
         env=ENVIRONMENT, capture_output=True, text=True, cwd=REPOSITORY,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    for split in ("coco_train2017", "single"):
+    for split in ("one_size", "single"):
         one = json.loads((tmp_path / f"one-{split}.json").read_text())
         assert len(one) > 50
         assert json.loads((tmp_path / f"many-{split}.json").read_text()) == one
