@@ -53,10 +53,7 @@ def pin(core: int = 0) -> int:
 def train_rank(record: Path, arguments: list[str]) -> int:
     """train.py with its arguments; appends the time of the end of each step to `record`."""
     import train
-    from utils import tf_v1  # noqa: F401  prepares TensorFlow
-
-    # isort: split
-    from tensorpack.callbacks import Callbacks
+    from utils.tensorpack_import import Callbacks
 
     trigger_step = Callbacks.trigger_step
 

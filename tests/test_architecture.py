@@ -60,6 +60,13 @@ def test_a_file_imports_from_its_own_line_of_the_table_and_those_above(name):
     assert not IMPORTS[name] & PROGRAMS, f"{name} imports a program"
 
 
+@pytest.mark.parametrize(
+    ("framework", "place"), [("tensorflow", "utils.tf_v1"), ("tensorpack", "utils.tensorpack_import")]
+)
+def test_a_framework_is_imported_in_one_file(framework, place):
+    assert [name for name in FILES if framework in IMPORTS[name]] == [place]
+
+
 def test_nothing_imports_in_a_circle():
     done, path = set(), []
 

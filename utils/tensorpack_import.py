@@ -7,7 +7,7 @@ from utils.tf_v1 import keras_when_called
 
 with keras_when_called("regularizers", "l1"):
     from tensorpack import HorovodTrainer, ModelDesc, QueueInput, SimpleTrainer, SyncMultiGPUTrainerReplicated
-    from tensorpack.callbacks import Callback
+    from tensorpack.callbacks import Callback, Callbacks
     from tensorpack.callbacks.steps import MaintainStepCounter
     from tensorpack.dataflow import DataFlow, DataFromList
     from tensorpack.graph_builder.training import SyncMultiGPUReplicatedBuilder
@@ -19,10 +19,10 @@ with keras_when_called("regularizers", "l1"):
     from tensorpack.train.base import StopTraining
 
 __all__ = [
-    "Callback", "DataFlow", "DataFromList", "HorovodTrainer", "MaintainStepCounter", "ModelDesc", "QueueInput",
-    "SessionInit", "SimpleTrainer", "StopTraining", "SyncMultiGPUReplicatedBuilder", "SyncMultiGPUTrainerReplicated",
-    "TowerContext", "graph_functions", "merge_grad_list", "override_to_local_variable", "scope_utils",
-    "split_grad_list", "summary",
+    "Callback", "Callbacks", "DataFlow", "DataFromList", "HorovodTrainer", "MaintainStepCounter", "ModelDesc",
+    "QueueInput", "SessionInit", "SimpleTrainer", "StopTraining", "SyncMultiGPUReplicatedBuilder",
+    "SyncMultiGPUTrainerReplicated", "TowerContext", "graph_functions", "merge_grad_list", "override_to_local_variable",
+    "scope_utils", "split_grad_list", "summary",
 ]  # fmt: skip
 
 # Errors are raised and reported once, by train.py; tensorpack's own report misuses the logging module.
