@@ -95,11 +95,11 @@ def scaled(outputs, row, factor):
     return one
 
 
-def assert_same(found, wanted, pixels=2e-3, probability=1e-4):
+def assert_same(found, wanted, pixels=2e-3, probability=1e-4, score=1e-5):
     assert len(wanted["scores"]) > 3 and len(np.unique(wanted["labels"])) > 1
     assert found.keys() == wanted.keys()
     np.testing.assert_array_equal(found["labels"], wanted["labels"])
-    np.testing.assert_allclose(found["scores"], wanted["scores"], atol=1e-5)
+    np.testing.assert_allclose(found["scores"], wanted["scores"], atol=score)
     np.testing.assert_allclose(found["boxes"], wanted["boxes"], atol=pixels)
     for key, atol in (("masks", probability), ("keypoints", pixels)):
         if key in wanted:
@@ -199,12 +199,13 @@ def test_a_mirrored_image_gives_mirrored_results(kind):
 
 @pytest.mark.parametrize("kind", ["fpn", "soft"])
 def test_a_batch_of_two_equals_its_images_one_by_one(kind):
+    """Up to rounding: where convolutions are not oneDNN's, those of a batch add in another order."""
     images = [photograph(SHAPE), photograph((84, 110), 1)]  # padded to the same size in every view
     find = augmented(kind, [64, 96], True)
     together = find(*stack_images(images, find.cfg))
     for row, image in enumerate(images):
         assert_same(
-            scaled(together, row, [1, 1]), scaled(find(*stack_images([image], find.cfg)), 0, [1, 1]), 1e-2, 1e-3
+            scaled(together, row, [1, 1]), scaled(find(*stack_images([image], find.cfg)), 0, [1, 1]), 1e-2, 1e-3, 1e-4
         )
 
 
