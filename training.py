@@ -511,6 +511,8 @@ class RunSession(tf.train.SessionCreator):
         for variables in (tf.global_variables(), tf.local_variables()):
             if variables:  # the first run of any operation takes a good part of a second
                 sess.run(tf.variables_initializer(variables))
+        if tables := tf.get_collection(tf.GraphKeys.TABLE_INITIALIZERS):  # of a backbone or head of the user's own
+            sess.run(tables)
         return sess
 
 

@@ -194,7 +194,9 @@ def throughput_report(args: argparse.Namespace) -> str:
     from predict import build_predictor, evaluate_split, predict_files
 
     cfg, load = _model(args)
-    (split,) = load_validation_splits(cfg)[:1]
+    if not cfg.DATA.VAL:
+        raise UserError("--throughput needs a data set: set DATA.VAL and DATA.BASEDIR after --config")
+    split = load_validation_splits(cfg)[0]
     predict = build_predictor(cfg, load)
     batches = list(inference_batches(split, cfg))
     files = [split.image_file(i) for i in range(len(split))]
@@ -264,21 +266,17 @@ def main() -> int:
     if args.nms:
         print(nms_report(args.repeats))
         return 0
-    if args.throughput:
-        try:
+    try:
+        if args.throughput:
             print(throughput_report(args))
-        except UserError as e:
-            print(e, file=sys.stderr)
-            return 2
-        return 0
-    print(f"{COUNT} masks of {args.cells}x{args.cells} into {WIDTH}x{HEIGHT}, one core")
-    print(paste_report(args.cells, args.repeats))
-    if args.graph or args.load:
-        try:
+            return 0
+        print(f"{COUNT} masks of {args.cells}x{args.cells} into {WIDTH}x{HEIGHT}, one core")
+        print(paste_report(args.cells, args.repeats))
+        if args.graph or args.load:
             print("\n" + (augmentation_report if args.augment else graph_report)(args))
-        except UserError as e:
-            print(e, file=sys.stderr)
-            return 2
+    except UserError as e:
+        print(e, file=sys.stderr)
+        return 2
     return 0
 
 

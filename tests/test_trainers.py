@@ -108,3 +108,16 @@ def test_a_graph_of_training_is_freed():
     del graph
     gc.collect()
     assert freed() is None
+
+
+def test_the_session_of_a_run_initialises_variables_of_both_kinds_and_tables():
+    from training import RunSession
+
+    with tf.Graph().as_default():
+        weight = tf.get_variable("weight", initializer=2.0)
+        kept = tf.get_variable("kept", initializer=3.0, collections=[tf.GraphKeys.LOCAL_VARIABLES])
+        initial = tf.lookup.KeyValueTensorInitializer(["cat", "dog"], [5, 7])
+        found = tf.lookup.StaticHashTable(initial, -1).lookup(tf.constant(["dog", "owl"]))
+        with RunSession(["/cpu:0"]).create_session() as session:
+            values = session.run([weight, kept, found])
+    assert values[:2] == [2.0, 3.0] and values[2].tolist() == [7, -1]
