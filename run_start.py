@@ -313,9 +313,9 @@ class Start:
 
             if self.weights is not None:
                 weight_loader(self.weights, self.origin, fitting, self.expect, classes)(sess)
-            if self.step == 0:
-                with sess.graph.as_default():
-                    sess.run(tf.train.get_or_create_global_step().initializer)
+                if self.step == 0:
+                    with sess.graph.as_default():
+                        sess.run(tf.train.get_or_create_global_step().initializer)
             start_averages(sess, self.weights or ())
 
         return load

@@ -34,7 +34,7 @@ from utils.tensorpack_import import (
     split_grad_list,
     summary,
 )
-from utils.tf_v1 import fast_graph_optimizer, gpu_count, gpu_problem, tf
+from utils.tf_v1 import fast_graph_optimizer, gpu_count, gpu_problem, only_if, tf
 
 __all__ = [
     "DetectionModel", "DetectionOptimizer", "average_decay_tensor", "describe_devices",
@@ -156,12 +156,12 @@ class DetectionOptimizer(tf.train.MomentumOptimizer):
             with tf.control_dependencies(changed):
                 shares = [tf.cast(1 - self._average_decay, a.dtype) for a, _ in averages]
                 changes = [a.assign_sub(s * (a - v.read_value())) for s, (a, v) in zip(shares, averages)]
-            return tf.group(*changes, *changed)
+            return [*changes, *changed]
 
         types = {g.dtype for g in gradients}
         rates = {t: tf.cast(self._rate, t) for t in types}
         factors = {t: tf.constant(self._momentum_factor, t) for t in types}
-        ops = [tf.cond(self.guard.good, update, tf.no_op)]
+        ops = [only_if(self.guard.good, update)]
         if self._dynamic_scale and not self._scale_updated:  # the scale is shared by the replicas
             self._scale_updated = True
             scale, good = self._scale()

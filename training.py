@@ -408,6 +408,9 @@ class OrderedInput(QueueInput):
 
     _taken: Any = None
 
+    def _create_ema_callback(self):
+        return Callback()  # tensorpack's averages the queue's length in every step, which nothing reads
+
     def _get_input_tensors(self):
         with tf.control_dependencies([] if self._taken is None else [self._taken]):
             tensors = super()._get_input_tensors()
@@ -508,11 +511,13 @@ class RunSession(tf.train.SessionCreator):
 
     def create_session(self) -> Any:
         sess = tf.Session(config=self.config)
-        for variables in (tf.global_variables(), tf.local_variables()):
-            if variables:  # the first run of any operation takes a good part of a second
-                sess.run(tf.variables_initializer(variables))
+        # All of them are made before the first is run: a session takes in additions to a large graph slowly. The first
+        # run of any operation takes a good part of a second.
+        steps = [tf.variables_initializer(v) for v in (tf.global_variables(), tf.local_variables()) if v]
         if tables := tf.get_collection(tf.GraphKeys.TABLE_INITIALIZERS):  # of a backbone or head of the user's own
-            sess.run(tables)
+            steps.append(tf.group(*tables))
+        for step in steps:
+            sess.run(step)
         return sess
 
 

@@ -112,8 +112,8 @@ class IncidentRecorder(Callback):
         }  # fmt: skip
 
     def _before_train(self):
-        sess = self.trainer.sess
-        sizes = {name: float(size) for name, size in sess.run(self._sizes).items()}
+        sizes, _ = self.trainer.sess.run([self._sizes, self._guard.remember])
+        sizes = {name: float(size) for name, size in sizes.items()}
         bad = [name for name, size in sizes.items() if not math.isfinite(size)]
         if bad:
             more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
@@ -121,7 +121,6 @@ class IncidentRecorder(Callback):
                 f"the weights to start from are not finite, or of a norm above 1e19: {bad[0]}{more}; start from other "
                 "weights"
             )
-        sess.run(self._guard.remember)
         both = self._guard.names, self._guard.momentum_names
         self._bounds = [math.sqrt(2 * sum(sizes[name] for name in names)) * 1.001 for names in both]
 

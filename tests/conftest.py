@@ -51,12 +51,19 @@ def unoptimised_graphs():
     and with exported models.)"""
     import inference
     import trainers
+    from utils.tf_v1 import tf
 
     def without(config):
         config.graph_options.rewrite_options.disable_meta_optimizer = True
         return config
 
+    start = tf.Session.__init__
+
+    def session(self, target="", graph=None, config=None):
+        start(self, target, graph, without(tf.ConfigProto()) if config is None else config)
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tf.Session, "__init__", session)
         for module in (inference, trainers):
             patch.setattr(module, "fast_graph_optimizer", without)
         yield

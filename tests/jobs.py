@@ -2,9 +2,11 @@
 
 import os
 import socket
+import sys
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+HOROVODRUN = [sys.executable, str(REPOSITORY / "tests/distributed/horovodrun.py")]  # test_launch.py has the real one
 _OF_OTHER_JOBS = ("SLURM_", "JOB_COMPLETION", "HOROVOD_", "CUDA_", "TF_", "OMP_")
 CLEAN = {k: v for k, v in os.environ.items() if not k.startswith(_OF_OTHER_JOBS)}
 CLEAN |= {

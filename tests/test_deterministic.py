@@ -18,6 +18,7 @@ from utils.tf_v1 import tf, without_fixed_order
 # isort: split
 from tensorpack.dataflow import DataFromList
 
+pytestmark = pytest.mark.usefixtures("unoptimised_graphs")
 BACKBONES = {
     "adaptive, GN": ["BACKBONE.NORM=GN", "BACKBONE.STEM_CHANNELS=32", "FRCNN.ROI_SAMPLES=0", "MODE_KEYPOINT=True"],
     "C4": ["MODE_FPN=False", "FRCNN.ROI_OP=crop_and_resize"],

@@ -11,6 +11,7 @@ from model_mrcnn import MASK_HEADS
 from tests.graph import constants, make_batch, tiny_config
 from utils.tf_v1 import graphs_for_gpu, tf
 
+pytestmark = pytest.mark.usefixtures("unoptimised_graphs")
 KINDS = {
     "fpn": ["MODE_FPN=True", "MODE_KEYPOINT=True", "KRCNN.HEAD_DIM=8", "KRCNN.NUM_KEYPOINT=3"],
     "cascade": ["MODE_FPN=True", "FPN.CASCADE=True"],

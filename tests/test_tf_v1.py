@@ -1,5 +1,6 @@
 """utils/tf_v1.py: TensorFlow's own count of GPUs decides, not what the machine seems to have."""
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -35,20 +36,57 @@ def test_deterministic_kernels_are_on_where_cuda_visible_devices_names_a_gpu_tha
     assert result.stdout.startswith("0 True ") and result.stdout.count("\n") == 1
 
 
-KERAS = """
-import gc, sys
-from utils import tf_v1, tensorpack_import
+IMPORTS = """
+import gc, sys, typing
+from utils import ranks, tf_v1, tensorpack_import
 import training
-print("tf_keras" in sys.modules, gc.isenabled(), gc.get_freeze_count() > 100_000)
-import tensorpack
+if HOROVOD:
+    ranks.horovod()
+print([m for m in ("tf_keras", "scipy", "dill") if m in sys.modules])
+print(gc.isenabled(), gc.get_freeze_count() > 100_000, hasattr(typing, "compile"))
+import scipy.sparse, tensorpack
+if HOROVOD:
+    print(ranks.horovod().SyncBatchNormalization.__mro__[1].__module__.split(".")[0])
 print(tensorpack.l1_regularizer(0.5).get_config()["l1"], tf_v1.tf.keras.layers.Dense.__module__.split(".")[0])
 """
 
 
-def test_keras_is_imported_when_somebody_uses_it():
+def test_what_tensorflow_does_not_need_is_imported_when_somebody_uses_it():
     """It would take a fifth of TensorFlow's import; so would the search for garbage in what it makes."""
-    result = subprocess.run([sys.executable, "-c", KERAS], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert result.stdout == "False True True\n0.5 tf_keras\n"
+    horovod = importlib.util.find_spec("horovod") is not None
+    program = IMPORTS.replace("HOROVOD", str(horovod))
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout == "[]\nTrue True False\n" + "tf_keras\n" * horovod + "0.5 tf_keras\n"
+
+
+@pytest.mark.parametrize("optimised", [True, False])
+def test_operations_run_only_if_the_condition_holds(optimised):
+    tf = tf_v1.tf
+    config = tf_v1.fast_graph_optimizer(tf.ConfigProto())
+    config.graph_options.rewrite_options.disable_meta_optimizer = not optimised
+    with tf.Graph().as_default():
+        with tf.variable_scope("of_a_condition"):
+            a, b, after = (tf.get_variable(name, [], tf.float32, tf.zeros_initializer()) for name in ("a", "b", "c"))
+        condition, added = tf.placeholder(tf.bool, []), tf.placeholder(tf.float32, [])
+
+        def make():
+            first = tf.raw_ops.AssignAddVariableOp(resource=a.handle, value=added * 2)
+            with tf.control_dependencies([first]):
+                return [first, b.assign_add(a.read_value())]
+
+        update = tf_v1.only_if(condition, make)
+        with tf.control_dependencies([update]):  # what follows is run in both cases
+            counted = after.assign_add(1.0)
+        with tf.Session(config=config) as session:
+            session.run(tf.global_variables_initializer())
+            for holds, value, want in [
+                (False, 1, (0, 0, 1)),
+                (True, 1, (2, 2, 2)),
+                (False, 9, (2, 2, 3)),
+                (True, 2, (6, 8, 4)),
+            ]:
+                session.run(counted.op, {condition: holds, added: value})
+                assert tuple(session.run([a, b, after])) == want
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import re
 
 import pytest
 from test_train import assert_same_weights, logged_steps, run, train_tiny, weights_of
+from tiny import RPN_ALONE
 
 import predict
 import training
@@ -15,7 +16,7 @@ from utils.tf_v1 import tf
 
 pytestmark = pytest.mark.usefixtures("unoptimised_graphs")
 # The first stage alone: starts are fast. Its evaluations' scores are made up.
-EVERY_STEP = ["MODE_RPN_ONLY=True", "TRAIN.STEPS_PER_EPOCH=1", "TRAIN.EVAL_PERIOD=1"]
+EVERY_STEP = [*RPN_ALONE, "TRAIN.STEPS_PER_EPOCH=1", "TRAIN.EVAL_PERIOD=1"]
 METRIC = "proposals/AR@1000"
 CLASS = "bbox/AP_per_class/cat"
 
@@ -111,7 +112,7 @@ def test_a_run_killed_between_any_two_writes_ends_with_the_same_best_checkpoint(
 
 def test_a_run_killed_in_its_last_evaluation_is_scored_when_it_is_started_again(tmp_path, monkeypatch, capsys):
     logdir = tmp_path / "run"
-    settings = ["MODE_RPN_ONLY=True", "TRAIN.EVAL_PERIOD=1", f"TRAIN.TARGET={{'{METRIC}':0.2}}"]
+    settings = [*RPN_ALONE, "TRAIN.EVAL_PERIOD=1", f"TRAIN.TARGET={{'{METRIC}':0.2}}"]
     with monkeypatch.context() as patch:
         scripted(patch, {2: 0.3})
         dying(patch, training_evaluation, "write_json")

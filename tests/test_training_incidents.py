@@ -5,7 +5,8 @@ import re
 
 import numpy as np
 import pytest
-from test_train import COCO_MINI, RPN, last_error, run, train_tiny
+from test_train import COCO_MINI, last_error, run, train_tiny
+from tiny import RPN_ALONE
 
 import data
 import trainers
@@ -39,7 +40,7 @@ def test_nan_ends_the_run_with_the_names_of_the_images_and_a_folder(tmp_path, ca
 def test_weights_that_overflow_in_the_last_update_are_not_saved_and_end_the_run(tmp_path, capsys, monkeypatch):
     """Its loss was finite, and there is no other step whose loss would not be."""
     monkeypatch.setattr(trainers, "learning_rate_tensor", lambda plan, step: tf.constant(np.inf, tf.float32))
-    assert train_tiny(tmp_path / "run", *RPN, steps=1) == 3
+    assert train_tiny(tmp_path / "run", *RPN_ALONE, steps=1) == 3
     assert "weights could become infinite or NaN by the update at step 1" in last_error(capsys)
     assert newest_checkpoint(tmp_path / "run") is None
     found = described(tmp_path / "run/incident-1")
@@ -48,7 +49,7 @@ def test_weights_that_overflow_in_the_last_update_are_not_saved_and_end_the_run(
 
 @pytest.mark.parametrize(
     ("settings", "number", "value"),
-    [([], 1, np.nan), (["TRAIN.CPU_REPLICAS=2", "TRAIN.ACCUMULATION=2", *RPN], 5, np.inf)],
+    [([], 1, np.nan), (["TRAIN.CPU_REPLICAS=2", "TRAIN.ACCUMULATION=2", *RPN_ALONE], 5, np.inf)],
     ids=["alone", "two replicas, two micro-batches"],
 )
 def test_a_poisoned_annotation_is_found_by_the_replay(tmp_path, capsys, monkeypatch, settings, number, value):
@@ -86,12 +87,12 @@ def test_a_poisoned_annotation_is_found_by_the_replay(tmp_path, capsys, monkeypa
 
 
 def test_an_overflow_of_float16_is_found_by_the_replay(tmp_path, capsys):
-    assert train_tiny(tmp_path / "before", *RPN, steps=1) == 0
+    assert train_tiny(tmp_path / "before", *RPN_ALONE, steps=1) == 0
     weights, meta = load_weights(tmp_path / "before")
     weights["group1/block0/conv2/W"] = weights["group1/block0/conv2/W"] * np.float32(1e7)
     save_npz(tmp_path / "large.npz", weights, meta)
     capsys.readouterr()
-    settings = [*RPN, "TRAIN.PRECISION=float16", "TRAIN.WARMUP=0"]
+    settings = [*RPN_ALONE, "TRAIN.PRECISION=float16", "TRAIN.WARMUP=0"]
     assert train_tiny(tmp_path / "run", *settings, flags=["--load", tmp_path / "large.npz"]) == 3
     assert "loss is" in last_error(capsys)
     assert run("--replay", tmp_path / "run/incident-1") == 0

@@ -22,6 +22,9 @@ TINY_MODEL = [
     "PREPROC.TEST_SHORT_EDGE_SIZE=96",
 ]
 
+# The region proposal network of a C4 model alone, a third of the graph: for tests that the model does not matter to.
+RPN_ALONE = ["MODE_FPN=False", "MODE_MASK=False", "MODE_RPN_ONLY=True", "RPN.HEAD_DIM=32"]
+
 TINY_TRAINING = [
     *TINY_MODEL,
     f"DATA.BASEDIR={COCO_MINI}",

@@ -419,6 +419,14 @@ def compare_inference(
     golden: Golden, variables: dict[str, np.ndarray], batches=BATCHES, precision: str = "float32"
 ) -> Iterator[Row]:
     """Yields the differences of the model's features, proposals and detections from the recorded ones."""
+    for name, images, result in run_inference(golden, variables, batches, precision):
+        yield from inference_rows(golden, name, images, result, precision)
+
+
+def run_inference(
+    golden: Golden, variables: dict[str, np.ndarray], batches=BATCHES, precision: str = "float32"
+) -> Iterator[tuple[str, list[int], dict]]:
+    """Yields (name, images, what the model finds) of each recorded batch."""
     from utils.tf_v1 import allow_tf32, tf
 
     allow_tf32(False)
@@ -427,15 +435,26 @@ def compare_inference(
         inputs, fetches = inference_graph(cfg)
         assign(session, variables, golden)
         for name, images in batches.items():
-            batch = make_batch(golden, images, cfg)
-            recorded = {k.split("/", 2)[2]: v for k, v in golden.arrays.items() if k.startswith(f"inf/{name}/")}
-            if not recorded:
+            if not (recorded := _recorded_inference(golden, name)):
                 continue
+            batch = make_batch(golden, images, cfg)
             rois = np.stack([recorded[f"img{i}/prop_boxes"][:50] for i in range(len(images))])
             feed = {inputs["image"]: batch["image"], inputs["image_shape"]: batch["image_shape"], inputs["rois"]: rois}
-            result = session.run(fetches, feed)
-            for quantity, error, detail in _inference_rows(result, recorded, batch, cfg):
-                yield make_row(golden, name, quantity, error, detail)
+            yield name, images, session.run(fetches, feed)
+
+
+def _recorded_inference(golden: Golden, name: str) -> dict[str, np.ndarray]:
+    return {k.split("/", 2)[2]: v for k, v in golden.arrays.items() if k.startswith(f"inf/{name}/")}
+
+
+def inference_rows(
+    golden: Golden, name: str, images: list[int], result: dict, precision: str = "float32"
+) -> Iterator[Row]:
+    """Yields the differences of what `run_inference` found from the recording."""
+    cfg = golden_config(golden, precision)
+    batch = make_batch(golden, images, cfg)
+    for quantity, error, detail in _inference_rows(result, _recorded_inference(golden, name), batch, cfg):
+        yield make_row(golden, name, quantity, error, detail)
 
 
 def _inference_rows(result: dict, recorded: dict, batch: dict, cfg: Config) -> Iterator[tuple[str, float, str]]:

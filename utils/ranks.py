@@ -4,10 +4,13 @@ Sums inside the training graph are in trainers.py and model_syncbn.py; here Pyth
 """
 
 import contextlib
+import importlib
 import logging
 import os
 import platform
 import re
+import sys
+import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -48,10 +51,37 @@ def horovod() -> Any:
     from utils.tf_v1 import tf  # noqa: F401  before Horovod, which imports TensorFlow itself
 
     try:
-        import horovod.tensorflow as hvd
+        with _keras_layer_when_used():
+            import horovod.tensorflow as hvd
     except ImportError:
         raise UserError("TRAINER=horovod: horovod is not installed in this environment; run `make horovod`") from None
     return hvd
+
+
+@contextlib.contextmanager
+def _keras_layer_when_used() -> Iterator[None]:
+    """Inside, importing Horovod does not import Keras, which takes a second: its one Keras layer comes when it is first
+    asked for."""
+    if "horovod.tensorflow" in sys.modules:
+        yield
+        return
+    layer, module = "SyncBatchNormalization", "horovod.tensorflow.sync_batch_norm"
+    empty = types.ModuleType(module)
+    setattr(empty, layer, None)
+    sys.modules[module] = empty
+    try:
+        yield
+    finally:
+        del sys.modules[module]
+    hvd = sys.modules["horovod.tensorflow"]
+    delattr(hvd, layer)
+
+    def later(name: str) -> Any:
+        if name != layer:
+            raise AttributeError(f"module {hvd.__name__!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(module), layer)
+
+    hvd.__getattr__ = later  # type: ignore[method-assign]
 
 
 def use_own_gpu(config: Any) -> None:

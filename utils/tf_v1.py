@@ -14,8 +14,9 @@ import gc
 import logging
 import os
 import sys
+import typing
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,7 +26,7 @@ from utils.guest import is_guest
 __all__ = [
     "allow_tf32", "compute_capability", "detached", "do_not_fold_initial_values", "fast_graph_optimizer", "for_gpu",
     "function_to_graph", "gpu_count", "gpu_problem", "graphs_for_gpu", "keras_when_called", "make_deterministic",
-    "needed_by", "onednn_enabled", "registered_kernels", "snapshot", "take_over", "tensor_bundle_pb2", "tf",
+    "needed_by", "onednn_enabled", "only_if", "registered_kernels", "snapshot", "take_over", "tensor_bundle_pb2", "tf",
     "without_fixed_order",
 ]  # fmt: skip
 
@@ -73,23 +74,28 @@ def _quiet_import() -> Iterator[None]:
             del os.environ["TF_CPP_MIN_LOG_LEVEL"]
 
 
+_OPTIONAL = ("dill", "h5py", "scipy", "tf_keras.src.optimizers")
+
+
 @contextlib.contextmanager
 def _fast_import() -> Iterator[None]:
-    """Makes TensorFlow's import a third shorter. Next to nothing that it makes is garbage, so Python does not search it
-    for garbage, then or later; and Keras, which it would import for programs that read models of Keras, comes when it
-    is first used."""
+    """Makes TensorFlow's import two fifths shorter. Next to nothing that it makes is garbage, so Python does not search
+    it for garbage, then or later. What TensorFlow would import if it is installed, for programs that read models of
+    Keras or train them on sparse matrices, comes when something else uses it. And Python's typing would compile the
+    18,000 names of types in TensorFlow's generated functions one by one, few of which differ."""
     if _GUEST:
         yield
         return
-    optimizers, searched = "tf_keras.src.optimizers", gc.isenabled()
+    absent, searched = [name for name in _OPTIONAL if name not in sys.modules], gc.isenabled()
     gc.disable()
-    if optimizers not in sys.modules:
-        sys.modules[optimizers] = None  # importing it fails, which TensorFlow allows
+    sys.modules.update(dict.fromkeys(absent))  # importing them fails, which TensorFlow allows
+    typing.compile = functools.cache(compile)  # type: ignore[attr-defined]
     try:
         yield
     finally:
-        if sys.modules[optimizers] is None:
-            del sys.modules[optimizers]
+        del typing.compile  # type: ignore[attr-defined]
+        for name in absent:
+            del sys.modules[name]
         gc.freeze()
         if searched:
             gc.enable()
@@ -272,6 +278,22 @@ def detached(x: Any) -> Any:
     take time when a run starts and are then not used. None are made for what depends on integers.
     """
     return tf.bitcast(tf.bitcast(x, {2: tf.int16, 4: tf.int32, 8: tf.int64}[x.dtype.size]), x.dtype)
+
+
+def only_if(condition: Any, make: Callable[[], Sequence[Any]]) -> Any:
+    """An operation after which those that make() returns were run if the bool scalar `condition` is True, and neither
+    they nor what make() makes for them if it is False.
+
+    As tf.cond with tf.no_op for the other case, which adds an operation for each tensor that is used: a tenth of a
+    training graph, as there are three for each variable. Here the operations follow a tensor that only exists if the
+    condition holds, and without it TensorFlow does not run them.
+    """
+    no, yes = tf.raw_ops.Switch(data=condition, pred=condition)
+    with tf.control_dependencies([tf.identity(yes)]):
+        made = make()
+    with tf.control_dependencies(made):
+        done = tf.identity(yes)
+    return tf.raw_ops.Merge(inputs=[done, no]).output.op
 
 
 def snapshot(variable: Any) -> Any:

@@ -24,7 +24,8 @@ from typing import Any
 import numpy as np
 from tabulate import tabulate
 
-from tests.tiny import TINY_TRAINING
+from tests.jobs import HOROVODRUN
+from tests.tiny import RPN_ALONE, TINY_TRAINING
 
 TESTS = Path(__file__).resolve().parent.parent
 
@@ -36,10 +37,10 @@ def command(folder: Path, steps: int) -> list[str]:
     return [
         sys.executable, str(TESTS.parent / "scripts/supervise.py"), "--pause", "0.5",
         "--logdir", f"{folder}/run-0", "--",
-        str(Path(sys.executable).parent / "horovodrun"), "--gloo", "-np", "2", "-H", "localhost:2",
+        *HOROVODRUN, "--gloo", "-np", "2", "-H", "localhost:2",
         sys.executable, str(TESTS / "distributed/rank.py"), str(folder), "--logdir", f"{folder}/run-RANK",
         "--config", *TINY_TRAINING, "TRAINER=horovod", f"TRAIN.STEPS_PER_EPOCH={INTERVAL}", f"TRAIN.MAX_STEPS={steps}",
-        "DATA.NUM_WORKERS=1", "TRAIN.KEEP_CHECKPOINTS=2", "MODE_MASK=False", "MODE_RPN_ONLY=True",
+        "DATA.NUM_WORKERS=1", "TRAIN.KEEP_CHECKPOINTS=2", *RPN_ALONE,
     ]  # fmt: skip
 
 

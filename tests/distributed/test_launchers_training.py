@@ -15,15 +15,14 @@ pytest.importorskip("horovod", reason="horovod is not installed: make horovod")
 
 import psutil
 from jobs import CLEAN, REPOSITORY, slurm_stand_ins
-from tiny import COCO_MINI, TINY_TRAINING
+from tiny import COCO_MINI, RPN_ALONE, TINY_TRAINING
 
 from utils.checkpoint import load_weights, newest_checkpoint
 
 SCRIPTS = REPOSITORY / "scripts"
 RECIPE, STEPS, EVERY = "r50-fpn-box", 40, 5
 SETTINGS = [s for s in TINY_TRAINING if not s.startswith("DATA.BASEDIR=")]
-# The region proposal network alone: what is tested does not depend on the model, and it starts in half the time.
-SETTINGS += [f"TRAIN.MAX_STEPS={STEPS}", f"TRAIN.PERIOD_STEPS={EVERY}", "MODE_MASK=False", "MODE_RPN_ONLY=True"]
+SETTINGS += [f"TRAIN.MAX_STEPS={STEPS}", f"TRAIN.PERIOD_STEPS={EVERY}", *RPN_ALONE]
 WORDS = [RECIPE, *SETTINGS, "--data", str(COCO_MINI), "--python", sys.executable]
 pytestmark = pytest.mark.slow
 

@@ -2,14 +2,13 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 pytest.importorskip("horovod", reason="horovod is not installed: make horovod")
 
-from jobs import CLEAN, REPOSITORY
+from jobs import CLEAN, HOROVODRUN, REPOSITORY
 from test_model_syncbn import GRADIENT, PIXELS, VALID, X, assert_close, run
 
 ENVIRONMENT = {**CLEAN, "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}"}
@@ -35,7 +34,7 @@ np.savez(f"{sys.argv[1]}/{rank}.npz", y=y, dx=dx, parameters=parameters, average
 
 def test_ranks_with_other_padding_equal_the_joined_batch(tmp_path):
     (tmp_path / "program.py").write_text(PROGRAM)
-    launcher = [str(Path(sys.executable).parent / "horovodrun"), "--gloo", "-np", "2", "-H", "localhost:2"]
+    launcher = [*HOROVODRUN, "--gloo", "-np", "2", "-H", "localhost:2"]
     done = subprocess.run(
         [*launcher, sys.executable, str(tmp_path / "program.py"), str(tmp_path)],
         env=ENVIRONMENT, capture_output=True, text=True, timeout=200,

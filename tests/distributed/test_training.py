@@ -7,16 +7,15 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 pytest.importorskip("horovod", reason="horovod is not installed: make horovod")
 
-from jobs import CLEAN, REPOSITORY
+from jobs import CLEAN, HOROVODRUN, REPOSITORY
 from test_train import assert_same_weights, data_of_one_size, run, train_tiny, weights_of
-from tiny import COCO_MINI, TINY_TRAINING
+from tiny import COCO_MINI, RPN_ALONE, TINY_TRAINING
 
 from utils.checkpoint import load_weights, newest_checkpoint
 
@@ -27,7 +26,7 @@ pytestmark = pytest.mark.slow
 
 
 def launcher(ranks):
-    return [str(Path(sys.executable).parent / "horovodrun"), "--gloo", "-np", str(ranks), "-H", f"localhost:{ranks}"]
+    return [*HOROVODRUN, "--gloo", "-np", str(ranks), "-H", f"localhost:{ranks}"]
 
 
 def command(ranks, folder, *settings, flags=()):
@@ -123,7 +122,7 @@ def killed(job, folder, rank):
 
 
 def test_a_killed_rank_ends_the_job_and_the_same_command_resumes_until_sigterm_saves(tmp_path):
-    settings = ["TRAIN.MAX_STEPS=100000", "TRAIN.PERIOD_STEPS=3", "MODE_MASK=False", "MODE_RPN_ONLY=True"]
+    settings = ["TRAIN.MAX_STEPS=100000", "TRAIN.PERIOD_STEPS=3", *RPN_ALONE]
 
     def start():
         return subprocess.Popen(
@@ -170,7 +169,7 @@ def test_a_job_follows_machines_that_come_and_go_and_ends_with_the_model_of_one_
     (folder / "hold").write_text("3 8")
     settings = [
         *equality_settings(tmp_path, "FreezeBN", 1), f"TRAIN.MAX_STEPS={steps}", "TRAIN.TOTAL_BATCH=4",
-        "TRAIN.EVAL_PERIOD=0", "MODE_MASK=False", "MODE_RPN_ONLY=True",
+        "TRAIN.EVAL_PERIOD=0", *RPN_ALONE,
     ]  # fmt: skip
     hosts.write_text("localhost:2")
     words = command("{np}", folder, *settings)
