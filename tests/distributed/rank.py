@@ -21,7 +21,6 @@ import data
 import eval
 import predict
 import train
-import trainers
 import training
 from utils.tf_v1 import tf
 
@@ -59,12 +58,6 @@ def recorded_evaluation(predict, split, *args, **options):
     return results
 
 
-def unoptimised(config):
-    config.graph_options.rewrite_options.disable_meta_optimizer = True
-    return config
-
-
-trainers.fast_graph_optimizer = unoptimised  # a few steps do not repay what it takes
 data.BatchMaker.make, training.Checkpoints.save = recorded_batch, recorded_save
 training.Checkpoints._trigger_step = recorded_step
 predict.evaluate_split = recorded_evaluation
