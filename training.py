@@ -73,8 +73,9 @@ class ProgressLog(Callback):
         self._meter, self._clock, self._first_pictures, self._trackers = meter, clock, first_pictures, trackers
         self.smooth: dict[str, float] = dict(smooth or {})
         self._last_print = 0.0
-        self._bar = None
-        self._folder: tuple[int, int] | None = None
+        self._bar: Any = None
+        self._writer: Any = None
+        self._folder = _identity(logdir)  # before the input begins, which may take as long as it likes
 
     def _setup_graph(self):
         self._fetches = {**self._model.losses, **self._model.stats}
@@ -83,9 +84,9 @@ class ProgressLog(Callback):
         self._first_step = self.global_step
         self._started = self._last_time = time.time()
         if self._chief:
+            self.check_folder()  # the writer would make a new one
             with _one_line(f"the log in {self._logdir}"):
                 self._writer = tf.summary.FileWriter(str(self._logdir))
-            self._folder = _identity(self._logdir)
             if sys.stderr.isatty():
                 self._bar = tqdm(
                     total=self._plan.total_steps, initial=self._first_step, unit="step", dynamic_ncols=True
@@ -190,7 +191,7 @@ class ProgressLog(Callback):
         self._trackers.scalars(step, values)
 
     def _after_train(self):
-        if self._chief:
+        if self._writer is not None:
             with contextlib.suppress(OSError, tf.errors.OpError):  # errors were already reported when writing
                 self._writer.close()
         if self._bar is not None:
@@ -274,6 +275,7 @@ class Checkpoints(Callback):
         self.evaluates_at: Callable[[int], bool] = lambda step: False
         self.ends_early = False  # all ranks are to stop after this step because of the scores
         self._end_asked = False
+        self._handlers = contextlib.ExitStack()
         self._steps: set[int] = set()  # of the checkpoints of this run, from which later ones do not differ in history
 
     def _setup_graph(self):
@@ -288,7 +290,6 @@ class Checkpoints(Callback):
         if self._saved_at:
             self.last_path = str(self._logdir / f"model-{self._saved_at}")
             self._steps.add(self._saved_at)
-        self._handlers = contextlib.ExitStack()
         self._handlers.enter_context(on_stop(self._on_signal, self.close_input))
         if self._chief:
             self._check_space()

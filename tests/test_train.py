@@ -379,17 +379,27 @@ def test_a_file_size_limit_is_named_as_the_reason(tmp_path, capsys):
     assert re.search(r"checkpoint .*/model-1 cannot be written: .*File too large$", last_error(capsys))
 
 
-def test_a_run_ends_when_its_directory_is_removed(tmp_path, capsys, monkeypatch):
-    original = data.BatchMaker.make
+@pytest.mark.parametrize("moment", ["_before_train", "_trigger_step"])
+def test_a_run_ends_when_its_directory_is_removed(tmp_path, capsys, monkeypatch, moment):
+    original = getattr(training.ProgressLog, moment)
 
-    def make_and_remove(self, index):
+    def remove_and_go_on(self):
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
-        return original(self, index)
+        return original(self)
 
-    monkeypatch.setattr(data.BatchMaker, "make", make_and_remove)
+    monkeypatch.setattr(training.ProgressLog, moment, remove_and_go_on)
     assert train_tiny(tmp_path / "run", *RPN_ALONE, steps=2) == 2
     assert "was deleted or moved while this run trained in it" in last_error(capsys)
     assert newest_checkpoint(tmp_path / "run") is None
+
+
+def test_weights_that_are_not_finite_are_refused_in_one_line(tmp_path, capsys):
+    assert train_tiny(tmp_path / "before", *RPN_ALONE, steps=1) == 0
+    weights, meta = load_weights(tmp_path / "before")
+    save_npz(tmp_path / "bad.npz", weights | {"conv0/W": weights["conv0/W"] * np.nan}, meta)
+    capsys.readouterr()
+    assert train_tiny(tmp_path / "run", *RPN_ALONE, flags=["--load", tmp_path / "bad.npz"], steps=1) == 2
+    assert "the weights to start from are not finite, or of a norm above 1e19: conv0/W" in last_error(capsys)
 
 
 def test_a_signal_while_the_input_stalls_saves_what_was_trained(tmp_path, capsys, monkeypatch):
