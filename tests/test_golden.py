@@ -64,7 +64,7 @@ def test_losses_and_gradients_equal_the_recording(model):
 
 
 def test_a_wrong_tensor_is_noticed(model, found):
-    """As one of another model, a tenth of a per cent off."""
+    """RPN logits that are off by a tenth of a per cent, and nothing else."""
     golden, (name, images, result) = model[0], found
     wrong = {**result, "logits": [logits * 1.001 for logits in result["logits"]]}
     rows = list(parity.inference_rows(golden, name, images, wrong, precision="float64"))

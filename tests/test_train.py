@@ -294,6 +294,8 @@ def test_half_precision_trains_and_evaluates_like_float32(trained, tmp_path, pre
     logdir = tmp_path / "run"
     assert train_tiny(logdir, f"TRAIN.PRECISION={precision}", "TRAIN.EVAL_PERIOD=1", steps=4) == 0
     assert losses_of(logdir)[4] == pytest.approx(losses_of(trained)[4], rel=0.03)
+    metrics = json.loads((logdir / "metrics.json").read_text())
+    assert 0 <= metrics["bbox/AP"] <= 1 and 0 <= metrics["segm/AP"] <= 1
     weights = weights_of(logdir)
     assert all(np.isfinite(v).all() and v.dtype != np.float16 for v in weights.values())
     assert ("loss_scale" in weights) == (precision == "float16")
@@ -621,6 +623,14 @@ def test_evaluations_during_training_are_without_augmentation_and_say_so(tmp_pat
     assert seen == [[]]
     assert "test-time augmentation is off for evaluation during training" in capsys.readouterr().err
     assert load_weights(tmp_path / "run")[1]["settings"]["TEST.AUG_SHORT_EDGES"] == [64, 96]
+
+
+def test_training_on_two_replicas_evaluates_at_the_end_when_asked(tmp_path):
+    logdir = tmp_path / "run"
+    assert train_tiny(logdir, *RPN_ALONE, "TRAIN.EVAL_PERIOD=1", "TRAIN.CPU_REPLICAS=2", steps=2) == 0
+    recall = json.loads((logdir / "metrics.json").read_text())["proposals/AR@1000"]
+    assert run("--evaluate", tmp_path / "o.json", "--load", logdir) == 0
+    assert recall == json.loads((tmp_path / "o.metrics.json").read_text())["proposals/AR@1000"] and 0 <= recall <= 1
 
 
 def test_a_report_that_cannot_be_written_leaves_results_and_scores(trained, tmp_path, capsys, monkeypatch):

@@ -281,12 +281,12 @@ def detached(x: Any) -> Any:
 
 
 def only_if(condition: Any, make: Callable[[], Sequence[Any]]) -> Any:
-    """An operation after which those that make() returns were run if the bool scalar `condition` is True, and neither
-    they nor what make() makes for them if it is False.
+    """An operation that runs the operations which make() returns if condition (bool []) is True, and none of what
+    make() adds to the graph if it is False. What depends on it runs in both cases.
 
-    As tf.cond with tf.no_op for the other case, which adds an operation for each tensor that is used: a tenth of a
-    training graph, as there are three for each variable. Here the operations follow a tensor that only exists if the
-    condition holds, and without it TensorFlow does not run them.
+    It does what tf.cond does with tf.no_op as its other branch. That would add a Switch for each tensor from outside
+    which the branch uses: three for each variable that is updated, a twentieth of a training graph. Here the operations
+    have a control dependency on the taken side of one Switch, and TensorFlow does not run what follows the other side.
     """
     no, yes = tf.raw_ops.Switch(data=condition, pred=condition)
     with tf.control_dependencies([tf.identity(yes)]):
